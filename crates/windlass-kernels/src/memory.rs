@@ -1,0 +1,1 @@
+//! Memory that is not returned to the system between steps.

@@ -1,0 +1,1 @@
+//! Parameters at rest: file codecs, checkpoints, and where parameters live.

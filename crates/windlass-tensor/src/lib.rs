@@ -1,0 +1,1 @@
+//! Tensors, weights, ops with their backward passes, and the tape.

@@ -1,0 +1,1 @@
+//! Windlass: mechanical advantage for language models. The facade library and the command line.
