@@ -1,1 +1,5 @@
 //! Tensors, weights, ops with their backward passes, and the tape.
+
+pub mod rng;
+
+pub use rng::Rng;
