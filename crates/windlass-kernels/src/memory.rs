@@ -1,1 +1,325 @@
 //! Memory that is not returned to the system between steps.
+//!
+//! Page faults cost more than arithmetic on a CPU, so blocks go back to a free list when their [`Buffer`] drops and
+//! the next request of about that size takes them again. Large blocks are anonymous mappings with `MADV_HUGEPAGE`.
+//! Every block is accounted under a [`Category`], in use and at the moment of the highest use.
+//!
+//! This module does not know tensors, and it never zeroes a block on its own: a fresh block is zero, a reused one
+//! holds whatever it held before (always initialized bytes).
+
+use crate::Element;
+use std::alloc::Layout;
+use std::collections::BTreeMap;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+/// What a block of memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Category {
+    /// Parameters in the representation that the forward pass reads.
+    Weights,
+    /// Gradients of parameters.
+    Gradients,
+    /// Moments and the low halves of master weights.
+    Optimizer,
+    /// Values kept from the forward to the backward pass, and values in flight.
+    Activations,
+    /// Scratch that lives within one operation.
+    Workspace,
+}
+
+impl Category {
+    /// All categories, in report order.
+    pub const ALL: [Category; 5] = [
+        Category::Weights,
+        Category::Gradients,
+        Category::Optimizer,
+        Category::Activations,
+        Category::Workspace,
+    ];
+
+    /// Lower-case name for reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Category::Weights => "weights",
+            Category::Gradients => "gradients",
+            Category::Optimizer => "optimizer",
+            Category::Activations => "activations",
+            Category::Workspace => "workspace",
+        }
+    }
+}
+
+/// Bytes in use by category, in the order of [`Category::ALL`], and bytes taken from the system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes in use by category.
+    pub by_category: [usize; 5],
+    /// Bytes taken from the system: in use and on the free list.
+    pub reserved: usize,
+}
+
+impl Usage {
+    /// Bytes in use, all categories together.
+    pub fn in_use(&self) -> usize {
+        self.by_category.iter().sum()
+    }
+
+    /// Bytes in use under `category`.
+    pub fn of(&self, category: Category) -> usize {
+        self.by_category[category as usize]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Block {
+    ptr: NonNull<u8>,
+    capacity: usize,
+}
+
+#[derive(Default)]
+struct State {
+    free: BTreeMap<usize, Vec<Block>>,
+    now: Usage,
+    peak: Usage,
+}
+
+struct Inner {
+    state: Mutex<State>,
+}
+
+// SAFETY: the raw pointers of the free list are owned by `Inner` alone and only handed out one at a time.
+unsafe impl Send for Inner {}
+// SAFETY: as above; every access goes through the mutex.
+unsafe impl Sync for Inner {}
+
+/// A pool of memory blocks. Clones share the pool.
+#[derive(Clone)]
+pub struct Memory(Arc<Inner>);
+
+/// Blocks from this size on are mapped on their own, on pages of 2 MiB where the system has them.
+const MAPPED_FROM: usize = 1 << 20;
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Memory {
+    /// An empty pool.
+    pub fn new() -> Self {
+        Memory(Arc::new(Inner { state: Mutex::default() }))
+    }
+
+    /// A block of at least `bytes` bytes, aligned to 64. Its contents are unspecified (but initialized).
+    ///
+    /// # Panics
+    /// When the system has no memory left.
+    pub fn alloc(&self, bytes: usize, category: Category) -> Buffer {
+        let capacity = size_class(bytes);
+        let mut state = self.0.state.lock().expect("memory pool");
+        let block = match state.take(capacity) {
+            Some(block) => block,
+            None => {
+                state.now.reserved += capacity;
+                Block { ptr: system_alloc(capacity), capacity }
+            }
+        };
+        state.now.by_category[category as usize] += block.capacity;
+        if state.now.in_use() > state.peak.in_use() {
+            state.peak.by_category = state.now.by_category;
+        }
+        state.peak.reserved = state.peak.reserved.max(state.now.reserved);
+        Buffer { block, bytes, category, home: self.clone() }
+    }
+
+    /// What is in use now.
+    pub fn now(&self) -> Usage {
+        self.0.state.lock().expect("memory pool").now
+    }
+
+    /// What was in use when the use was highest since [`Memory::reset_peak`].
+    pub fn peak(&self) -> Usage {
+        self.0.state.lock().expect("memory pool").peak
+    }
+
+    /// Starts a new measurement of the peak.
+    pub fn reset_peak(&self) {
+        let mut state = self.0.state.lock().expect("memory pool");
+        state.peak = state.now;
+    }
+
+    /// Gives all free blocks back to the system.
+    pub fn trim(&self) {
+        let mut state = self.0.state.lock().expect("memory pool");
+        for block in std::mem::take(&mut state.free).into_values().flatten() {
+            state.now.reserved -= block.capacity;
+            // SAFETY: a block on the free list has no other owner.
+            unsafe { system_free(block) };
+        }
+    }
+}
+
+impl State {
+    /// The smallest free block that fits without wasting more than a quarter of it.
+    fn take(&mut self, capacity: usize) -> Option<Block> {
+        let (&size, _) = self.free.range(capacity..=capacity + capacity / 4).next()?;
+        let blocks = self.free.get_mut(&size)?;
+        let block = blocks.pop();
+        if blocks.is_empty() {
+            self.free.remove(&size);
+        }
+        block
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().expect("memory pool");
+        for block in std::mem::take(&mut state.free).into_values().flatten() {
+            // SAFETY: buffers hold the pool alive, so only free blocks remain here.
+            unsafe { system_free(block) };
+        }
+    }
+}
+
+/// A block of memory, returned to its pool when dropped.
+pub struct Buffer {
+    block: Block,
+    bytes: usize,
+    category: Category,
+    home: Memory,
+}
+
+// SAFETY: a buffer owns its block exclusively; access follows the borrow of the buffer.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; `&Buffer` gives only shared slices.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// The bytes asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// What the block is accounted under.
+    pub fn category(&self) -> Category {
+        self.category
+    }
+
+    /// The pool that the block returns to.
+    pub fn memory(&self) -> &Memory {
+        &self.home
+    }
+
+    /// The block as elements of `E`.
+    pub fn as_slice<E: Element>(&self) -> &[E] {
+        // SAFETY: the block is initialized, aligned to 64, at least `bytes` long, and every bit pattern is a valid `E`.
+        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>()) }
+    }
+
+    /// The block as mutable elements of `E`.
+    pub fn as_mut_slice<E: Element>(&mut self) -> &mut [E] {
+        // SAFETY: as in `as_slice`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>()) }
+    }
+
+    /// The block as 16-bit integers: the low halves of split master weights.
+    pub fn as_i16(&self) -> &[i16] {
+        // SAFETY: as in `as_slice`; every bit pattern is a valid `i16`.
+        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes / 2) }
+    }
+
+    /// The block as mutable 16-bit integers.
+    pub fn as_i16_mut(&mut self) -> &mut [i16] {
+        // SAFETY: as in `as_mut_slice`; every bit pattern is a valid `i16`.
+        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().cast(), self.bytes / 2) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut state = self.home.0.state.lock().expect("memory pool");
+        state.now.by_category[self.category as usize] -= self.block.capacity;
+        state.free.entry(self.block.capacity).or_default().push(self.block);
+    }
+}
+
+/// Rounds up to an eighth of the next lower power of two (64 bytes at least), so that sizes repeat.
+fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(64);
+    let step = (bytes.next_power_of_two() / 16).max(64);
+    let class = bytes.div_ceil(step) * step;
+    if class >= MAPPED_FROM { class.div_ceil(4096) * 4096 } else { class }
+}
+
+fn system_alloc(capacity: usize) -> NonNull<u8> {
+    let ptr = if capacity >= MAPPED_FROM {
+        // SAFETY: a fresh anonymous mapping; the result is checked.
+        unsafe {
+            let ptr = libc::mmap(
+                std::ptr::null_mut(),
+                capacity,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if ptr == libc::MAP_FAILED {
+                std::ptr::null_mut()
+            } else {
+                #[cfg(target_os = "linux")]
+                libc::madvise(ptr, capacity, libc::MADV_HUGEPAGE);
+                ptr.cast()
+            }
+        }
+    } else {
+        // SAFETY: the layout has a non-zero size.
+        unsafe { std::alloc::alloc_zeroed(layout(capacity)) }
+    };
+    NonNull::new(ptr).unwrap_or_else(|| panic!("the system has no memory left for a block of {capacity} bytes"))
+}
+
+/// # Safety
+/// `block` must come from [`system_alloc`] and have no other owner.
+unsafe fn system_free(block: Block) {
+    if block.capacity >= MAPPED_FROM {
+        // SAFETY: the mapping was made with this address and length.
+        unsafe { libc::munmap(block.ptr.as_ptr().cast(), block.capacity) };
+    } else {
+        // SAFETY: allocated with the same layout.
+        unsafe { std::alloc::dealloc(block.ptr.as_ptr(), layout(block.capacity)) };
+    }
+}
+
+fn layout(capacity: usize) -> Layout {
+    Layout::from_size_align(capacity, 64).expect("a block size")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_reused_and_accounted() {
+        let memory = Memory::new();
+        for bytes in [0usize, 1, 63, 64, 1000, 70_000, 1 << 20, 3_000_000, 9_999_999] {
+            let mut a = memory.alloc(bytes, Category::Activations);
+            a.as_mut_slice::<f32>().fill(1.5);
+            assert_eq!(a.as_slice::<f32>().len(), bytes / 4);
+            assert_eq!(a.as_slice::<f32>().as_ptr() as usize % 64, 0);
+            assert!(memory.now().of(Category::Activations) >= bytes);
+            assert!(memory.now().in_use() <= bytes.max(64) * 9 / 8 + 4096, "{bytes}: little is wasted");
+            let reserved = memory.now().reserved;
+            drop(a);
+            let b = memory.alloc(bytes, Category::Workspace);
+            assert_eq!(memory.now().reserved, reserved, "{bytes}: the block is taken again");
+            assert_eq!(memory.now().of(Category::Activations), 0);
+            drop(b);
+        }
+        memory.trim();
+        assert_eq!(memory.now(), Usage::default());
+        assert!(memory.peak().in_use() >= 9_999_999);
+    }
+}
