@@ -1,0 +1,512 @@
+//! From one row of logits to one token.
+//!
+//! The transforms compose in the order of Hugging Face transformers: repetition penalty, temperature, top-k,
+//! top-p, min-p. Randomness is an argument: the same logits, settings and generator state give the same token
+//! on every machine. The module neither runs a model nor decides when to stop.
+
+use std::cmp::Ordering;
+
+use windlass_tensor::rng::Rng;
+
+use crate::InferError;
+
+/// The user's sampling settings, under the names of `generation_config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 is greedy decoding, where the truncations below change nothing.
+    pub temperature: f64,
+    /// Keeps the k most likely tokens (and those tied with the k-th); 0 is off.
+    pub top_k: usize,
+    /// Keeps the smallest set of most likely tokens whose probabilities sum to this or more; 1 is off.
+    pub top_p: f64,
+    /// Keeps tokens at least this many times as likely as the most likely one; 0 is off.
+    pub min_p: f64,
+    /// Divides positive and multiplies negative logits of the tokens seen before; 1 is off.
+    pub repetition_penalty: f64,
+}
+
+impl Default for SamplingParams {
+    /// The model's own distribution: temperature 1 and everything else off.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// The most likely token at each step.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            ..Self::default()
+        }
+    }
+
+    /// Checks every setting against its range.
+    ///
+    /// # Errors
+    /// [`InferError::Setting`] names the first flag at fault.
+    pub fn validate(&self) -> Result<(), InferError> {
+        let refuse = |flag, value: f64, rule, hint| {
+            Err(InferError::Setting {
+                flag,
+                value: value.to_string(),
+                rule,
+                hint,
+            })
+        };
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            let hint = "0 always takes the most likely token; 0.7 to 1 are usual";
+            let rule = "a number of 0 or more";
+            return refuse("temperature", self.temperature, rule, hint);
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            let hint = "1 keeps every token; 0.9 and 0.95 are usual";
+            let rule = "more than 0 and at most 1";
+            return refuse("top-p", self.top_p, rule, hint);
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            let hint = "0 keeps every token; 0.05 and 0.1 are usual";
+            return refuse("min-p", self.min_p, "between 0 and 1", hint);
+        }
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            let hint = "1 is no penalty; 1.1 and 1.2 are usual";
+            let rule = "a number greater than 0";
+            return refuse("repetition-penalty", self.repetition_penalty, rule, hint);
+        }
+        Ok(())
+    }
+}
+
+/// A token that may be chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidate {
+    /// The token id.
+    pub id: u32,
+    /// The probability, among the candidates it came with.
+    pub probability: f64,
+}
+
+impl Candidate {
+    /// The order of preference: by probability, and of equals the lower id is the greater.
+    fn preference(&self, other: &Self) -> Ordering {
+        let by_probability = self.probability.total_cmp(&other.probability);
+        by_probability.then(other.id.cmp(&self.id))
+    }
+}
+
+/// Checked settings and the scratch space to apply them.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    params: SamplingParams,
+    scores: Vec<f32>,
+    order: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+impl Sampler {
+    /// A sampler for valid settings.
+    ///
+    /// # Errors
+    /// Those of [`SamplingParams::validate`].
+    pub fn new(params: SamplingParams) -> Result<Self, InferError> {
+        params.validate()?;
+        Ok(Self {
+            params,
+            scores: Vec::new(),
+            order: Vec::new(),
+            candidates: Vec::new(),
+        })
+    }
+
+    /// The settings.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Chooses one token, drawing at most one number from `rng` (none when greedy).
+    ///
+    /// `previous` holds the ids that the repetition penalty counts: the prompt and what was generated.
+    ///
+    /// # Errors
+    /// [`InferError::BadLogit`] and [`InferError::NoToken`].
+    ///
+    /// # Panics
+    /// When an id in `previous` has no logit.
+    #[track_caller]
+    pub fn sample(
+        &mut self,
+        logits: &[f32],
+        previous: &[u32],
+        rng: &mut Rng,
+    ) -> Result<u32, InferError> {
+        if self.params.temperature == 0.0 {
+            self.penalize(logits, previous);
+            return Ok(best(&self.scores)?.0);
+        }
+        let candidates = self.distribution(logits, previous)?;
+        // The cumulative sum ends within rounding of 1: a draw beyond it belongs to the last token.
+        let draw = rng.uniform_f64();
+        let mut sum = 0.0;
+        let mut chosen = None;
+        for candidate in candidates.iter().filter(|c| c.probability > 0.0) {
+            chosen = Some(candidate.id);
+            sum += candidate.probability;
+            if sum > draw {
+                break;
+            }
+        }
+        chosen.ok_or(InferError::NoToken {
+            vocabulary: logits.len(),
+        })
+    }
+
+    /// The tokens left by the settings with their probabilities, which sum to 1, in the order of ids.
+    ///
+    /// Greedy settings leave the most likely token alone.
+    ///
+    /// # Errors
+    /// [`InferError::BadLogit`] and [`InferError::NoToken`].
+    ///
+    /// # Panics
+    /// When an id in `previous` has no logit.
+    ///
+    /// # Source
+    /// transformers, `generation/logits_process.py`: the classes `RepetitionPenaltyLogitsProcessor` to
+    /// `MinPLogitsWarper`. Of tokens tied at the border of top-p, whose order is unspecified there, the lower
+    /// ids are kept.
+    #[track_caller]
+    pub fn distribution(
+        &mut self,
+        logits: &[f32],
+        previous: &[u32],
+    ) -> Result<&[Candidate], InferError> {
+        self.penalize(logits, previous);
+        let (best_id, best_score) = best(&self.scores)?;
+        self.candidates.clear();
+        if self.params.temperature == 0.0 {
+            self.candidates.push(Candidate {
+                id: best_id,
+                probability: 1.0,
+            });
+            return Ok(&self.candidates);
+        }
+        let floor = self.top_k_floor();
+        for (id, &score) in self.scores.iter().enumerate() {
+            if score >= floor && score > f32::NEG_INFINITY {
+                // Relative to the best score the exponent is at most 0, and the best weight exactly 1.
+                let distance = f64::from(score) - f64::from(best_score);
+                self.candidates.push(Candidate {
+                    id: id as u32,
+                    probability: (distance / self.params.temperature).exp(),
+                });
+            }
+        }
+        if self.params.top_p < 1.0 {
+            keep_top_p(&mut self.candidates, self.params.top_p);
+        }
+        let min_p = self.params.min_p;
+        self.candidates.retain(|c| c.probability >= min_p);
+        let total: f64 = self.candidates.iter().map(|c| c.probability).sum();
+        for candidate in &mut self.candidates {
+            candidate.probability /= total;
+        }
+        Ok(&self.candidates)
+    }
+
+    /// Fills `scores` with the logits after the repetition penalty, which counts each previous id once.
+    #[track_caller]
+    fn penalize(&mut self, logits: &[f32], previous: &[u32]) {
+        self.scores.clear();
+        self.scores.extend_from_slice(logits);
+        let penalty = self.params.repetition_penalty as f32;
+        if penalty == 1.0 {
+            return;
+        }
+        for &id in previous {
+            assert!(
+                (id as usize) < logits.len(),
+                "previous token {id} of a vocabulary of {}",
+                logits.len()
+            );
+            let logit = logits[id as usize];
+            self.scores[id as usize] = if logit < 0.0 {
+                logit * penalty
+            } else {
+                logit / penalty
+            };
+        }
+    }
+
+    /// The score of the k-th best token, or −∞ when top-k keeps all.
+    fn top_k_floor(&mut self) -> f32 {
+        let k = self.params.top_k;
+        if k == 0 || k >= self.scores.len() {
+            return f32::NEG_INFINITY;
+        }
+        self.order.clear();
+        self.order.extend_from_slice(&self.scores);
+        let (_, floor, _) = self
+            .order
+            .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+        *floor
+    }
+}
+
+/// The lowest id with the greatest score, and that score.
+fn best(scores: &[f32]) -> Result<(u32, f32), InferError> {
+    let mut found = (0, f32::NEG_INFINITY);
+    for (id, &score) in scores.iter().enumerate() {
+        if score.is_nan() || score == f32::INFINITY {
+            return Err(InferError::BadLogit {
+                token: id as u32,
+                value: score,
+            });
+        }
+        if score > found.1 {
+            found = (id as u32, score);
+        }
+    }
+    if found.1 == f32::NEG_INFINITY {
+        return Err(InferError::NoToken {
+            vocabulary: scores.len(),
+        });
+    }
+    Ok(found)
+}
+
+/// Drops the least likely candidates while their probabilities sum to at most 1 − `top_p`.
+fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64) {
+    let total: f64 = candidates.iter().map(|c| c.probability).sum();
+    let budget = (1.0 - top_p) * total;
+    // All candidates below this together weigh less than the budget, so they go without being sorted:
+    // of a large vocabulary that leaves a few hundred. Their weight still counts.
+    let surely_dropped = budget / candidates.len() as f64;
+    let mut dropped = 0.0;
+    candidates.retain(|c| {
+        let keep = c.probability >= surely_dropped;
+        if !keep {
+            dropped += c.probability;
+        }
+        keep
+    });
+    let mut ascending = candidates.clone();
+    ascending.sort_unstable_by(Candidate::preference);
+    let Some((&last, rest)) = ascending.split_last() else {
+        return;
+    };
+    let lowest_kept = rest.iter().find(|c| {
+        dropped += c.probability;
+        dropped > budget
+    });
+    let lowest_kept = *lowest_kept.unwrap_or(&last);
+    candidates.retain(|c| c.preference(&lowest_kept) != Ordering::Less);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 10] = [1.5, -0.5, 2.25, 0.0, -3.0, 2.0, 0.75, -1.25, 3.0, 0.5];
+    const PREVIOUS: [u32; 5] = [8, 1, 8, 3, 4];
+
+    fn params(penalty: f64, temperature: f64, top_k: usize, top_p: f64, min_p: f64) -> Sampler {
+        Sampler::new(SamplingParams {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty: penalty,
+        })
+        .unwrap()
+    }
+
+    /// Probabilities by the logits processors of transformers 5.23 and torch 2.15, chained in this order.
+    #[test]
+    fn distributions_equal_those_of_transformers() {
+        #[rustfmt::skip]
+        let cases: [((f64, f64, usize, f64, f64), [f64; 10]); 14] = [
+            ((1.0, 1.0, 0, 1.0, 0.0), [0.095046566, 0.0128631539, 0.201213582, 0.0212077555, 0.00105587197, 0.156705295, 0.0448968187, 0.00607612368, 0.425969156, 0.0349656776]),
+            ((1.3, 1.0, 0, 1.0, 0.0), [0.121112992, 0.0141077452, 0.256396206, 0.0270239613, 0.000547016711, 0.199681566, 0.0572097266, 0.00774249456, 0.271623311, 0.0445549799]),
+            ((0.8, 1.0, 0, 1.0, 0.0), [0.0643063176, 0.00961820707, 0.136136475, 0.0143486789, 0.00130168266, 0.106023194, 0.0303761536, 0.00411096534, 0.610121354, 0.0236569722]),
+            ((1.0, 0.5, 0, 1.0, 0.0), [0.0348234446, 0.000637813636, 0.156067851, 0.00173375722, 4.29755448e-06, 0.0946599367, 0.00777016077, 0.000142315459, 0.699447582, 0.00471284074]),
+            ((1.0, 2.0, 0, 1.0, 0.0), [0.119784556, 0.0440662757, 0.174285501, 0.056582218, 0.0126251994, 0.153806415, 0.0823266414, 0.0302862788, 0.253583908, 0.072653006]),
+            ((1.0, 1.0, 3, 1.0, 0.0), [0.0, 0.0, 0.256686636, 0.0, 0.0, 0.199907753, 0.0, 0.0, 0.543405612, 0.0]),
+            ((1.0, 1.0, 0, 0.7, 0.0), [0.0, 0.0, 0.256686636, 0.0, 0.0, 0.199907753, 0.0, 0.0, 0.543405612, 0.0]),
+            ((1.0, 1.0, 0, 0.95, 0.0), [0.0991310534, 0.0, 0.209860442, 0.0, 0.0, 0.163439476, 0.0468261939, 0.0, 0.444274558, 0.0364682765]),
+            ((1.0, 1.0, 0, 0.01, 0.0), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+            ((1.0, 1.0, 0, 1.0, 0.1), [0.10288302, 0.0, 0.217803355, 0.0, 0.0, 0.169625423, 0.0485984974, 0.0, 0.461089705, 0.0]),
+            ((1.0, 1.0, 0, 1.0, 0.5), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+            ((1.2, 0.7, 6, 0.9, 0.05), [0.0986678919, 0.0, 0.288065637, 0.0, 0.0, 0.201551601, 0.0, 0.0, 0.41171487, 0.0]),
+            ((1.5, 1.5, 7, 0.8, 0.2), [0.165385566, 0.0, 0.2726747, 0.0, 0.0, 0.230814159, 0.100311416, 0.0, 0.230814159, 0.0]),
+            ((1.1, 0.9, 20, 0.99, 0.01), [0.099905581, 0.0102414954, 0.229880315, 0.0188697253, 0.0, 0.174126341, 0.0434187848, 0.0, 0.390669543, 0.032888215]),
+        ];
+        for ((penalty, temperature, top_k, top_p, min_p), expected) in cases {
+            let mut sampler = params(penalty, temperature, top_k, top_p, min_p);
+            let mut full = [0.0; 10];
+            for candidate in sampler.distribution(&LOGITS, &PREVIOUS).unwrap() {
+                full[candidate.id as usize] = candidate.probability;
+            }
+            for (id, (got, want)) in full.iter().zip(&expected).enumerate() {
+                let close = (got - want).abs() <= 2e-6 * want;
+                assert!(close, "{:?}: token {id}: {got} {want}", sampler.params());
+            }
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equals_and_draws_nothing() {
+        let mut sampler = Sampler::new(SamplingParams::greedy()).unwrap();
+        let mut rng = Rng::new(1);
+        for (logits, expected) in [
+            (&[0.0, 2.0, 2.0, 1.0][..], 1),
+            (&[f32::NEG_INFINITY, -7.0, f32::NEG_INFINITY], 1),
+            (&[0.0, -0.0], 0),
+            (&LOGITS, 8),
+        ] {
+            assert_eq!(sampler.sample(logits, &[], &mut rng), Ok(expected));
+            let alone = sampler.distribution(logits, &[]).unwrap();
+            assert_eq!((alone.len(), alone[0].id), (1, expected));
+        }
+        assert_eq!(rng, Rng::new(1));
+        let mut penalized = params(2.0, 0.0, 0, 1.0, 0.0);
+        assert_eq!(penalized.sample(&LOGITS, &[8, 8], &mut rng), Ok(2));
+    }
+
+    #[test]
+    fn ties_follow_the_stated_rules() {
+        let kept = |mut sampler: Sampler, logits: &[f32]| -> Vec<u32> {
+            let candidates = sampler.distribution(logits, &[]).unwrap();
+            candidates.iter().map(|c| c.id).collect()
+        };
+        let tied = [1.0, 2.0, 1.0, 1.0];
+        assert_eq!(kept(params(1.0, 1.0, 2, 1.0, 0.0), &tied), [0, 1, 2, 3]);
+        assert_eq!(kept(params(1.0, 1.0, 1, 1.0, 0.0), &tied), [1]);
+        assert_eq!(kept(params(1.0, 1.0, 0, 0.5, 0.0), &[0.0; 4]), [0, 1]);
+        assert_eq!(kept(params(1.0, 1.0, 0, 1.0, 1.0), &tied), [1]);
+        let cold = [0.0, f32::MAX, f32::MIN, f32::NEG_INFINITY];
+        assert_eq!(kept(params(1.0, 1e-300, 0, 0.5, 0.0), &cold), [1]);
+    }
+
+    /// Top-p of a large vocabulary against the definition, computed by a full sort.
+    #[test]
+    fn top_p_of_a_large_vocabulary_equals_the_definition() {
+        let mut rng = Rng::new(3);
+        let mut logits = vec![0.0; 5000];
+        for (std, top_p) in [(0.05, 0.3), (0.5, 0.5), (3.0, 0.9), (8.0, 0.999)] {
+            rng.fill_normal(&mut logits, 0.0, std);
+            let mut all = Sampler::new(SamplingParams::default()).unwrap();
+            let mut sorted = all.distribution(&logits, &[]).unwrap().to_vec();
+            sorted.sort_by(|a, b| b.preference(a));
+            let mut mass = 0.0;
+            let keep = sorted.iter().take_while(|c| {
+                let needed = mass < top_p;
+                mass += c.probability;
+                needed
+            });
+            let mut expected: Vec<u32> = keep.map(|c| c.id).collect();
+            expected.sort_unstable();
+            let mut sampler = params(1.0, 1.0, 0, top_p, 0.0);
+            let got = sampler.distribution(&logits, &[]).unwrap();
+            let got: Vec<u32> = got.iter().map(|c| c.id).collect();
+            assert!(got == expected, "deviation {std}, top-p {top_p}");
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_and_the_seed() {
+        // The 0.999 quantiles of chi-square for 1 to 9 degrees of freedom.
+        let limits = [
+            10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32, 26.12, 27.88,
+        ];
+        for (index, mut sampler) in [
+            params(1.0, 1.0, 0, 1.0, 0.0),
+            params(1.2, 0.7, 6, 0.9, 0.05),
+            params(1.1, 2.0, 0, 0.8, 0.0),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let candidates = sampler.distribution(&LOGITS, &PREVIOUS).unwrap().to_vec();
+            let draws = 100_000;
+            let mut rng = Rng::stream(11, index as u64);
+            let mut again = rng.clone();
+            let mut counts = [0u32; 10];
+            for _ in 0..draws {
+                let token = sampler.sample(&LOGITS, &PREVIOUS, &mut rng).unwrap();
+                counts[token as usize] += 1;
+            }
+            let statistic: f64 = candidates
+                .iter()
+                .map(|c| {
+                    let expected = c.probability * f64::from(draws);
+                    (f64::from(counts[c.id as usize]) - expected).powi(2) / expected
+                })
+                .sum();
+            let limit = limits[candidates.len() - 2];
+            assert!(statistic < limit, "{statistic} of {limit}: {counts:?}");
+            let inside: u32 = candidates.iter().map(|c| counts[c.id as usize]).sum();
+            assert_eq!(inside, draws, "a dropped token was drawn: {counts:?}");
+            let mut repeated = [0u32; 10];
+            for _ in 0..draws {
+                let token = sampler.sample(&LOGITS, &PREVIOUS, &mut again).unwrap();
+                repeated[token as usize] += 1;
+            }
+            assert_eq!(counts, repeated);
+        }
+    }
+
+    #[test]
+    fn bad_settings_and_logits_are_refused_by_name() {
+        let flag = |change: fn(&mut SamplingParams)| {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            let error = Sampler::new(params).unwrap_err();
+            assert!(error.hint().is_some(), "{error}");
+            error.to_string()
+        };
+        for (got, expected) in [
+            (
+                flag(|p| p.temperature = -0.5),
+                "--temperature -0.5: must be a number of 0 or more",
+            ),
+            (
+                flag(|p| p.temperature = f64::INFINITY),
+                "--temperature inf: must be a number of 0 or more",
+            ),
+            (
+                flag(|p| p.top_p = 0.0),
+                "--top-p 0: must be more than 0 and at most 1",
+            ),
+            (
+                flag(|p| p.top_p = f64::NAN),
+                "--top-p NaN: must be more than 0 and at most 1",
+            ),
+            (
+                flag(|p| p.min_p = 1.5),
+                "--min-p 1.5: must be between 0 and 1",
+            ),
+            (
+                flag(|p| p.repetition_penalty = 0.0),
+                "--repetition-penalty 0: must be a number greater than 0",
+            ),
+        ] {
+            assert_eq!(got, expected);
+        }
+        let mut sampler = params(1.0, 1.0, 2, 0.9, 0.1);
+        let mut rng = Rng::new(0);
+        let mut sample = |logits: &[f32]| sampler.sample(logits, &[], &mut rng).unwrap_err();
+        let nan = sample(&[0.0, f32::NAN]).to_string();
+        assert_eq!(nan, "the model gave the logit NaN to token 1");
+        let infinite = sample(&[f32::INFINITY, 0.0]).to_string();
+        assert_eq!(infinite, "the model gave the logit inf to token 0");
+        let none = InferError::NoToken { vocabulary: 2 };
+        assert_eq!(sample(&[f32::NEG_INFINITY; 2]), none);
+        assert_eq!(sample(&[]), InferError::NoToken { vocabulary: 0 });
+    }
+}
