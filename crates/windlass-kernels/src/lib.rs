@@ -8,6 +8,7 @@
 
 mod element;
 pub mod memory;
-
+pub mod simd;
+pub mod split;
 
 pub use element::{DType, Element, Float};
