@@ -6,8 +6,10 @@
 //!
 //! This crate knows nothing of tensors, models or files.
 
+pub mod dispatch;
 mod element;
 pub mod memory;
+pub mod pool;
 pub mod simd;
 pub mod split;
 
