@@ -6,11 +6,24 @@
 //!
 //! This crate knows nothing of tensors, models or files.
 
+pub mod activation;
+pub mod cast;
+pub mod cross_entropy;
 pub mod dispatch;
 mod element;
+pub mod elementwise;
+pub mod embedding;
 pub mod memory;
+pub mod norm;
+pub mod optim;
 pub mod pool;
+pub mod reduce;
+pub mod reference;
+pub mod rope;
 pub mod simd;
+pub mod softmax;
 pub mod split;
+mod tasks;
+pub mod topk;
 
 pub use element::{DType, Element, Float};
