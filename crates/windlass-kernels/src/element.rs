@@ -57,7 +57,9 @@ mod sealed {
 /// A storage type: `f32`, `bf16` (arithmetic in `f32`), or `f64` (scalar reference only).
 ///
 /// Arithmetic is done in [`Element::Acc`]; loads widen, stores round to nearest even.
-pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
+pub trait Element:
+    sealed::Sealed + Copy + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static
+{
     /// The arithmetic type.
     type Acc: Float;
     /// The storage type's tag.

@@ -17,6 +17,7 @@ pub mod memory;
 pub mod norm;
 pub mod optim;
 pub mod pool;
+pub mod quant;
 pub mod reduce;
 pub mod reference;
 pub mod rope;

@@ -109,7 +109,9 @@ impl Default for Memory {
 impl Memory {
     /// An empty pool.
     pub fn new() -> Self {
-        Memory(Arc::new(Inner { state: Mutex::default() }))
+        Memory(Arc::new(Inner {
+            state: Mutex::default(),
+        }))
     }
 
     /// A block of at least `bytes` bytes, aligned to 64. Its contents are unspecified (but initialized).
@@ -123,7 +125,10 @@ impl Memory {
             Some(block) => block,
             None => {
                 state.now.reserved += capacity;
-                Block { ptr: system_alloc(capacity), capacity }
+                Block {
+                    ptr: system_alloc(capacity),
+                    capacity,
+                }
             }
         };
         state.now.by_category[category as usize] += block.capacity;
@@ -131,7 +136,12 @@ impl Memory {
             state.peak.by_category = state.now.by_category;
         }
         state.peak.reserved = state.peak.reserved.max(state.now.reserved);
-        Buffer { block, bytes, category, home: self.clone() }
+        Buffer {
+            block,
+            bytes,
+            category,
+            home: self.clone(),
+        }
     }
 
     /// What is in use now.
@@ -216,13 +226,20 @@ impl Buffer {
     /// The block as elements of `E`.
     pub fn as_slice<E: Element>(&self) -> &[E] {
         // SAFETY: the block is initialized, aligned to 64, at least `bytes` long, and every bit pattern is a valid `E`.
-        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>()) }
+        unsafe {
+            std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>())
+        }
     }
 
     /// The block as mutable elements of `E`.
     pub fn as_mut_slice<E: Element>(&mut self) -> &mut [E] {
         // SAFETY: as in `as_slice`, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>()) }
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.block.ptr.as_ptr().cast(),
+                self.bytes / size_of::<E>(),
+            )
+        }
     }
 
     /// The block as 16-bit integers: the low halves of split master weights.
@@ -242,7 +259,11 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let mut state = self.home.0.state.lock().expect("memory pool");
         state.now.by_category[self.category as usize] -= self.block.capacity;
-        state.free.entry(self.block.capacity).or_default().push(self.block);
+        state
+            .free
+            .entry(self.block.capacity)
+            .or_default()
+            .push(self.block);
     }
 }
 
@@ -251,7 +272,11 @@ fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(64);
     let step = (bytes.next_power_of_two() / 16).max(64);
     let class = bytes.div_ceil(step) * step;
-    if class >= MAPPED_FROM { class.div_ceil(4096) * 4096 } else { class }
+    if class >= MAPPED_FROM {
+        class.div_ceil(4096) * 4096
+    } else {
+        class
+    }
 }
 
 fn system_alloc(capacity: usize) -> NonNull<u8> {
@@ -278,7 +303,8 @@ fn system_alloc(capacity: usize) -> NonNull<u8> {
         // SAFETY: the layout has a non-zero size.
         unsafe { std::alloc::alloc_zeroed(layout(capacity)) }
     };
-    NonNull::new(ptr).unwrap_or_else(|| panic!("the system has no memory left for a block of {capacity} bytes"))
+    NonNull::new(ptr)
+        .unwrap_or_else(|| panic!("the system has no memory left for a block of {capacity} bytes"))
 }
 
 /// # Safety
@@ -304,17 +330,34 @@ mod tests {
     #[test]
     fn blocks_are_reused_and_accounted() {
         let memory = Memory::new();
-        for bytes in [0usize, 1, 63, 64, 1000, 70_000, 1 << 20, 3_000_000, 9_999_999] {
+        for bytes in [
+            0usize,
+            1,
+            63,
+            64,
+            1000,
+            70_000,
+            1 << 20,
+            3_000_000,
+            9_999_999,
+        ] {
             let mut a = memory.alloc(bytes, Category::Activations);
             a.as_mut_slice::<f32>().fill(1.5);
             assert_eq!(a.as_slice::<f32>().len(), bytes / 4);
             assert_eq!(a.as_slice::<f32>().as_ptr() as usize % 64, 0);
             assert!(memory.now().of(Category::Activations) >= bytes);
-            assert!(memory.now().in_use() <= bytes.max(64) * 9 / 8 + 4096, "{bytes}: little is wasted");
+            assert!(
+                memory.now().in_use() <= bytes.max(64) * 9 / 8 + 4096,
+                "{bytes}: little is wasted"
+            );
             let reserved = memory.now().reserved;
             drop(a);
             let b = memory.alloc(bytes, Category::Workspace);
-            assert_eq!(memory.now().reserved, reserved, "{bytes}: the block is taken again");
+            assert_eq!(
+                memory.now().reserved,
+                reserved,
+                "{bytes}: the block is taken again"
+            );
             assert_eq!(memory.now().of(Category::Activations), 0);
             drop(b);
         }
