@@ -9,6 +9,7 @@
 pub mod activation;
 pub mod cast;
 pub mod cross_entropy;
+pub mod attention;
 pub mod dispatch;
 mod element;
 pub mod elementwise;

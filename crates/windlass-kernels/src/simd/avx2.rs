@@ -9,7 +9,7 @@ use super::Simd;
 
 /// Eight `f32` lanes.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx2(__m256);
+pub struct Avx2(pub(crate) __m256);
 
 /// The mask of the first `n` lanes.
 ///

@@ -9,7 +9,7 @@ use super::Simd;
 
 /// Sixteen `f32` lanes.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512(__m512);
+pub struct Avx512(pub(crate) __m512);
 
 /// The mask of the first `n` lanes.
 #[inline(always)]

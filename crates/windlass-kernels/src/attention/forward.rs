@@ -1,0 +1,302 @@
+//! The forward pass of one block of queries: tiles of keys from left to right, softmax kept as running maximum and sum.
+
+use super::tile::{
+    KEYS, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row, take,
+};
+use super::{AttentionShape, Block, Forward, KvView, Segment};
+use crate::pool::Worker;
+use crate::simd::SimdElement;
+use std::ops::Range;
+
+/// The part of a tile that each of some rows sees, and whether any row sees less than all or anything at all.
+pub(super) struct Edges {
+    pub seen: [(u8, u8); ROWS],
+    pub all: bool,
+    pub none: bool,
+}
+
+impl Edges {
+    /// Of the tile `keys`, for rows whose queries are given by `query`.
+    #[inline(always)]
+    pub fn new(
+        shape: &AttentionShape,
+        segment: &Segment,
+        keys: &Range<usize>,
+        rows: Range<usize>,
+        queries: &Range<usize>,
+    ) -> Edges {
+        let mut edges = Edges {
+            seen: [(0, 0); ROWS],
+            all: true,
+            none: true,
+        };
+        let mut i = rows.start % queries.len();
+        for seen in &mut edges.seen[..rows.len()] {
+            let visible = segment.visible(shape, queries.start + i);
+            let start = visible.start.clamp(keys.start, keys.end) - keys.start;
+            let end = visible.end.clamp(keys.start, keys.end) - keys.start;
+            *seen = (start as u8, end as u8);
+            edges.all &= start == 0 && end == keys.len();
+            edges.none &= start >= end;
+            i = if i + 1 == queries.len() { 0 } else { i + 1 };
+        }
+        edges
+    }
+}
+
+/// The addresses of a tile's rows of keys and values. The only place of the vector kernels that asks where they lie.
+#[inline(always)]
+pub(super) fn tile_rows<'a, E: SimdElement>(
+    shape: &AttentionShape,
+    kv: &KvView<'a, E>,
+    kv_head: usize,
+    rows: Range<usize>,
+) -> ([*const E; KEYS], [*const E; KEYS]) {
+    let (mut keys, mut values) = ([std::ptr::null(); KEYS], [std::ptr::null(); KEYS]);
+    for ((key, value), row) in keys.iter_mut().zip(&mut values).zip(rows) {
+        *key = kv.key(row, kv_head, shape.head_dim).as_ptr();
+        *value = kv.value(row, kv_head, shape.head_dim).as_ptr();
+    }
+    (keys, values)
+}
+
+/// Scratch of a block. Rows are ordered by head, then query.
+struct Scratch<'a> {
+    /// `[head_dim, KEYS]`
+    keys: &'a mut [f32],
+    /// `[KEYS, padded]`
+    values: &'a mut [f32],
+    /// `[ROWS, KEYS]`
+    scores: &'a mut [f32],
+    /// `[rows, padded]`, times the scale
+    q: &'a mut [f32],
+    /// `[rows, padded]`, not yet divided by `sum`
+    out: &'a mut [f32],
+    /// `[rows]` each
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn new(worker: &'a mut Worker, head_dim: usize, rows: usize) -> Scratch<'a> {
+        let width = padded(head_dim);
+        let lines = rows.next_multiple_of(16);
+        let rest = &mut worker
+            .scratch::<f32>(2 * KEYS * width + ROWS * KEYS + 2 * rows * width + 2 * lines);
+        let scratch = Scratch {
+            keys: take(rest, KEYS * width),
+            values: take(rest, KEYS * width),
+            scores: take(rest, ROWS * KEYS),
+            q: take(rest, rows * width),
+            out: take(rest, rows * width),
+            max: take(rest, rows),
+            sum: take(rest, rows),
+        };
+        scratch.out.fill(0.0);
+        // Finite, so that a row that has seen no key yet has a difference of maxima.
+        scratch.max.fill(f32::MIN);
+        scratch.sum.fill(0.0);
+        scratch
+    }
+}
+
+/// Attention of one block.
+///
+/// # Safety
+/// The level of `S` is supported, and no other task writes the block's rows.
+#[inline(always)]
+pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
+    call: &Forward<'_, E>,
+    block: &Block,
+    worker: &mut Worker,
+) {
+    let Block {
+        segment,
+        kv_head,
+        queries,
+    } = block;
+    let AttentionShape {
+        heads,
+        head_dim,
+        scale,
+        ..
+    } = *call.shape;
+    let (group, count) = (call.shape.group(), queries.len());
+    let rows = group * count;
+    let scratch = &mut Scratch::new(worker, head_dim, rows);
+    let place = |row: usize| {
+        (
+            segment.q_start + queries.start + row % count,
+            kv_head * group + row / count,
+        )
+    };
+    for row in 0..rows {
+        let (token, head) = place(row);
+        let to = &mut scratch.q[row * padded(head_dim)..];
+        // SAFETY: a row of one head.
+        unsafe {
+            load_rows::<S, E>(
+                &[call.q.head(token, head, head_dim).as_ptr()],
+                head_dim,
+                scale,
+                to,
+            )
+        };
+    }
+    let end = segment.visible(call.shape, queries.end - 1).end;
+    let first = segment.visible(call.shape, queries.start).start / KEYS * KEYS;
+    for start in (first..end).step_by(KEYS) {
+        let keys = start..end.min(start + KEYS);
+        let absolute = segment.kv_start + keys.start..segment.kv_start + keys.end;
+        let (key_rows, value_rows) = tile_rows(call.shape, &call.kv, *kv_head, absolute);
+        // SAFETY: rows of one head.
+        unsafe {
+            load_columns::<S, E>(&key_rows[..keys.len()], head_dim, scratch.keys);
+            load_rows::<S, E>(&value_rows[..keys.len()], head_dim, 1.0, scratch.values);
+        }
+        for start in (0..rows).step_by(ROWS) {
+            let part = start..rows.min(start + ROWS);
+            let edges = Edges::new(call.shape, segment, &keys, part.clone(), queries);
+            if !edges.none {
+                // SAFETY: the level is supported.
+                unsafe { tile::<S>(call.shape, scratch, part, keys.len(), &edges) };
+            }
+        }
+    }
+    for row in 0..rows {
+        let (token, head) = place(row);
+        let sums = &scratch.out[row * padded(head_dim)..];
+        // SAFETY: the caller's promise.
+        unsafe {
+            let out = call.out.slice((token * heads + head) * head_dim, head_dim);
+            store_row::<S, E>(sums.as_ptr(), head_dim, 1.0 / scratch.sum[row], out);
+            call.lse.slice(head * call.tokens + token, 1)[0] =
+                scratch.max[row] + scratch.sum[row].ln();
+        }
+    }
+}
+
+/// One tile: at most [`ROWS`] rows of scratch against the tile's first `keys` keys.
+#[inline(always)]
+unsafe fn tile<S: Tiles>(
+    shape: &AttentionShape,
+    scratch: &mut Scratch,
+    rows: Range<usize>,
+    keys: usize,
+    edges: &Edges,
+) {
+    let width = padded(shape.head_dim);
+    let q = &scratch.q[rows.start * width..rows.end * width];
+    let out = &mut scratch.out[rows.start * width..rows.end * width];
+    let scores = scratch.scores.as_mut_ptr();
+    let mut factors = [0.0; ROWS];
+    // SAFETY: the sizes of scratch.
+    unsafe {
+        S::product(&Product {
+            m: rows.len(),
+            n: keys.next_multiple_of(S::LANES),
+            k: shape.head_dim,
+            a: q.as_ptr(),
+            a_row: width,
+            a_step: 1,
+            b: scratch.keys.as_ptr(),
+            b_stride: KEYS,
+            c: scores,
+            c_stride: KEYS,
+            start: Start::Zero,
+        });
+        let (max, sum) = (
+            &mut scratch.max[rows.clone()],
+            &mut scratch.sum[rows.clone()],
+        );
+        softmax::<S>(
+            shape.softcap,
+            scratch.scores,
+            keys,
+            edges,
+            max,
+            sum,
+            &mut factors,
+        );
+        S::product(&Product {
+            m: rows.len(),
+            n: width,
+            k: keys,
+            a: scores,
+            a_row: KEYS,
+            a_step: 1,
+            b: scratch.values.as_ptr(),
+            b_stride: width,
+            c: out.as_mut_ptr(),
+            c_stride: width,
+            start: Start::Scaled(factors.as_ptr()),
+        });
+    }
+}
+
+/// Turns scores into exponentials relative to the new running maximum, and says by which `factors` older sums shrink.
+///
+/// A key that a row does not see has an exponential of exactly 0, and a tile of which a row sees nothing has a factor
+/// of exactly 1: such tiles leave the row as it is.
+#[inline(always)]
+unsafe fn softmax<S: Tiles>(
+    softcap: Option<f32>,
+    scores: &mut [f32],
+    keys: usize,
+    edges: &Edges,
+    max: &mut [f32],
+    sum: &mut [f32],
+    factors: &mut [f32; ROWS],
+) {
+    let used = keys.next_multiple_of(S::LANES);
+    let mut newest = [0.0f32; ROWS];
+    // SAFETY: `used` scores of each row are in bounds, and the features are there by the caller's promise.
+    unsafe {
+        for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
+            if let Some(cap) = softcap {
+                cap_scores::<S>(cap, &mut line[..used]);
+            }
+            if !edges.all || used != keys {
+                let (start, end) = edges.seen[row];
+                line[..start as usize].fill(f32::NEG_INFINITY);
+                line[end as usize..used].fill(f32::NEG_INFINITY);
+            }
+            let mut most = S::splat(max[row]);
+            for at in (0..used).step_by(S::LANES) {
+                most = S::load(line.as_ptr().add(at)).max(most);
+            }
+            newest[row] = most.hmax();
+        }
+        for row in (0..max.len()).step_by(S::LANES) {
+            let n = max.len() - row;
+            let old = S::load_partial(max.as_ptr().add(row), n);
+            let new = S::load(newest.as_ptr().add(row));
+            (old - new).exp().store(factors.as_mut_ptr().add(row));
+            new.store_partial(max.as_mut_ptr().add(row), n);
+        }
+        for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
+            let max = S::splat(max[row]);
+            let mut total = S::splat(0.0);
+            for at in (0..used).step_by(S::LANES) {
+                let at = line.as_mut_ptr().add(at);
+                let p = (S::load(at) - max).exp();
+                p.store(at);
+                total = total + p;
+            }
+            sum[row] = sum[row] * factors[row] + total.sum();
+        }
+    }
+}
+
+/// `cap * tanh(score / cap)`.
+#[inline(always)]
+unsafe fn cap_scores<S: Tiles>(cap: f32, line: &mut [f32]) {
+    // SAFETY: `line` is whole vectors.
+    unsafe {
+        let (cap, inverse) = (S::splat(cap), S::splat(1.0 / cap));
+        for at in (0..line.len()).step_by(S::LANES) {
+            let at = line.as_mut_ptr().add(at);
+            (cap * (S::load(at) * inverse).tanh()).store(at);
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! What forward and backward tiles are made of: loading rows into `f32` scratch, straight or transposed, and one
+//! register-blocked product.
+//!
+//! Scratch rows of a head are padded with zeros to [`padded`] elements. Every element of a product is one chain of
+//! fused multiply-adds in the order of the inner index, so its bits do not depend on the shape of the block around it.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices of register arrays address memory too"
+)]
+
+use crate::simd::{Simd, SimdElement};
+
+/// Keys of a tile, and the stride of a tile of scores.
+pub(super) const KEYS: usize = 64;
+/// Query rows that a tile of scores holds at most.
+pub(super) const ROWS: usize = 64;
+
+/// Elements of a head's row in scratch: whole vectors at every level.
+pub(super) fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(16)
+}
+
+/// Cuts the next `len` elements, rounded up to whole cache lines, off `rest`.
+pub(super) fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    let (part, left) = std::mem::take(rest).split_at_mut(len.next_multiple_of(16));
+    *rest = left;
+    part
+}
+
+/// Where a [`Product`] starts from.
+#[derive(Clone, Copy)]
+pub(super) enum Start {
+    /// Zeros.
+    Zero,
+    /// What `c` holds.
+    Sum,
+    /// What `c` holds, row `i` times the `i`-th factor.
+    Scaled(*const f32),
+}
+
+/// `c[i, j] = start + sum_p a[i, p] b[p, j]` for `m` rows and `n` columns, a multiple of the lanes.
+///
+/// `a[i, p]` is `a[i * a_row + p * a_step]`; the rows of `b` and `c` are `b_stride` and `c_stride` apart.
+#[derive(Clone, Copy)]
+pub(super) struct Product {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: *const f32,
+    pub a_row: usize,
+    pub a_step: usize,
+    pub b: *const f32,
+    pub b_stride: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    pub start: Start,
+}
+
+/// What attention needs of a vector beyond [`Simd`].
+///
+/// # Safety
+/// As for [`Simd`].
+pub(super) trait Tiles: Simd {
+    /// Transposes the square of the first `LANES` vectors.
+    unsafe fn transpose(square: &mut [Self; 16]);
+    /// Computes a [`Product`] whose pointers are valid; `c` overlaps nothing else.
+    unsafe fn product(product: &Product);
+}
+
+/// Copies `rows` of `width` elements to rows of `padded(width)`, times `scale`.
+#[inline(always)]
+pub(super) unsafe fn load_rows<S: Simd, E: SimdElement>(
+    rows: &[*const E],
+    width: usize,
+    scale: f32,
+    to: &mut [f32],
+) {
+    let stride = padded(width);
+    assert!(to.len() >= rows.len() * stride);
+    // SAFETY: each row has `width` elements by the caller's promise, `to` has room for all.
+    unsafe {
+        let scale = S::splat(scale);
+        for (i, &row) in rows.iter().enumerate() {
+            let to = to.as_mut_ptr().add(i * stride);
+            let mut column = 0;
+            while column + S::LANES <= width {
+                (E::load_vector::<S>(row.add(column)) * scale).store(to.add(column));
+                column += S::LANES;
+            }
+            while column < stride {
+                let left = width.saturating_sub(column);
+                let from = row.add(column.min(width));
+                (E::load_vector_partial::<S>(from, left) * scale).store(to.add(column));
+                column += S::LANES;
+            }
+        }
+    }
+}
+
+/// Copies `rows` of `width` elements to the first columns of `width` rows of [`KEYS`] elements. Columns up to the next
+/// multiple of the lanes receive copies of the last row.
+#[inline(always)]
+pub(super) unsafe fn load_columns<S: Tiles, E: SimdElement>(
+    rows: &[*const E],
+    width: usize,
+    to: &mut [f32],
+) {
+    assert!(!rows.is_empty() && rows.len() <= KEYS && to.len() >= width * KEYS);
+    // SAFETY: each row has `width` elements by the caller's promise, `to` has room for all.
+    unsafe {
+        let to = to.as_mut_ptr();
+        let mut square = [S::splat(0.0); 16];
+        for first in (0..rows.len()).step_by(S::LANES) {
+            let mut from = [rows[rows.len() - 1]; 16];
+            let present = S::LANES.min(rows.len() - first);
+            from[..present].copy_from_slice(&rows[first..first + present]);
+            let mut column = 0;
+            while column + S::LANES <= width {
+                for i in 0..S::LANES {
+                    square[i] = E::load_vector::<S>(from[i].add(column));
+                }
+                S::transpose(&mut square);
+                for i in 0..S::LANES {
+                    square[i].store(to.add((column + i) * KEYS + first));
+                }
+                column += S::LANES;
+            }
+            if column < width {
+                for i in 0..S::LANES {
+                    square[i] = E::load_vector_partial::<S>(from[i].add(column), width - column);
+                }
+                S::transpose(&mut square);
+                for (i, line) in square.iter().enumerate().take(width - column) {
+                    line.store(to.add((column + i) * KEYS + first));
+                }
+            }
+        }
+    }
+}
+
+/// Copies rows of `padded(width)` elements, times `scale`, to rows of `width`.
+#[inline(always)]
+pub(super) unsafe fn store_row<S: Simd, E: SimdElement>(
+    from: *const f32,
+    width: usize,
+    scale: f32,
+    to: &mut [E],
+) {
+    assert_eq!(to.len(), width);
+    let to = to.as_mut_ptr();
+    // SAFETY: `from` has `padded(width)` elements by the caller's promise, `to` has `width`.
+    unsafe {
+        let scale = S::splat(scale);
+        let mut column = 0;
+        while column + S::LANES <= width {
+            E::store_vector::<S>(to.add(column), S::load(from.add(column)) * scale);
+            column += S::LANES;
+        }
+        if column < width {
+            E::store_vector_partial::<S>(
+                to.add(column),
+                S::load(from.add(column)) * scale,
+                width - column,
+            );
+        }
+    }
+}
+
+/// The whole product: panels of at most 4 vectors (2 where there are 16 registers), in blocks of at most 6 rows.
+#[inline(always)]
+unsafe fn product<S: Simd>(p: &Product) {
+    let vectors = p.n / S::LANES;
+    let most = if S::LANES == 16 { 4 } else { 2 };
+    let panels = vectors.div_ceil(most);
+    let mut done = 0;
+    for panel in 0..panels {
+        // Even widths: 5 vectors are 3 and 2, since a panel of 1 waits for its own sums.
+        let wide = (vectors - done).div_ceil(panels - panel);
+        // SAFETY: the panel lies in `b` and `c` by the caller's promise.
+        unsafe {
+            let part = Product {
+                b: p.b.add(done * S::LANES),
+                c: p.c.add(done * S::LANES),
+                ..*p
+            };
+            match wide {
+                4 if S::LANES == 16 => panel_of::<S, 4>(&part),
+                3 if S::LANES == 16 => panel_of::<S, 3>(&part),
+                2 => panel_of::<S, 2>(&part),
+                _ => panel_of::<S, 1>(&part),
+            }
+        }
+        done += wide;
+    }
+}
+
+#[inline(always)]
+unsafe fn panel_of<S: Simd, const N: usize>(p: &Product) {
+    let mut row = 0;
+    // SAFETY: rows below `m` are valid by the caller's promise.
+    unsafe {
+        while p.m - row >= 6 {
+            block::<S, 6, N>(p, row);
+            row += 6;
+        }
+        if p.m - row >= 4 {
+            block::<S, 4, N>(p, row);
+            row += 4;
+        }
+        if p.m - row >= 2 {
+            block::<S, 2, N>(p, row);
+            row += 2;
+        }
+        if p.m - row >= 1 {
+            block::<S, 1, N>(p, row);
+        }
+    }
+}
+
+/// `M` rows of `N` vectors, held in registers over the whole inner dimension.
+#[inline(always)]
+unsafe fn block<S: Simd, const M: usize, const N: usize>(p: &Product, row: usize) {
+    // SAFETY: the block lies in the product by the caller's promise.
+    unsafe {
+        let c = p.c.add(row * p.c_stride);
+        let mut sums = [[S::splat(0.0); N]; M];
+        match p.start {
+            Start::Zero => {}
+            Start::Sum => {
+                for i in 0..M {
+                    for j in 0..N {
+                        sums[i][j] = S::load(c.add(i * p.c_stride + j * S::LANES));
+                    }
+                }
+            }
+            Start::Scaled(factors) => {
+                for i in 0..M {
+                    let factor = S::splat(*factors.add(row + i));
+                    for j in 0..N {
+                        sums[i][j] = S::load(c.add(i * p.c_stride + j * S::LANES)) * factor;
+                    }
+                }
+            }
+        }
+        let mut a = p.a.add(row * p.a_row);
+        let mut b = p.b;
+        for _ in 0..p.k {
+            let mut line = [S::splat(0.0); N];
+            for j in 0..N {
+                line[j] = S::load(b.add(j * S::LANES));
+            }
+            for i in 0..M {
+                let x = S::splat(*a.add(i * p.a_row));
+                for j in 0..N {
+                    sums[i][j] = x.fma(line[j], sums[i][j]);
+                }
+            }
+            a = a.add(p.a_step);
+            b = b.add(p.b_stride);
+        }
+        for i in 0..M {
+            for j in 0..N {
+                sums[i][j].store(c.add(i * p.c_stride + j * S::LANES));
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Product, Tiles, product};
+    use crate::simd::{Avx2, Avx512};
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn product_avx2(p: &Product) {
+        // SAFETY: the caller's promise.
+        unsafe { product::<Avx2>(p) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn product_avx512(p: &Product) {
+        // SAFETY: the caller's promise.
+        unsafe { product::<Avx512>(p) }
+    }
+
+    impl Tiles for Avx2 {
+        #[inline(always)]
+        unsafe fn transpose(square: &mut [Self; 16]) {
+            // SAFETY: the features are there by the caller's promise.
+            unsafe {
+                let mut x = [square[0].0; 8];
+                for i in 0..8 {
+                    x[i] = square[i].0;
+                }
+                for i in (0..8).step_by(2) {
+                    (x[i], x[i + 1]) = (
+                        _mm256_unpacklo_ps(x[i], x[i + 1]),
+                        _mm256_unpackhi_ps(x[i], x[i + 1]),
+                    );
+                }
+                for i in [0, 4] {
+                    let [a, b, c, d] = [x[i], x[i + 1], x[i + 2], x[i + 3]];
+                    x[i] = _mm256_shuffle_ps::<0x44>(a, c);
+                    x[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+                    x[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                    x[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+                }
+                for i in 0..4 {
+                    square[i].0 = _mm256_permute2f128_ps::<0x20>(x[i], x[i + 4]);
+                    square[i + 4].0 = _mm256_permute2f128_ps::<0x31>(x[i], x[i + 4]);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn product(p: &Product) {
+            // SAFETY: the caller's promise.
+            unsafe { product_avx2(p) }
+        }
+    }
+
+    impl Tiles for Avx512 {
+        #[inline(always)]
+        unsafe fn transpose(square: &mut [Self; 16]) {
+            // SAFETY: the features are there by the caller's promise.
+            unsafe {
+                let mut x = [square[0].0; 16];
+                for i in 0..16 {
+                    x[i] = square[i].0;
+                }
+                for i in (0..16).step_by(2) {
+                    (x[i], x[i + 1]) = (
+                        _mm512_unpacklo_ps(x[i], x[i + 1]),
+                        _mm512_unpackhi_ps(x[i], x[i + 1]),
+                    );
+                }
+                for i in [0, 4, 8, 12] {
+                    let [a, b, c, d] = [x[i], x[i + 1], x[i + 2], x[i + 3]];
+                    x[i] = _mm512_shuffle_ps::<0x44>(a, c);
+                    x[i + 1] = _mm512_shuffle_ps::<0xee>(a, c);
+                    x[i + 2] = _mm512_shuffle_ps::<0x44>(b, d);
+                    x[i + 3] = _mm512_shuffle_ps::<0xee>(b, d);
+                }
+                // Now vector 4 g + i holds column i of rows 4 g .. 4 g + 4 in each quarter: transpose the quarters.
+                for i in 0..4 {
+                    let [a, b, c, d] = [x[i], x[i + 4], x[i + 8], x[i + 12]];
+                    let low = _mm512_shuffle_f32x4::<0x44>(a, b);
+                    let high = _mm512_shuffle_f32x4::<0xee>(a, b);
+                    let low2 = _mm512_shuffle_f32x4::<0x44>(c, d);
+                    let high2 = _mm512_shuffle_f32x4::<0xee>(c, d);
+                    square[i].0 = _mm512_shuffle_f32x4::<0x88>(low, low2);
+                    square[i + 4].0 = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+                    square[i + 8].0 = _mm512_shuffle_f32x4::<0x88>(high, high2);
+                    square[i + 12].0 = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn product(p: &Product) {
+            // SAFETY: the caller's promise.
+            unsafe { product_avx512(p) }
+        }
+    }
+}
