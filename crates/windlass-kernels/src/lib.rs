@@ -7,9 +7,9 @@
 //! This crate knows nothing of tensors, models or files.
 
 pub mod activation;
+pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
-pub mod attention;
 pub mod dispatch;
 mod element;
 pub mod elementwise;
