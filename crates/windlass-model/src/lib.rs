@@ -1,1 +1,25 @@
 //! Architectures as lists of units of plain functions over borrowed weights; configuration and tokenizer.
+//!
+//! Nothing here loads, gathers, saves or prints: a model declares its parameters and computes on weights it borrows.
+
+mod cache;
+pub mod config;
+mod decoder;
+mod families;
+mod model;
+mod names;
+mod presets;
+mod rope;
+mod tokens;
+
+pub use cache::KvCache;
+pub use config::ModelError;
+pub use decoder::decoder;
+pub use families::{
+    DecoderConfig, Experts, LayerOptions, Norm, Placement, QkNorm, known_architectures,
+};
+pub use model::{Layer, Model};
+pub use names::Naming;
+pub use presets::{PRESETS, Preset, preset_config};
+pub use rope::Rope;
+pub use tokens::{Goal, Tokens};

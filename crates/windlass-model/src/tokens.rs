@@ -1,0 +1,107 @@
+//! The batch of a language model: packed token sequences.
+
+use crate::KvCache;
+use std::sync::{Arc, Mutex};
+use windlass_tensor::{DType, RouterStats, Segment};
+
+/// Several sequences, one after another, without padding.
+#[derive(Clone)]
+pub struct Tokens {
+    /// `[T]`: token ids.
+    pub ids: Vec<u32>,
+    /// `[T]`: position of each token in its sequence.
+    pub positions: Arc<[u32]>,
+    /// Where the sequences lie, among the queries and among the keys.
+    pub segments: Arc<[Segment]>,
+    /// What the head computes.
+    pub goal: Goal,
+    /// Storage type of the activations.
+    pub dtype: DType,
+    /// Keys and values of earlier tokens (one sequence), to be read and appended to.
+    pub cache: Option<Arc<Mutex<KvCache>>>,
+    /// Where mixture-of-experts layers count, when the load-balancing loss is wanted.
+    pub router: Option<Arc<RouterStats>>,
+}
+
+/// What the head computes from the last hidden states.
+#[derive(Clone, Debug)]
+pub enum Goal {
+    /// The mean loss against `targets [T]` (already shifted; `IGNORED` has none), divided by `denominator`.
+    Loss {
+        /// The next token of each position.
+        targets: Arc<[i64]>,
+        /// The number that the sum is divided by: the targets of all micro-batches of a step.
+        denominator: f64,
+    },
+    /// The loss of each position, without a gradient.
+    TokenLosses {
+        /// The next token of each position.
+        targets: Arc<[i64]>,
+    },
+    /// Logits of some rows, in `f32` (or `f64`).
+    Logits {
+        /// The rows.
+        rows: Arc<[u32]>,
+    },
+}
+
+impl Tokens {
+    /// Sequences of the given lengths; every position's target is the next id of its sequence.
+    ///
+    /// # Panics
+    /// When the lengths do not add up to `ids.len()`.
+    #[track_caller]
+    pub fn new(ids: Vec<u32>, lengths: &[usize], goal: Goal, dtype: DType) -> Self {
+        assert_eq!(
+            ids.len(),
+            lengths.iter().sum::<usize>(),
+            "tokens against the lengths of the sequences"
+        );
+        let positions = lengths.iter().flat_map(|&n| 0..n as u32).collect();
+        let mut start = 0;
+        let segments = lengths.iter().map(|&n| {
+            start += n;
+            Segment {
+                q_start: start - n,
+                q_len: n,
+                kv_start: start - n,
+                kv_len: n,
+            }
+        });
+        Tokens {
+            ids,
+            positions,
+            segments: segments.collect(),
+            goal,
+            dtype,
+            cache: None,
+            router: None,
+        }
+    }
+
+    /// The next tokens of one cached sequence.
+    pub fn cached(
+        ids: Vec<u32>,
+        cache: &Arc<Mutex<KvCache>>,
+        rows: Arc<[u32]>,
+        dtype: DType,
+    ) -> Self {
+        let past = cache.lock().expect("cache").len();
+        let n = ids.len();
+        Tokens {
+            positions: (past as u32..(past + n) as u32).collect(),
+            segments: [Segment {
+                q_start: 0,
+                q_len: n,
+                kv_start: 0,
+                kv_len: past + n,
+            }]
+            .into(),
+            ids,
+            goal: Goal::Logits { rows },
+            dtype,
+            cache: Some(cache.clone()),
+            router: None,
+        }
+    }
+}

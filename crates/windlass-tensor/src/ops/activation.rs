@@ -1,0 +1,81 @@
+//! Activations, plain and gated.
+
+use crate::tape::{Backprop, Backward};
+use crate::{Activation, Tape, Tensor, Var, each_dtype};
+use windlass_kernels::activation;
+use windlass_kernels::memory::Category;
+
+impl Tape {
+    /// `y = act(x)`, element by element.
+    pub fn activation(&mut self, kind: Activation, x: &Var) -> Var {
+        let cpu = self.cpu().clone();
+        let mut y = Tensor::empty(&cpu, *x.shape(), x.tensor.dtype(), Category::Activations);
+        each_dtype!(x.tensor.dtype(), E =>
+            activation::activation(&cpu.pool, kind, x.tensor.as_slice::<E>(), y.as_mut_slice::<E>()));
+        self.record(y, x.node().is_some(), || Saved { kind, x: x.clone() })
+    }
+
+    /// `y = act(gate) * up`, element by element: SwiGLU and its kin.
+    ///
+    /// # Source
+    /// Shazeer 2020, "GLU Variants Improve Transformer".
+    #[track_caller]
+    pub fn gated(&mut self, kind: Activation, gate: &Var, up: &Var) -> Var {
+        assert_eq!(gate.shape(), up.shape(), "gate against up");
+        let cpu = self.cpu().clone();
+        let y = gated(&cpu, kind, &gate.tensor, &up.tensor);
+        let flows = gate.node().is_some() || up.node().is_some();
+        self.record(y, flows, || SavedGated {
+            kind,
+            gate: gate.clone(),
+            up: up.clone(),
+        })
+    }
+}
+
+fn gated(cpu: &crate::Cpu, kind: Activation, gate: &Tensor, up: &Tensor) -> Tensor {
+    let mut y = Tensor::empty(cpu, *gate.shape(), gate.dtype(), Category::Activations);
+    each_dtype!(gate.dtype(), E => activation::gated(
+        &cpu.pool, kind, gate.as_slice::<E>(), up.as_slice::<E>(), y.as_mut_slice::<E>()));
+    y
+}
+
+struct Saved {
+    kind: Activation,
+    x: Var,
+}
+
+impl Backward for Saved {
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor) {
+        let cpu = cx.cpu();
+        let mut dx = Tensor::empty(&cpu, *dy.shape(), dy.dtype(), Category::Activations);
+        each_dtype!(dy.dtype(), E => activation::activation_backward(
+            &cpu.pool, self.kind, self.x.tensor.as_slice::<E>(), dy.as_slice::<E>(), dx.as_mut_slice::<E>()));
+        cx.add(self.x.node(), dx);
+    }
+}
+
+struct SavedGated {
+    kind: Activation,
+    gate: Var,
+    up: Var,
+}
+
+impl Backward for SavedGated {
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor) {
+        let cpu = cx.cpu();
+        let mut dgate = Tensor::empty(&cpu, *dy.shape(), dy.dtype(), Category::Activations);
+        let mut dup = Tensor::empty(&cpu, *dy.shape(), dy.dtype(), Category::Activations);
+        each_dtype!(dy.dtype(), E => activation::gated_backward(
+            &cpu.pool,
+            self.kind,
+            self.gate.tensor.as_slice::<E>(),
+            self.up.tensor.as_slice::<E>(),
+            dy.as_slice::<E>(),
+            dgate.as_mut_slice::<E>(),
+            dup.as_mut_slice::<E>(),
+        ));
+        cx.add(self.gate.node(), dgate);
+        cx.add(self.up.node(), dup);
+    }
+}

@@ -1,0 +1,289 @@
+//! Cross-entropy fused with the head projection: the logits of all tokens never exist at once.
+
+use super::linear::weight_gradient;
+use crate::gemm_tmp::{Epilogue, Layout, Mat, gemm};
+use crate::tape::{Backprop, Backward};
+use crate::{Cpu, Grads, Param, Tape, Tensor, Var, Weight, each_dtype};
+use std::sync::Arc;
+use windlass_kernels::Element;
+use windlass_kernels::cross_entropy::cross_entropy_rows;
+use windlass_kernels::memory::Category;
+
+/// The target of a position that has no loss.
+pub const IGNORED: i64 = -100;
+
+/// Upper bound of the bytes of a chunk of logits.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// What the head computes: `softcap(h Wᵀ)` against `targets`.
+struct Head<'a> {
+    h: &'a Tensor,
+    weight: &'a Tensor,
+    targets: &'a [i64],
+    softcap: Option<f32>,
+}
+
+impl Tape {
+    /// Mean cross-entropy `1/denominator Σ_t -log softmax(softcap(W h_t))[targets[t]]` over the targets that are not
+    /// [`IGNORED`].
+    ///
+    /// Logits exist for a chunk of rows at a time. On a tape made by [`Tape::training_eager`] the gradient is computed
+    /// in the same pass, from the same logits; otherwise the backward pass computes the logits again.
+    ///
+    /// # Shapes
+    /// `h [T, D]`, `w [V, D]`, `targets [T]`; the result is a scalar in the accumulator type.
+    ///
+    /// # Panics
+    /// When a target is neither ignored nor below `V`.
+    #[track_caller]
+    pub fn cross_entropy(
+        &mut self,
+        h: &Var,
+        w: Param<'_>,
+        targets: &Arc<[i64]>,
+        softcap: Option<f32>,
+        denominator: f64,
+    ) -> Var {
+        let cpu = self.cpu().clone();
+        let weight = plain(&cpu, w.weight, &h.tensor);
+        let head = Head::new(&h.tensor, &weight, targets, softcap);
+        let mut dh = None;
+        let losses = match &mut self.eager {
+            Some(eager) => {
+                let (losses, gradient) =
+                    head.gradient(&cpu, eager.seed / denominator, w.slot, &mut eager.grads);
+                dh = Some((gradient, eager.seed));
+                losses
+            }
+            None => head.losses(&cpu),
+        };
+        let mut loss = Tensor::empty(&cpu, [1], losses.dtype(), Category::Activations);
+        each_dtype!(losses.dtype(), A => {
+            let sum: f64 = losses.as_slice::<A>().iter().map(|v| v.to_f64()).sum();
+            loss.as_mut_slice::<A>()[0] = A::from_f64(sum / denominator);
+        });
+        let targets = targets.clone();
+        self.record(loss, true, || match dh {
+            Some((dh, seed)) => Saved::Done {
+                h: h.node(),
+                dh,
+                seed,
+            },
+            None => Saved::Again {
+                h: h.clone(),
+                w: w.slot,
+                targets,
+                softcap,
+                denominator,
+            },
+        })
+    }
+
+    /// The loss of each row, without a gradient: 0 where the target is [`IGNORED`].
+    ///
+    /// # Shapes
+    /// As [`Tape::cross_entropy`]; the result is `[T]` in the accumulator type.
+    #[track_caller]
+    pub fn token_losses(
+        &mut self,
+        h: &Var,
+        w: Param<'_>,
+        targets: &[i64],
+        softcap: Option<f32>,
+    ) -> Var {
+        let cpu = self.cpu().clone();
+        let weight = plain(&cpu, w.weight, &h.tensor);
+        let losses = Head::new(&h.tensor, &weight, targets, softcap).losses(&cpu);
+        self.record_opaque("token_losses", losses, &[h])
+    }
+
+    /// `softcap(h Wᵀ)` for all rows, without a gradient.
+    ///
+    /// # Shapes
+    /// `h [T, D]`, `w [V, D]`; the result is `[T, V]` in the accumulator type.
+    #[track_caller]
+    pub fn logits(&mut self, h: &Var, w: Param<'_>, softcap: Option<f32>) -> Var {
+        let cpu = self.cpu().clone();
+        let weight = plain(&cpu, w.weight, &h.tensor);
+        let targets = vec![IGNORED; h.tensor.rows()];
+        let head = Head::new(&h.tensor, &weight, &targets, softcap);
+        let mut logits = head.chunk(&cpu, 0..h.tensor.rows(), Category::Activations);
+        if let Some(cap) = softcap {
+            let cap = cap as f64;
+            each_dtype!(logits.dtype(), A => for v in logits.as_mut_slice::<A>() {
+                *v = A::from_f64(cap * (v.to_f64() / cap).tanh());
+            });
+        }
+        self.record_opaque("logits", logits, &[h])
+    }
+}
+
+/// The weight as plain elements in the storage type of `like`.
+fn plain(cpu: &Cpu, weight: &Weight, like: &Tensor) -> Tensor {
+    match weight {
+        Weight::Dense(tensor) => tensor.clone(),
+        Weight::Packed(packed) => packed.unpack_rows(cpu, 0..packed.shape()[0], like.dtype()),
+    }
+}
+
+impl<'a> Head<'a> {
+    #[track_caller]
+    fn new(h: &'a Tensor, weight: &'a Tensor, targets: &'a [i64], softcap: Option<f32>) -> Self {
+        assert_eq!(
+            h.cols(),
+            weight.cols(),
+            "columns of {} against a head {}",
+            h.shape(),
+            weight.shape()
+        );
+        assert_eq!(
+            h.rows(),
+            targets.len(),
+            "rows of {} against the targets",
+            h.shape()
+        );
+        let v = weight.rows() as i64;
+        if let Some(t) = targets
+            .iter()
+            .find(|&&t| t != IGNORED && !(0..v).contains(&t))
+        {
+            panic!("target {t} against a vocabulary of {v}");
+        }
+        Head {
+            h,
+            weight,
+            targets,
+            softcap,
+        }
+    }
+
+    /// Rows of a chunk: a fixed function of the shape, so that sums do not depend on the machine.
+    fn chunk_rows(&self) -> usize {
+        (CHUNK_BYTES / (self.weight.rows() * 4)).clamp(64, 512)
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        let (total, step) = (self.h.rows(), self.chunk_rows());
+        (0..total)
+            .step_by(step)
+            .map(move |start| start..(start + step).min(total))
+    }
+
+    /// Logits of some rows, before the soft-cap, in the accumulator type.
+    fn chunk(&self, cpu: &Cpu, rows: std::ops::Range<usize>, category: Category) -> Tensor {
+        let (v, d) = (self.weight.rows(), self.weight.cols());
+        let dtype = self.h.dtype();
+        let mut logits = Tensor::empty(cpu, [rows.len(), v], dtype.accumulator(), category);
+        each_dtype!(dtype, E => {
+            let a = Mat::new(&self.h.as_slice::<E>()[rows.start * d..], d);
+            let b = Mat::new(self.weight.as_slice::<E>(), d);
+            let out = logits.as_mut_slice::<<E as Element>::Acc>();
+            gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, a, b, out, v, Epilogue::default());
+        });
+        logits
+    }
+
+    fn losses(&self, cpu: &Cpu) -> Tensor {
+        let dtype = self.h.dtype();
+        let v = self.weight.rows();
+        let mut losses = Tensor::empty(
+            cpu,
+            [self.h.rows()],
+            dtype.accumulator(),
+            Category::Workspace,
+        );
+        for rows in self.chunks() {
+            let mut logits = self.chunk(cpu, rows.clone(), Category::Workspace);
+            each_dtype!(dtype, E => cross_entropy_rows::<E>(
+                &cpu.pool,
+                logits.as_mut_slice::<<E as Element>::Acc>(),
+                v,
+                self.softcap,
+                &self.targets[rows.clone()],
+                &mut losses.as_mut_slice::<<E as Element>::Acc>()[rows],
+                None,
+            ));
+        }
+        losses
+    }
+
+    /// Losses and the gradient of their sum times `scale`: `dh`, and `dW` added to `grads`.
+    fn gradient(&self, cpu: &Cpu, scale: f64, slot: usize, grads: &mut Grads) -> (Tensor, Tensor) {
+        let dtype = self.h.dtype();
+        let (v, d) = (self.weight.rows(), self.weight.cols());
+        let mut losses = Tensor::empty(
+            cpu,
+            [self.h.rows()],
+            dtype.accumulator(),
+            Category::Workspace,
+        );
+        let mut dh = Tensor::empty(cpu, *self.h.shape(), dtype, Category::Activations);
+        for rows in self.chunks() {
+            let mut logits = self.chunk(cpu, rows.clone(), Category::Workspace);
+            let mut dlogits = Tensor::empty(cpu, [rows.len(), v], dtype, Category::Workspace);
+            each_dtype!(dtype, E => {
+                type A = <E as Element>::Acc;
+                cross_entropy_rows::<E>(
+                    &cpu.pool,
+                    logits.as_mut_slice::<A>(),
+                    v,
+                    self.softcap,
+                    &self.targets[rows.clone()],
+                    &mut losses.as_mut_slice::<A>()[rows.clone()],
+                    Some((dlogits.as_mut_slice::<E>(), scale as f32)),
+                );
+                let (a, b) = (Mat::new(dlogits.as_slice::<E>(), v), Mat::new(self.weight.as_slice::<E>(), d));
+                let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
+                gemm(&cpu.pool, Layout::Nn, rows.len(), d, v, a, b, out, d, Epilogue::default());
+                if grads.wants(slot) {
+                    let dw = grads.sum::<A>(cpu, slot, self.weight.shape());
+                    weight_gradient::<E>(cpu, &dlogits, &self.h.slice_rows(rows), dw);
+                }
+            });
+        }
+        (losses, dh)
+    }
+}
+
+enum Saved {
+    Done {
+        h: Option<usize>,
+        dh: Tensor,
+        seed: f64,
+    },
+    Again {
+        h: Var,
+        w: usize,
+        targets: Arc<[i64]>,
+        softcap: Option<f32>,
+        denominator: f64,
+    },
+}
+
+impl Backward for Saved {
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor) {
+        let cpu = cx.cpu();
+        match *self {
+            Saved::Done { h, dh, seed } => {
+                let dy = dy.item();
+                assert!(
+                    dy == seed || cpu.pool.is_dry(),
+                    "gradient {dy} of the loss against the announced {seed}"
+                );
+                cx.add(h, dh);
+            }
+            Saved::Again {
+                h,
+                w,
+                targets,
+                softcap,
+                denominator,
+            } => {
+                let weight = plain(&cpu, cx.weights.at(w).weight, &h.tensor);
+                let head = Head::new(&h.tensor, &weight, &targets, softcap);
+                let (_, dh) = head.gradient(&cpu, dy.item() / denominator, w, cx.grads);
+                cx.add(h.node(), dh);
+            }
+        }
+    }
+}

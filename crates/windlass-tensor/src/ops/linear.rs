@@ -1,0 +1,151 @@
+//! `y = x Wᵀ + b + r`: the one place that looks at a weight's representation.
+
+use crate::gemm_tmp::{Epilogue, Layout, Mat, gemm};
+use crate::tape::{Backprop, Backward};
+use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
+use std::ops::Range;
+use windlass_kernels::elementwise::sum_rows;
+use windlass_kernels::memory::Category;
+use windlass_kernels::{DType, Element};
+
+/// Rows of a packed weight that are unpacked at a time.
+const PANEL: usize = 512;
+
+impl Tape {
+    /// `y = x Wᵀ (+ bias) (+ residual)`, sums in the accumulator type, rounded once.
+    ///
+    /// # Shapes
+    /// `x [.., K]`, `W [N, K]`, `bias [N]`, `residual` and `y [.., N]`.
+    ///
+    /// # Panics
+    /// When shapes or storage types do not fit.
+    #[track_caller]
+    pub fn linear(
+        &mut self,
+        x: &Var,
+        w: Param<'_>,
+        bias: Option<Param<'_>>,
+        residual: Option<&Var>,
+    ) -> Var {
+        let (n, k) = (w.weight.shape()[0], w.weight.shape()[1]);
+        assert_eq!(
+            x.tensor.cols(),
+            k,
+            "columns of x {} against a weight {}",
+            x.shape(),
+            w.weight.shape()
+        );
+        let mut shape = *x.shape();
+        shape = with_cols(&shape, n);
+        let cpu = self.cpu().clone();
+        let mut y = Tensor::empty(&cpu, shape, x.tensor.dtype(), Category::Activations);
+        if let Some(r) = residual {
+            assert_eq!(
+                r.shape(),
+                y.shape(),
+                "residual against the output of a linear op"
+            );
+        }
+        each_dtype!(x.tensor.dtype(), E => {
+            let m = x.tensor.rows();
+            let bias = bias.map(|b| b.weight.dense().as_slice::<E>());
+            let residual = residual.map(|r| r.tensor.as_slice::<E>());
+            for_panels::<E>(&cpu, w.weight, |rows, panel| {
+                let epilogue = Epilogue {
+                    accumulate: false,
+                    bias: bias.map(|b| &b[rows.clone()]),
+                    residual: residual.map(|r| Mat::new(&r[rows.start.min(r.len())..], n)),
+                };
+                let (a, b) = (Mat::new(x.tensor.as_slice::<E>(), k), Mat::new(panel, k));
+                let start = rows.start.min(y.len());
+                gemm(&cpu.pool, Layout::Nt, m, rows.len(), k, a, b, &mut y.as_mut_slice::<E>()[start..], n, epilogue);
+            });
+        });
+        let (bias, residual) = (bias.map(|b| b.slot), residual.and_then(Var::node));
+        self.record(y, true, || Saved {
+            x: x.clone(),
+            w: w.slot,
+            bias,
+            residual,
+        })
+    }
+}
+
+/// The shape with its last axis replaced.
+fn with_cols(shape: &crate::Shape, cols: usize) -> crate::Shape {
+    let mut axes = shape.to_vec();
+    *axes.last_mut().expect("a shape with at least one axis") = cols;
+    crate::Shape::new(&axes)
+}
+
+/// Calls `body` with the rows of a weight as plain elements: all at once when dense, in panels when packed.
+fn for_panels<E: Element>(cpu: &Cpu, weight: &Weight, mut body: impl FnMut(Range<usize>, &[E])) {
+    let n = weight.shape()[0];
+    match weight {
+        Weight::Dense(tensor) => body(0..n, tensor.as_slice::<E>()),
+        Weight::Packed(packed) => {
+            for start in (0..n).step_by(PANEL) {
+                let rows = start..(start + PANEL).min(n);
+                body(rows.clone(), unpack::<E>(cpu, packed, rows).as_slice::<E>());
+            }
+        }
+    }
+}
+
+fn unpack<E: Element>(cpu: &Cpu, packed: &Packed, rows: Range<usize>) -> Tensor {
+    packed.unpack_rows(cpu, rows, E::DTYPE)
+}
+
+struct Saved {
+    x: Var,
+    w: usize,
+    bias: Option<usize>,
+    residual: Option<usize>,
+}
+
+impl Backward for Saved {
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor) {
+        let cpu = cx.cpu();
+        let weights = cx.weights;
+        let weight = weights.at(self.w).weight;
+        let (n, k, m) = (weight.shape()[0], weight.shape()[1], dy.rows());
+        if let Some((mut dx, mut accumulate)) = cx.take(self.x.node(), self.x.shape(), dy.dtype()) {
+            each_dtype!(dy.dtype(), E => for_panels::<E>(&cpu, weight, |rows, panel| {
+                let dy = dy.as_slice::<E>();
+                let (a, b) = (Mat::new(&dy[rows.start.min(dy.len())..], n), Mat::new(panel, k));
+                let epilogue = Epilogue { accumulate, ..Default::default() };
+                gemm(&cpu.pool, Layout::Nn, m, k, rows.len(), a, b, dx.as_mut_slice::<E>(), k, epilogue);
+                accumulate = true;
+            }));
+            cx.put(self.x.node(), dx);
+        }
+        if cx.grads.wants(self.w) {
+            each_dtype!(dy.dtype(), E => {
+                let dw = cx.grads.sum::<<E as Element>::Acc>(&cpu, self.w, weight.shape());
+                weight_gradient::<E>(&cpu, &dy, &self.x.tensor, dw);
+            });
+        }
+        if let Some(slot) = self.bias.filter(|&slot| cx.grads.wants(slot)) {
+            each_dtype!(dy.dtype(), E => {
+                let db = cx.grads.sum::<<E as Element>::Acc>(&cpu, slot, &[n].into());
+                sum_rows(&cpu.pool, dy.as_slice::<E>(), db);
+            });
+        }
+        cx.add(self.residual, dy);
+    }
+}
+
+/// `dW += dyᵀ x`.
+pub(super) fn weight_gradient<E: Element>(cpu: &Cpu, dy: &Tensor, x: &Tensor, dw: &mut [E::Acc]) {
+    let (m, n, k) = (dy.rows(), dy.cols(), x.cols());
+    debug_assert_eq!(DType::accumulator(E::DTYPE), <E::Acc as Element>::DTYPE);
+    let (a, b) = (
+        Mat::new(dy.as_slice::<E>(), n),
+        Mat::new(x.as_slice::<E>(), k),
+    );
+    let epilogue = Epilogue {
+        accumulate: true,
+        ..Default::default()
+    };
+    gemm(&cpu.pool, Layout::Tn, n, k, m, a, b, dw, k, epilogue);
+}

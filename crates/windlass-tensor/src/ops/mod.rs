@@ -1,0 +1,15 @@
+//! The ops, one file each: forward, and what the tape keeps for the backward pass.
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod glue;
+mod linear;
+mod moe;
+mod norm;
+mod rope;
+
+pub use cross_entropy::IGNORED;
+pub use moe::{RouterStats, Routing};
+pub use rope::RopeTable;

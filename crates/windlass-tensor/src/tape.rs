@@ -1,0 +1,246 @@
+//! The tape: what a forward pass leaves for its backward pass.
+//!
+//! A tape belongs to one unit and one pass. It keeps the tensors that backward passes ask for and the slots of the
+//! weights, never the weights. Values nobody saved are freed as soon as the forward code drops its [`Var`].
+
+use crate::{Cpu, DType, Grads, Shape, Tensor, Weights, each_dtype};
+use windlass_kernels::elementwise;
+use windlass_kernels::memory::Category;
+
+/// A value of a forward pass: a tensor and, when a gradient can flow to it, its place on the tape.
+#[derive(Clone, Debug)]
+pub struct Var {
+    /// The value.
+    pub tensor: Tensor,
+    node: Option<usize>,
+}
+
+impl Var {
+    /// The value's shape.
+    pub fn shape(&self) -> &Shape {
+        self.tensor.shape()
+    }
+
+    /// Place on the tape; `None` for a constant.
+    pub fn node(&self) -> Option<usize> {
+        self.node
+    }
+}
+
+/// The backward pass of one recorded op.
+pub trait Backward: Send {
+    /// Given the gradient of the op's output, adds to the gradients of its inputs and weights.
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor);
+}
+
+enum Mode {
+    Inference,
+    Training,
+}
+
+/// Records the ops of one unit's forward pass.
+pub struct Tape {
+    cpu: Cpu,
+    mode: Mode,
+    nodes: Vec<Option<Box<dyn Backward>>>,
+    pub(crate) eager: Option<Eager>,
+}
+
+/// Gradients that a loss op may add to while it runs forward, and the gradient of the loss it may assume.
+pub(crate) struct Eager {
+    pub(crate) grads: Grads,
+    pub(crate) seed: f64,
+}
+
+impl Tape {
+    /// A tape that records for a backward pass.
+    pub fn training(cpu: &Cpu) -> Self {
+        Tape {
+            cpu: cpu.clone(),
+            mode: Mode::Training,
+            nodes: Vec::new(),
+            eager: None,
+        }
+    }
+
+    /// A tape for the unit that ends in the loss: its backward pass will start from `seed`, into `grads`, so a loss op may
+    /// compute its gradient in the forward pass. [`Tape::finish`] hands the gradients back.
+    pub fn training_eager(cpu: &Cpu, grads: Grads, seed: f64) -> Self {
+        Tape {
+            eager: Some(Eager { grads, seed }),
+            ..Self::training(cpu)
+        }
+    }
+
+    /// A tape that keeps nothing: inference, and the first pass under activation checkpointing.
+    pub fn inference(cpu: &Cpu) -> Self {
+        Tape {
+            cpu: cpu.clone(),
+            mode: Mode::Inference,
+            nodes: Vec::new(),
+            eager: None,
+        }
+    }
+
+    /// The machine on which ops run.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// Whether ops are recorded.
+    pub fn is_recording(&self) -> bool {
+        matches!(self.mode, Mode::Training)
+    }
+
+    /// A value that gradients flow to: the input of the unit.
+    pub fn input(&mut self, tensor: Tensor) -> Var {
+        let node = self.is_recording().then(|| {
+            self.nodes.push(None);
+            self.nodes.len() - 1
+        });
+        Var { tensor, node }
+    }
+
+    /// A value that no gradient flows to.
+    pub fn constant(&self, tensor: Tensor) -> Var {
+        Var { tensor, node: None }
+    }
+
+    /// Makes the output of an op; `saved` is asked for the backward pass only when one will happen.
+    ///
+    /// `flows` says whether any input or weight takes a gradient.
+    pub fn record<B: Backward + 'static>(
+        &mut self,
+        output: Tensor,
+        flows: bool,
+        saved: impl FnOnce() -> B,
+    ) -> Var {
+        let node = (self.is_recording() && flows).then(|| {
+            self.nodes.push(Some(Box::new(saved())));
+            self.nodes.len() - 1
+        });
+        Var {
+            tensor: output,
+            node,
+        }
+    }
+
+    /// Makes the output of an op that has no backward pass.
+    ///
+    /// # Panics
+    /// When it would be recorded on the way of a gradient: gradients must not stop silently.
+    #[track_caller]
+    pub fn record_opaque(&mut self, op: &str, output: Tensor, inputs: &[&Var]) -> Var {
+        assert!(
+            !self.is_recording() || inputs.iter().all(|v| v.node.is_none()),
+            "{op} has no backward pass and was recorded on the way of a gradient"
+        );
+        Var {
+            tensor: output,
+            node: None,
+        }
+    }
+
+    /// Ends the forward pass: what remains is the way back from `output`, and the gradients of an eager tape.
+    pub fn finish(self, output: &Var) -> (Recorded, Option<Grads>) {
+        let recorded = Recorded {
+            cpu: self.cpu,
+            nodes: self.nodes,
+            output: output.node,
+        };
+        (recorded, self.eager.map(|eager| eager.grads))
+    }
+}
+
+/// The way back through one unit.
+pub struct Recorded {
+    cpu: Cpu,
+    nodes: Vec<Option<Box<dyn Backward>>>,
+    output: Option<usize>,
+}
+
+impl Recorded {
+    /// Runs the backward pass from the gradient `dy` of the output.
+    ///
+    /// `weights` are the ones of the forward pass, gathered again. Weight gradients are added to `grads`. Returns the
+    /// gradient of the first [`Tape::input`], or `None` when nothing flowed there.
+    pub fn backward(self, weights: &Weights, dy: Tensor, grads: &mut Grads) -> Option<Tensor> {
+        let output = self.output?;
+        let mut cx = Backprop {
+            cpu: self.cpu,
+            weights,
+            grads,
+            flowing: Vec::new(),
+        };
+        cx.flowing.resize_with(self.nodes.len(), || None);
+        cx.flowing[output] = Some(dy);
+        for (node, op) in self.nodes.into_iter().enumerate().rev() {
+            if let Some(op) = op
+                && let Some(dy) = cx.flowing[node].take()
+            {
+                op.backward(&mut cx, dy);
+            }
+        }
+        cx.flowing.into_iter().next().flatten()
+    }
+}
+
+/// The state of a running backward pass.
+pub struct Backprop<'a> {
+    cpu: Cpu,
+    /// The unit's weights.
+    pub weights: &'a Weights,
+    /// The unit's gradients.
+    pub grads: &'a mut Grads,
+    flowing: Vec<Option<Tensor>>,
+}
+
+impl Backprop<'_> {
+    /// The machine (a clone shares it).
+    pub fn cpu(&self) -> Cpu {
+        self.cpu.clone()
+    }
+
+    /// The buffer in which to put the gradient of the value at `node`, and whether it already holds a part of it to
+    /// which the op must add. `None` when no gradient flows there. Give it back with [`Backprop::put`].
+    pub fn take(
+        &mut self,
+        node: Option<usize>,
+        shape: &Shape,
+        dtype: DType,
+    ) -> Option<(Tensor, bool)> {
+        let node = node?;
+        Some(match self.flowing[node].take() {
+            Some(sum) if sum.is_unique() => (sum, true),
+            Some(sum) => (sum.deep_clone(&self.cpu, Category::Activations), true),
+            None => (
+                Tensor::empty(&self.cpu, *shape, dtype, Category::Activations),
+                false,
+            ),
+        })
+    }
+
+    /// Returns a buffer from [`Backprop::take`].
+    pub fn put(&mut self, node: Option<usize>, dx: Tensor) {
+        if let Some(node) = node {
+            self.flowing[node] = Some(dx);
+        }
+    }
+
+    /// Adds a whole gradient tensor to the value at `node`.
+    pub fn add(&mut self, node: Option<usize>, dx: Tensor) {
+        let Some(index) = node else { return };
+        let sum = match self.flowing[index].take() {
+            None => dx,
+            Some(mut sum) => {
+                if !sum.is_unique() {
+                    sum = sum.deep_clone(&self.cpu, Category::Activations);
+                }
+                each_dtype!(sum.dtype(), E =>
+                    elementwise::axpy(&self.cpu.pool, 1.0, dx.as_slice::<E>(), sum.as_mut_slice::<E>()));
+                sum
+            }
+        };
+        self.flowing[index] = Some(sum);
+    }
+}

@@ -1,0 +1,264 @@
+//! Weights by representation, borrowed by slot; gradients by slot.
+
+use crate::packed::Packed;
+use crate::{Cpu, Shape, Tensor, each_dtype};
+use windlass_kernels::memory::Category;
+use windlass_kernels::{DType, Element};
+
+/// What the bytes of a parameter are. Where they live is not known here.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// Plain elements.
+    Dense(Tensor),
+    /// Blocks of integers with scales: read by matrix products and look-ups, never trained.
+    Packed(Packed),
+}
+
+impl Weight {
+    /// The shape.
+    pub fn shape(&self) -> &Shape {
+        match self {
+            Weight::Dense(tensor) => tensor.shape(),
+            Weight::Packed(packed) => packed.shape(),
+        }
+    }
+
+    /// The plain elements.
+    ///
+    /// # Panics
+    /// On a packed weight: the op has no packed form.
+    #[track_caller]
+    pub fn dense(&self) -> &Tensor {
+        match self {
+            Weight::Dense(tensor) => tensor,
+            Weight::Packed(packed) => panic!(
+                "this op needs plain elements and got a packed weight {}",
+                packed.shape()
+            ),
+        }
+    }
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Weight::Dense(tensor)
+    }
+}
+
+/// The weights of one unit, in the order in which the unit declares its parameters.
+#[derive(Clone, Debug, Default)]
+pub struct Weights(Vec<Weight>);
+
+/// One weight of a unit: its slot, which the tape records, and its bytes, which the tape does not keep.
+#[derive(Clone, Copy)]
+pub struct Param<'w> {
+    /// Position among the parameters of the unit.
+    pub slot: usize,
+    /// The weight itself.
+    pub weight: &'w Weight,
+}
+
+impl Weights {
+    /// Weights in declaration order.
+    pub fn new(weights: Vec<Weight>) -> Self {
+        Weights(weights)
+    }
+
+    /// The weight in `slot`.
+    #[track_caller]
+    pub fn at(&self, slot: usize) -> Param<'_> {
+        assert!(
+            slot < self.0.len(),
+            "slot {slot} against {} parameters of the unit",
+            self.0.len()
+        );
+        Param {
+            slot,
+            weight: &self.0[slot],
+        }
+    }
+
+    /// The weights.
+    pub fn iter(&self) -> std::slice::Iter<'_, Weight> {
+        self.0.iter()
+    }
+
+    /// The weights, to be written.
+    pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, Weight> {
+        self.0.iter_mut()
+    }
+
+    /// Number of weights.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are no weights.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// The gradients of one unit's parameters, summed in the accumulator type; absent until something is added.
+#[derive(Debug, Default)]
+pub struct Grads(Vec<Grad>);
+
+#[derive(Debug)]
+enum Grad {
+    Frozen,
+    Zero,
+    Sum(Tensor),
+}
+
+impl Grads {
+    /// Zero gradients; `trained[slot]` says whether the slot takes any.
+    pub fn new(trained: impl IntoIterator<Item = bool>) -> Self {
+        Grads(
+            trained
+                .into_iter()
+                .map(|t| if t { Grad::Zero } else { Grad::Frozen })
+                .collect(),
+        )
+    }
+
+    /// Whether the slot takes a gradient.
+    pub fn wants(&self, slot: usize) -> bool {
+        !matches!(self.0[slot], Grad::Frozen)
+    }
+
+    /// The running sum of a slot, made of zeros on first use.
+    ///
+    /// # Panics
+    /// When the slot is frozen.
+    #[track_caller]
+    pub fn sum<A: Element>(&mut self, cpu: &Cpu, slot: usize, shape: &Shape) -> &mut [A] {
+        let grad = &mut self.0[slot];
+        if matches!(grad, Grad::Zero) {
+            *grad = Grad::Sum(Tensor::zeros(cpu, *shape, A::DTYPE, Category::Gradients));
+        }
+        match grad {
+            Grad::Sum(tensor) => tensor.as_mut_slice::<A>(),
+            _ => panic!("slot {slot} takes no gradient"),
+        }
+    }
+
+    /// The gradient of a slot, if anything was added.
+    pub fn get(&self, slot: usize) -> Option<&Tensor> {
+        match self.0.get(slot) {
+            Some(Grad::Sum(tensor)) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    /// Sets every trained gradient to zero, keeping the memory.
+    pub fn clear(&mut self, cpu: &Cpu) {
+        for grad in &mut self.0 {
+            if let Grad::Sum(tensor) = grad {
+                each_dtype!(tensor.dtype(), E =>
+                    windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(0.0), tensor.as_mut_slice::<E>()));
+            }
+        }
+    }
+
+    /// Number of slots.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are no slots.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// How a parameter is filled before training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Zeros.
+    Zeros,
+    /// Ones.
+    Ones,
+    /// Normal around zero with the given standard deviation.
+    Normal(f32),
+}
+
+/// A parameter as a unit declares it: nothing is allocated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamSpec {
+    /// Name within the whole model.
+    pub name: String,
+    /// Shape.
+    pub shape: Shape,
+    /// Filling before training.
+    pub init: Init,
+    /// Whether decoupled weight decay applies (not to biases and norm weights).
+    pub decay: bool,
+}
+
+impl ParamSpec {
+    /// A matrix or vector with normal filling and weight decay.
+    pub fn normal(name: impl Into<String>, shape: impl Into<Shape>, std: f32) -> Self {
+        ParamSpec {
+            name: name.into(),
+            shape: shape.into(),
+            init: Init::Normal(std),
+            decay: true,
+        }
+    }
+
+    /// A bias or norm weight: filled with a constant, not decayed.
+    pub fn constant(name: impl Into<String>, shape: impl Into<Shape>, init: Init) -> Self {
+        ParamSpec {
+            name: name.into(),
+            shape: shape.into(),
+            init,
+            decay: false,
+        }
+    }
+
+    /// A tensor filled as declared, from a stream of its own: the name and `seed` decide the values, nothing else does.
+    pub fn fill(&self, cpu: &Cpu, seed: u64, dtype: DType) -> Tensor {
+        let mut tensor = Tensor::empty(cpu, self.shape, dtype, Category::Weights);
+        each_dtype!(dtype, E => {
+            let out = tensor.as_mut_slice::<E>();
+            match self.init {
+                Init::Zeros => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(0.0), out),
+                Init::Ones => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(1.0), out),
+                Init::Normal(_) if cpu.pool.is_dry() => {}
+                Init::Normal(std) => fill_normal(cpu.pool.threads(), seed ^ fnv1a(&self.name), std as f64, out),
+            }
+        });
+        tensor
+    }
+}
+
+/// Normal values, a stream for each block of fixed size, so that the values do not depend on the number of threads.
+fn fill_normal<E: Element>(threads: usize, seed: u64, std: f64, out: &mut [E]) {
+    const BLOCK: usize = 1 << 14;
+    let blocks = out.len().div_ceil(BLOCK);
+    let share = blocks.div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        for (part, values) in out.chunks_mut(share * BLOCK).enumerate() {
+            let mut fill = move || {
+                for (block, values) in values.chunks_mut(BLOCK).enumerate() {
+                    let mut rng = crate::Rng::stream(seed, (part * share + block) as u64);
+                    values
+                        .iter_mut()
+                        .for_each(|v| *v = E::from_f64(rng.normal() * std));
+                }
+            };
+            if blocks > 1 {
+                scope.spawn(fill);
+            } else {
+                fill()
+            }
+        }
+    });
+}
+
+/// The 64-bit FNV-1a hash, which gives each name its own random stream.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
