@@ -1,2 +1,33 @@
-//! Repository tasks.
-fn main() {}
+//! Repository tasks: `cargo xtask tidy` checks the laws of the architecture, `cargo xtask ci` runs every check.
+
+mod ci;
+mod tidy;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask <task>
+
+  tidy   refuse what the architecture forbids: dependencies, unsafe, printing, sizes, names
+  ci     format, lints, tidy, tests, documentation, fuzzing, quickstart
+";
+
+fn main() -> anyhow::Result<ExitCode> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = root.canonicalize()?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let passed = match arguments[..] {
+        ["tidy"] => tidy::run(&root)?,
+        ["ci"] => ci::run(&root)?,
+        ["help" | "-h" | "--help"] => {
+            print!("{USAGE}");
+            true
+        }
+        _ => {
+            eprint!("{USAGE}");
+            return Ok(ExitCode::from(2));
+        }
+    };
+    Ok(ExitCode::from(u8::from(!passed)))
+}
