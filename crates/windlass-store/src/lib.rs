@@ -7,5 +7,9 @@ pub mod atomic;
 mod error;
 pub mod mmap;
 pub mod safetensors;
+mod store;
+mod transfer;
 
 pub use error::{Error, Result};
+pub use store::{Gathered, Shard, Store, Values};
+pub use transfer::{elements, load_weights, save_weights};

@@ -24,4 +24,5 @@ pub use weight::{Grads, Init, Param, ParamSpec, Weight, Weights};
 pub use windlass_kernels::DType;
 pub use windlass_kernels::activation::Activation;
 pub use windlass_kernels::attention::{AttentionShape, Segment};
+pub use windlass_kernels as kernels;
 pub use windlass_kernels::memory::Category;
