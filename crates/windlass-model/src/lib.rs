@@ -10,6 +10,7 @@ mod model;
 mod names;
 mod presets;
 mod rope;
+pub mod tokenizer;
 mod tokens;
 
 pub use cache::KvCache;
@@ -22,4 +23,5 @@ pub use model::{Layer, Model};
 pub use names::Naming;
 pub use presets::{PRESETS, Preset, preset_config};
 pub use rope::Rope;
+pub use tokenizer::{Tokenizer, TokenizerError};
 pub use tokens::{Goal, Tokens};

@@ -1,0 +1,198 @@
+//! What can go wrong in training, each with a message that names the place and, where there is one, a hint.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use windlass_model::TokenizerError;
+
+/// A result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Where in a data file something is: counted from one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A line of a text file.
+    Line(u64),
+    /// A row of a table or an element of an array.
+    Row(u64),
+    /// The file as a whole.
+    File,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(out, ", line {line}"),
+            Self::Row(row) => write!(out, ", row {row}"),
+            Self::File => Ok(()),
+        }
+    }
+}
+
+/// What can go wrong in training.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A file or folder cannot be used.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: "read", "write", "open".
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file is of no format that can be read.
+    #[error("{} is not a data file that can be read", .0.display())]
+    UnknownFormat(PathBuf),
+    /// There is no document to learn from.
+    #[error("the data is empty: no document in {places}")]
+    EmptyCorpus {
+        /// The files and folders that were searched.
+        places: String,
+    },
+    /// A text is not UTF-8.
+    #[error("{} is not UTF-8: the byte at offset {offset} does not belong to a character", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Bytes before the first wrong one.
+        offset: u64,
+    },
+    /// A file is not what its ending promises.
+    #[error("{}{place}: {reason}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        place: Place,
+        /// The parser's reason.
+        reason: String,
+    },
+    /// A record has no text under the name of the field.
+    #[error("{}{place} has no field `{field}`", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        place: Place,
+        /// The field that was asked for.
+        field: String,
+        /// The fields that exist.
+        present: Vec<String>,
+    },
+    /// A field is there, but it is not a text.
+    #[error("{}{place}: field `{field}` is {found}, not a text", path.display())]
+    NotText {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        place: Place,
+        /// The field that was asked for.
+        field: String,
+        /// What it holds.
+        found: String,
+    },
+    /// The tokenizer failed or does not fit.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Files could not be mapped or saved.
+    #[error(transparent)]
+    Store(#[from] windlass_store::Error),
+    /// The tokenizer does not say which token ends a text.
+    #[error("the tokenizer declares no end-of-text token")]
+    NoEndToken,
+    /// A token file is damaged or of another version.
+    #[error("{} is not a usable token file: {reason}", path.display())]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A part of the data is shorter than one sequence.
+    #[error("the {part} data has {tokens} tokens, but one sequence needs {needed}")]
+    TooFewTokens {
+        /// "training" or "held-out".
+        part: &'static str,
+        /// The tokens there are.
+        tokens: u64,
+        /// The tokens of one sequence and its last target.
+        needed: u64,
+    },
+    /// A run cannot be resumed because something changed since it was saved.
+    #[error("cannot resume: {what} was {saved} and is {now}")]
+    Changed {
+        /// What changed.
+        what: &'static str,
+        /// Its value when the run was saved.
+        saved: String,
+        /// Its value now.
+        now: String,
+    },
+    /// A setting is outside its range.
+    #[error("{setting} is {value}, but must be {range}")]
+    Setting {
+        /// The name of the setting.
+        setting: &'static str,
+        /// The value given.
+        value: String,
+        /// The values allowed.
+        range: &'static str,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`].
+    pub(crate) fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Tokenizer(error) => return error.hint(),
+            Self::Store(error) => return error.hint(),
+            Self::UnknownFormat(_) => {
+                "data files are .txt, .jsonl, .json (an array) and .parquet; rename plain text to .txt".into()
+            }
+            Self::EmptyCorpus { .. } => {
+                "give files with text, or a folder that holds .txt, .jsonl, .json or .parquet files".into()
+            }
+            Self::NotUtf8 { path, .. } => format!(
+                "convert it first: iconv -f LATIN1 -t UTF-8 {0} > {0}.utf8.txt",
+                path.display()
+            ),
+            Self::MissingField { present, .. } if present.is_empty() => {
+                "each record must be an object with the field, or a plain string".into()
+            }
+            Self::MissingField { present, .. } => {
+                format!("choose one with --field: it has {}", present.join(", "))
+            }
+            Self::NotText { .. } => "choose a field that holds text with --field".into(),
+            Self::Malformed { path, .. } if path.extension().is_some_and(|end| end == "json") => {
+                "a .json file holds one array; a file with one object a line is called .jsonl".into()
+            }
+            Self::NoEndToken => {
+                "put a tokenizer_config.json with \"eos_token\" beside the tokenizer.json".into()
+            }
+            Self::TokenFile { path, .. } => {
+                format!("delete {}; it is made again from the data", path.display())
+            }
+            Self::TooFewTokens { part: "training", .. } => {
+                "give more text, or make the sequences shorter with --seq-len".into()
+            }
+            Self::TooFewTokens { .. } => "hold out a larger fraction, or give more text".into(),
+            Self::Changed { .. } => {
+                "resume with the same data and settings, or start a new run in another folder".into()
+            }
+            Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } => return None,
+        };
+        Some(hint)
+    }
+}
