@@ -1,7 +1,7 @@
 //! Every check of the repository, one after the other: the command that the README names.
 //!
 //! All steps run even when an earlier one fails, so that one run shows everything. It needs Rust; the fuzz
-//! step also a C++ compiler, and is skipped in words without one.
+//! step also a C++ compiler and the last one Python; they are skipped in words without.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,15 @@ use crate::tidy;
 
 /// How long each fuzz target runs in seconds.
 const FUZZ_SECONDS: u32 = 10;
+
+/// What reads the files of the quickstart.
+const PYTHON_PACKAGES: [&str; 5] = [
+    "numpy",
+    "safetensors",
+    "setuptools<81",
+    "tensorboard",
+    "tokenizers",
+];
 
 /// What a step came to.
 enum Outcome {
@@ -53,6 +62,7 @@ pub fn run(root: &Path) -> anyhow::Result<bool> {
     });
     step("fuzzing", &mut || fuzz(root));
     step("quickstart", &mut || quickstart(root));
+    step("python", &mut || python(root));
 
     println!();
     let mut all_passed = true;
@@ -148,7 +158,7 @@ fn fuzz(root: &Path) -> anyhow::Result<Outcome> {
     let host = host()?;
     let target = root.join("target/fuzz");
     let flags = [
-        "--cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module",
+        "--cfg fuzzing -Cdebug-assertions -Ccodegen-units=1 -Cpasses=sancov-module",
         "-Cllvm-args=-sanitizer-coverage-level=4",
         "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
         "-Cllvm-args=-sanitizer-coverage-pc-table",
@@ -216,9 +226,14 @@ fn fuzz_targets(folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Where the quickstart runs; its files stay until the next run.
+fn quickstart_folder(root: &Path) -> PathBuf {
+    root.join("target/ci-quickstart")
+}
+
 /// The first command of the README, as a user runs it, in an empty folder.
 fn quickstart(root: &Path) -> anyhow::Result<Outcome> {
-    let folder = root.join("target/ci-quickstart");
+    let folder = quickstart_folder(root);
     if folder.exists() {
         std::fs::remove_dir_all(&folder)?;
     }
@@ -233,9 +248,39 @@ fn quickstart(root: &Path) -> anyhow::Result<Outcome> {
         "--",
         "quickstart",
     ];
-    let outcome = status(&mut command(&folder, "cargo", &arguments))?;
-    std::fs::remove_dir_all(&folder)?;
-    Ok(outcome)
+    status(&mut command(&folder, "cargo", &arguments))
+}
+
+/// Reads the files of the quickstart with Python's own tools, where Python and a package index are at hand.
+fn python(root: &Path) -> anyhow::Result<Outcome> {
+    let skipped = |reason: &str| Ok(Outcome::Skipped(reason.to_owned()));
+    let venv = root.join("target/python");
+    let interpreter = venv.join("bin/python");
+    if !interpreter.exists() {
+        let mut create = Command::new("python3");
+        let created = create.args(["-m", "venv"]).arg(&venv).status();
+        if !created.is_ok_and(|status| status.success()) {
+            return skipped("python3 with venv is not here");
+        }
+    }
+    let mut install = Command::new(&interpreter);
+    install.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]);
+    install.args(PYTHON_PACKAGES);
+    if let Outcome::Failed(_) = status(&mut install)? {
+        return skipped("pip cannot install the packages");
+    }
+    let script = root.join("xtask/python/read_quickstart.py");
+    status(
+        Command::new(&interpreter)
+            .arg(script)
+            .arg(quickstart_folder(root)),
+    )
 }
 
 #[cfg(test)]
