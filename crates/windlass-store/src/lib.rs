@@ -1,9 +1,11 @@
 //! Parameters at rest: file codecs, checkpoints, and where parameters live.
 //!
-//! [`safetensors`] reads and writes Hugging Face weights. It works on names, shapes and slices of numbers, and knows no
-//! architecture. Whatever is written appears whole or not at all ([`atomic`]).
+//! [`safetensors`] reads and writes Hugging Face weights; [`checkpoint`] keeps folders that a killed run can continue
+//! from. Both work on names, shapes and slices of numbers, and know no architecture. Whatever is written appears whole
+//! or not at all ([`atomic`]).
 
 pub mod atomic;
+pub mod checkpoint;
 mod error;
 pub mod mmap;
 pub mod safetensors;

@@ -14,10 +14,12 @@ mod writer;
 
 pub use ::safetensors::Dtype;
 pub use header::{Header, Info, Spec};
+pub(crate) use reader::is_plain_name;
 pub use reader::{Tensors, View};
 pub use value::{Value, read_values};
 
 pub use writer::{Options, TensorWriter, write_file, write_folder};
+pub(crate) use writer::{encode_index, plan_shards, shard_name, write_tensors};
 
 /// The weights of a folder that fit one file.
 pub const SINGLE_FILE: &str = "model.safetensors";

@@ -4,10 +4,13 @@ mod faulty;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 
 use faulty::{Fault, FaultyDisk};
 use windlass_store::atomic::{Disk, write_atomic};
+use windlass_store::checkpoint::{Checkpoints, Resume};
 use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
 use windlass_store::{Error, Result};
 
@@ -36,13 +39,14 @@ fn for_every_fault(
     let plenty = 1 << 40;
     let (_, (_, left)) = run(Fault::Killed, plenty, plenty);
     let written = plenty - left;
-    for fault in [Fault::Killed, Fault::PowerLoss] {
+    let power_losses = [1, 2, 4, 7].map(Fault::PowerLoss);
+    for fault in [Fault::Killed].into_iter().chain(power_losses) {
         let mut operations = 0;
         while !run(fault, operations, plenty).0 {
             operations += 1;
         }
     }
-    for fault in [Fault::Full, Fault::Killed, Fault::PowerLoss] {
+    for fault in [Fault::Full, Fault::Killed, Fault::PowerLoss(7)] {
         for bytes in (0..40).map(|i| written * i / 40).chain([written - 1]) {
             assert!(
                 !run(fault, plenty, bytes).0,
@@ -50,7 +54,7 @@ fn for_every_fault(
             );
         }
     }
-    assert!(runs > 120);
+    assert!(runs > 130);
 }
 
 /// A disk that never fails, and takes no time to force anything onto it.
@@ -138,4 +142,184 @@ fn a_folder_of_weights_survives_a_failed_save() {
             },
         );
     }
+}
+
+/// Saves a checkpoint with files of several kinds, all saying `step`.
+fn save(checkpoints: &Checkpoints, step: u64, keep: Option<usize>) -> Result<()> {
+    let mut writer = checkpoints.begin(step)?;
+    let options = Options {
+        max_shard_bytes: 500,
+        ..Options::default()
+    };
+    let specs: Vec<Spec> = (0..3)
+        .map(|i| Spec::new(format!("t{i}"), Dtype::F32, [100]))
+        .collect();
+    writer.weights(&specs, &options, |_, out| out.values(&[step as f32; 100]))?;
+    let moments = [Spec::new("m", Dtype::F32, [50])];
+    writer.tensors(
+        "optimizer.safetensors",
+        &moments,
+        &BTreeMap::new(),
+        |_, out| out.values(&[step as f32; 50]),
+    )?;
+    writer.json("state.json", &serde_json::json!({ "step": step }))?;
+    writer.bytes("note.txt", b"free text")?;
+    writer.commit(keep.and_then(NonZeroUsize::new)).map(drop)
+}
+
+/// The step and the note of the checkpoint to continue from, its content checked.
+fn resume(dir: &Path) -> Option<(u64, Option<String>)> {
+    let Resume { checkpoint, note } = Checkpoints::open(dir).latest().unwrap()?;
+    let step = checkpoint.step();
+    checkpoint.verify().unwrap();
+    let state: serde_json::Value = checkpoint.json("state.json").unwrap();
+    assert_eq!(state["step"], step);
+    let mut values = [0f32; 100];
+    let weights = checkpoint.weights().unwrap();
+    weights.read_into("t2", 0..100, &mut values).unwrap();
+    let moments = checkpoint.tensors("optimizer.safetensors").unwrap();
+    moments.read_into("m", 0..50, &mut values[..50]).unwrap();
+    assert!(values.iter().all(|&v| v == step as f32));
+    Some((step, note))
+}
+
+#[test]
+fn there_is_always_a_checkpoint_to_continue_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("checkpoints");
+    let sound = Checkpoints::on(Arc::new(sound_disk()), &dir);
+    let clear = || drop(fs::remove_dir_all(&dir));
+    let after = |keep: usize| {
+        save(&sound, 9, Some(keep)).unwrap();
+        assert_eq!(resume(&dir), Some((9, None)));
+        assert!(
+            temporaries(&dir).is_empty(),
+            "begin() removes what a killed run left"
+        );
+        assert!(sound.steps().unwrap().len() <= keep);
+    };
+    for_every_fault(
+        |disk| save(&Checkpoints::on(Arc::new(disk.clone()), &dir), 3, Some(2)),
+        || {
+            clear();
+            save(&sound, 1, None).unwrap();
+            save(&sound, 2, None).unwrap();
+        },
+        |fault, done| {
+            let (step, note) = resume(&dir).expect("there was a checkpoint before");
+            assert!(step == 3 || (!done && step == 2), "{fault:?}: step {step}");
+            assert_eq!(note, None, "`latest` is never missing or wrong");
+            let steps = sound.steps().unwrap();
+            assert!(
+                steps.len() >= 2,
+                "{fault:?}: pruned to {steps:?} before the new one was safe"
+            );
+            after(2);
+        },
+    );
+    // The very first one: nothing, or the whole.
+    for_every_fault(
+        |disk| save(&Checkpoints::on(Arc::new(disk.clone()), &dir), 3, Some(1)),
+        clear,
+        |fault, done| {
+            match resume(&dir) {
+                None => assert!(!done, "{fault:?}"),
+                Some((step, note)) => assert!(
+                    step == 3 && (note.is_none() || !done),
+                    "{fault:?}: {note:?}"
+                ),
+            }
+            after(1);
+        },
+    );
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_aloud() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let sound = Checkpoints::on(Arc::new(sound_disk()), dir);
+    assert!(resume(dir).is_none(), "nothing was ever saved");
+    type Damage<'a> = &'a dyn Fn(&Path);
+    let edit = |path: &Path, edit: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = fs::read(path).unwrap();
+        edit(&mut bytes);
+        fs::write(path, bytes).unwrap();
+    };
+    let cases: [(&str, Damage); 8] = [
+        ("latest is missing", &|_| {
+            fs::remove_file(dir.join("latest")).unwrap()
+        }),
+        ("does not name a checkpoint", &|_| {
+            fs::write(dir.join("latest"), "step-../..").unwrap()
+        }),
+        ("does not name a checkpoint", &|_| {
+            fs::write(dir.join("latest"), [0xff, 0]).unwrap()
+        }),
+        ("state.json: No such file", &|step| {
+            fs::remove_file(step.join("state.json")).unwrap()
+        }),
+        ("bytes, but", &|step| {
+            edit(&step.join("optimizer.safetensors"), &|b| b.truncate(100))
+        }),
+        ("SHA-256 differs", &|step| {
+            edit(&step.join("optimizer.safetensors"), &|b| b[150] ^= 1)
+        }),
+        ("manifest.json: EOF", &|step| {
+            edit(&step.join("manifest.json"), &|b| b.truncate(60))
+        }),
+        ("No such file", &|step| fs::remove_dir_all(step).unwrap()),
+    ];
+    for (expected, damage) in cases {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                fs::remove_dir_all(path)
+            } else {
+                fs::remove_file(path)
+            }
+            .unwrap();
+        }
+        save(&sound, 1, None).unwrap();
+        save(&sound, 2, None).unwrap();
+        assert!(matches!(
+            sound.begin(2),
+            Err(Error::CheckpointExists { .. })
+        ));
+        damage(&dir.join("step-00000002"));
+        let (step, note) = resume(dir).unwrap();
+        let note = note.expect(expected);
+        let whole = note.contains("latest");
+        assert_eq!(step, if whole { 2 } else { 1 }, "{note}");
+        assert!(
+            note.contains(expected)
+                && note.contains(&format!("continuing from step-0000000{step}")),
+            "{note}"
+        );
+        if !whole {
+            save(&sound, 2, Some(5)).unwrap();
+            assert_eq!(
+                resume(dir),
+                Some((2, None)),
+                "the damaged one can be saved anew"
+            );
+        }
+    }
+    // A newer layout is not mistaken for damage, and nothing usable is an error, not a fresh start.
+    let manifest = dir.join("step-00000002/manifest.json");
+    let newer = |b: &mut Vec<u8>| {
+        *b = String::from_utf8(b.clone())
+            .unwrap()
+            .replace("\"version\": 1", "\"version\": 2")
+            .into()
+    };
+    edit(&manifest, &newer);
+    let (step, note) = resume(dir).unwrap();
+    assert!(step == 1 && note.unwrap().contains("layout version 2"));
+    fs::remove_dir_all(dir.join("step-00000001")).unwrap();
+    let error = Checkpoints::open(dir).latest().unwrap_err();
+    assert!(
+        error.to_string().contains("no complete checkpoint"),
+        "{error}"
+    );
 }

@@ -187,7 +187,11 @@ pub fn write_folder(
         file.commit()?;
     }
     if shards.len() > 1 {
-        write_atomic(disk, &folder.join(INDEX_FILE), &write_index(specs, &shards))?;
+        write_atomic(
+            disk,
+            &folder.join(INDEX_FILE),
+            &encode_index(specs, &shards),
+        )?;
     }
     remove_stale(disk, folder, &paths)?;
     Ok(paths)
@@ -218,7 +222,7 @@ pub(crate) fn shard_name(i: usize, count: usize) -> String {
 }
 
 /// The content of the index of these shards.
-pub(crate) fn write_index(specs: &[Spec], shards: &[Vec<usize>]) -> Vec<u8> {
+pub(crate) fn encode_index(specs: &[Spec], shards: &[Vec<usize>]) -> Vec<u8> {
     let total: usize = specs.iter().map(Spec::bytes).sum();
     let mut weight_map = BTreeMap::new();
     for (shard, members) in shards.iter().enumerate() {

@@ -14,8 +14,9 @@ pub enum Fault {
     Full,
     /// Nothing works any more, clean-up included: the process was killed.
     Killed,
-    /// As `Killed`, and what was not forced to the disk is lost: the power went.
-    PowerLoss,
+    /// As `Killed`, and what was not forced to the disk is lost: the power went. Of the folder entries not forced,
+    /// the i-th is lost if bit i mod 3 is set, as they may reach the disk in any order.
+    PowerLoss(u8),
 }
 
 /// A real disk with a budget.
@@ -59,15 +60,21 @@ impl FaultyDisk {
     pub fn crash(&self) {
         let mut state = self.0.lock().unwrap();
         state.dead = true;
-        if state.fault != Fault::PowerLoss {
+        let Fault::PowerLoss(lost) = state.fault else {
             return;
-        }
+        };
         for (path, length) in std::mem::take(&mut state.forced) {
             if let Ok(file) = std::fs::OpenOptions::new().write(true).open(path) {
                 file.set_len(length).unwrap();
             }
         }
-        for entry in std::mem::take(&mut state.entries).into_iter().rev() {
+        let entries = std::mem::take(&mut state.entries).into_iter().enumerate();
+        for (_, entry) in entries
+            .filter(|(i, _)| lost >> (i % 3) & 1 == 1)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .rev()
+        {
             match entry {
                 Entry::Created(path) => drop(std::fs::remove_file(path)),
                 Entry::Renamed { from, to, replaced } => {
@@ -152,14 +159,24 @@ impl Disk for FaultyDisk {
         let mut state = self.operation()?;
         let replaced = std::fs::read(to).ok();
         RealDisk.rename(from, to)?;
+        let moved = |path: PathBuf| match path.strip_prefix(from) {
+            Ok(rest) if rest.as_os_str().is_empty() => to.to_owned(),
+            Ok(rest) => to.join(rest),
+            Err(_) => path,
+        };
         state.forced = std::mem::take(&mut state.forced)
             .into_iter()
-            .map(|(path, length)| match path.strip_prefix(from) {
-                Ok(rest) if rest.as_os_str().is_empty() => (to.to_owned(), length),
-                Ok(rest) => (to.join(rest), length),
-                Err(_) => (path, length),
-            })
+            .map(|(p, n)| (moved(p), n))
             .collect();
+        // A renamed file's first entry no longer matters; those of the files in a renamed folder do.
+        state
+            .entries
+            .retain(|entry| !matches!(entry, Entry::Created(path) if path == from));
+        for entry in &mut state.entries {
+            if let Entry::Created(path) = entry {
+                *path = moved(std::mem::take(path));
+            }
+        }
         state.entries.push(Entry::Renamed {
             from: from.to_owned(),
             to: to.to_owned(),

@@ -1,0 +1,192 @@
+//! One checkpoint being written.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::Checkpoints;
+use super::folder::{CheckpointDir, FileEntry, MANIFEST, Manifest, hex};
+use crate::atomic::DiskFile;
+use crate::error::{Error, Result};
+use crate::safetensors::{
+    INDEX_FILE, Options, Spec, TensorWriter, encode_index, is_plain_name, plan_shards, shard_name,
+    write_tensors,
+};
+
+/// A checkpoint being written. [`Writer::commit`] makes it real; dropping it leaves nothing.
+pub struct Writer<'c> {
+    home: &'c Checkpoints,
+    step: u64,
+    temp: PathBuf,
+    files: BTreeMap<String, FileEntry>,
+    committed: bool,
+}
+
+impl<'c> Writer<'c> {
+    /// Starts writing in `temp`, an empty folder.
+    pub(super) fn new(home: &'c Checkpoints, step: u64, temp: PathBuf) -> Self {
+        Writer {
+            home,
+            step,
+            temp,
+            files: BTreeMap::new(),
+            committed: false,
+        }
+    }
+}
+
+impl Writer<'_> {
+    /// Adds a file with this content.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    ///
+    /// # Panics
+    /// If the name was added before, or is not a plain file name.
+    #[track_caller]
+    pub fn bytes(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        self.file(name, |path, file| {
+            file.write_all(content)
+                .map_err(|e| Error::io("write", path, e))
+        })
+    }
+
+    /// Adds a JSON file.
+    ///
+    /// # Errors
+    /// As [`Writer::bytes`].
+    ///
+    /// # Panics
+    /// As [`Writer::bytes`].
+    #[track_caller]
+    pub fn json(&mut self, name: &str, value: &impl Serialize) -> Result<()> {
+        let text = serde_json::to_vec_pretty(value)
+            .expect("a checkpoint's state maps to JSON with text keys");
+        self.bytes(name, &text)
+    }
+
+    /// Adds a safetensors file; `fill` as in [`crate::safetensors::write_file`].
+    ///
+    /// # Errors
+    /// As [`Writer::bytes`], and what `fill` returns.
+    ///
+    /// # Panics
+    /// As [`Writer::bytes`].
+    #[track_caller]
+    pub fn tensors(
+        &mut self,
+        name: &str,
+        specs: &[Spec],
+        metadata: &BTreeMap<String, String>,
+        mut fill: impl FnMut(usize, &mut TensorWriter) -> Result<()>,
+    ) -> Result<()> {
+        let order: Vec<usize> = (0..specs.len()).collect();
+        self.file(name, |path, file| {
+            write_tensors(file, path, specs, &order, metadata, &mut fill)
+        })
+    }
+
+    /// Adds a model's weights under the names of a Hugging Face folder; as [`crate::safetensors::write_folder`].
+    ///
+    /// # Errors
+    /// As [`Writer::bytes`], and what `fill` returns.
+    ///
+    /// # Panics
+    /// As [`Writer::bytes`].
+    #[track_caller]
+    pub fn weights(
+        &mut self,
+        specs: &[Spec],
+        options: &Options,
+        mut fill: impl FnMut(usize, &mut TensorWriter) -> Result<()>,
+    ) -> Result<()> {
+        let shards = plan_shards(specs, options.max_shard_bytes);
+        for (i, order) in shards.iter().enumerate() {
+            let name = shard_name(i, shards.len());
+            self.file(&name, |path, file| {
+                write_tensors(file, path, specs, order, &options.metadata, &mut fill)
+            })?;
+        }
+        if shards.len() > 1 {
+            self.bytes(INDEX_FILE, &encode_index(specs, &shards))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the checkpoint real and the one to continue from, then removes the oldest beyond `keep`, if given.
+    ///
+    /// # Errors
+    /// [`Error::Io`]. An error in removing old checkpoints comes after this one is safe.
+    pub fn commit(mut self, keep: Option<NonZeroUsize>) -> Result<CheckpointDir> {
+        let manifest = Manifest::new(self.step, self.files.values().cloned().collect());
+        self.json(MANIFEST, &manifest)?;
+        let path = self.home.put_in_place(self.step, &self.temp)?;
+        self.committed = true;
+        self.home.name_latest(self.step, keep)?;
+        Ok(CheckpointDir::new(path, manifest))
+    }
+
+    /// Writes one file, forces it to the disk and notes its size and hash.
+    #[track_caller]
+    fn file(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&Path, &mut dyn Write) -> Result<()>,
+    ) -> Result<()> {
+        assert!(is_plain_name(name), "'{name}' is not a plain file name");
+        assert!(!self.files.contains_key(name), "'{name}' was added before");
+        let path = self.temp.join(name);
+        let file = self
+            .home
+            .disk
+            .create(&path)
+            .map_err(|e| Error::io("create", &path, e))?;
+        let mut file = Hashing {
+            file,
+            hash: Sha256::new(),
+            bytes: 0,
+        };
+        write(&path, &mut file)?;
+        file.file.sync().map_err(|e| Error::io("write", &path, e))?;
+        let entry = FileEntry {
+            name: name.to_owned(),
+            bytes: file.bytes,
+            sha256: hex(file.hash),
+        };
+        self.files.insert(name.to_owned(), entry);
+        Ok(())
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        if !self.committed {
+            // The error that led here is the one worth reporting; `begin` removes what is left.
+            let _ = self.home.disk().remove_dir(&self.temp);
+        }
+    }
+}
+
+/// A file that hashes and counts what passes.
+struct Hashing {
+    file: Box<dyn DiskFile>,
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
