@@ -179,19 +179,20 @@ fn fuzz(root: &Path) -> anyhow::Result<Outcome> {
         let limit = format!("-max_total_time={FUZZ_SECONDS}");
         let artifacts = format!("-artifact_prefix={}/", target.display());
         let mut run = Command::new(&program);
-        run.args([
-            limit.as_str(),
-            artifacts.as_str(),
-            "-rss_limit_mb=4096",
-            "-verbosity=0",
-        ]);
+        run.args([limit.as_str(), artifacts.as_str(), "-rss_limit_mb=4096"]);
         run.arg(&corpus);
         let seeds = folder.join("seeds").join(name);
         if seeds.is_dir() {
             run.arg(seeds);
         }
-        println!("fuzz target {name}: {FUZZ_SECONDS} s");
-        if let Outcome::Failed(_) = status(&mut run)? {
+        // Its log is long, and of use only when an input was found.
+        let output = run
+            .output()
+            .with_context(|| program.display().to_string())?;
+        let log = String::from_utf8_lossy(&output.stderr);
+        let done = log.lines().rfind(|line| line.starts_with("Done "));
+        println!("{name}: {}", done.unwrap_or(log.as_ref()));
+        if !output.status.success() {
             failed.push(name.as_str());
         }
     }
