@@ -3,7 +3,8 @@
 
 use super::forward::{Edges, tile_rows};
 use super::tile::{
-    KEYS, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row, take,
+    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, exp_or_zero, load_columns, load_rows, padded,
+    store_row, take,
 };
 use super::{AttentionShape, Backward, Segment};
 use crate::pool::Worker;
@@ -219,6 +220,12 @@ unsafe fn tile<S: Tiles>(
         c,
         c_stride: KEYS,
         start: Start::Zero,
+        bounds: edges.columns(rows.len()),
+    };
+    let seeing = if edges.all {
+        [(0, 0); KEYS]
+    } else {
+        seeing(&edges.seen[..rows.len()])
     };
     // Tile, transposed, times rows.
     let onto_keys = |a: *const f32, b: *const f32, c: *mut f32| Product {
@@ -233,6 +240,11 @@ unsafe fn tile<S: Tiles>(
         c,
         c_stride: width,
         start: Start::Sum,
+        bounds: if edges.all {
+            Bounds::All
+        } else {
+            Bounds::Inner(&seeing[..keys.len()])
+        },
     };
     let onto_queries = Product {
         m: rows.len(),
@@ -246,6 +258,7 @@ unsafe fn tile<S: Tiles>(
         c: scratch.dq[own].as_mut_ptr(),
         c_stride: width,
         start: Start::Sum,
+        bounds: edges.inner(rows.len()),
     };
     let summed = keys.start * width..keys.end * width;
     // SAFETY: the sizes of scratch.
@@ -265,6 +278,19 @@ unsafe fn tile<S: Tiles>(
         S::product(&onto_keys(ds, q, scratch.dk[summed].as_mut_ptr()));
         S::product(&onto_queries);
     }
+}
+
+/// The rows that see each key: from the first to the last of them.
+fn seeing(seen: &[Part]) -> [Part; KEYS] {
+    let mut seeing = [(u8::MAX, 0); KEYS];
+    for (row, &(start, end)) in seen.iter().enumerate() {
+        if start < end {
+            for part in &mut seeing[start as usize..end as usize] {
+                *part = (part.0.min(row as u8), row as u8 + 1);
+            }
+        }
+    }
+    seeing
 }
 
 /// Turns scores `p` into probabilities, and gradients `ds` of probabilities into gradients of scores.
@@ -296,7 +322,7 @@ unsafe fn softmax_backward<S: Simd>(
                     score = S::splat(cap) * t;
                     gradient = gradient * t.fnma(t, one);
                 }
-                let probability = (score - lse).exp();
+                let probability = exp_or_zero(score - lse);
                 probability.store(p);
                 (probability * gradient).store(ds);
             }

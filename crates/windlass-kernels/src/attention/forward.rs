@@ -1,16 +1,31 @@
 //! The forward pass of one block of queries: tiles of keys from left to right, softmax kept as running maximum and sum.
 
 use super::tile::{
-    KEYS, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row, take,
+    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, exp_or_zero, load_columns, load_rows, padded,
+    store_row, take,
 };
 use super::{AttentionShape, Block, Forward, KvView, Segment};
 use crate::pool::Worker;
-use crate::simd::SimdElement;
+use crate::simd::{Simd, SimdElement};
 use std::ops::Range;
+
+/// The part of a tile that a row sees when it sees all of a whole tile.
+const WHOLE: Part = (0, KEYS as u8);
+
+/// 0, 1, 2 and so on, to compare vectors of indices.
+const INDICES: [f32; KEYS] = {
+    let mut indices = [0.0; KEYS];
+    let mut i = 0;
+    while i < KEYS {
+        indices[i] = i as f32;
+        i += 1;
+    }
+    indices
+};
 
 /// The part of a tile that each of some rows sees, and whether any row sees less than all or anything at all.
 pub(super) struct Edges {
-    pub seen: [(u8, u8); ROWS],
+    pub seen: [Part; ROWS],
     pub all: bool,
     pub none: bool,
 }
@@ -41,6 +56,26 @@ impl Edges {
             i = if i + 1 == queries.len() { 0 } else { i + 1 };
         }
         edges
+    }
+
+    /// Bounds of a product whose columns are keys.
+    #[inline(always)]
+    pub fn columns(&self, rows: usize) -> Bounds<'_> {
+        if self.all {
+            Bounds::All
+        } else {
+            Bounds::Columns(&self.seen[..rows])
+        }
+    }
+
+    /// Bounds of a product that sums over keys.
+    #[inline(always)]
+    pub fn inner(&self, rows: usize) -> Bounds<'_> {
+        if self.all {
+            Bounds::All
+        } else {
+            Bounds::Inner(&self.seen[..rows])
+        }
     }
 }
 
@@ -204,6 +239,7 @@ unsafe fn tile<S: Tiles>(
             c: scores,
             c_stride: KEYS,
             start: Start::Zero,
+            bounds: edges.columns(rows.len()),
         });
         let (max, sum) = (
             &mut scratch.max[rows.clone()],
@@ -230,6 +266,7 @@ unsafe fn tile<S: Tiles>(
             c: out.as_mut_ptr(),
             c_stride: width,
             start: Start::Scaled(factors.as_ptr()),
+            bounds: edges.inner(rows.len()),
         });
     }
 }
@@ -256,35 +293,98 @@ unsafe fn softmax<S: Tiles>(
             if let Some(cap) = softcap {
                 cap_scores::<S>(cap, &mut line[..used]);
             }
-            if !edges.all || used != keys {
-                let (start, end) = edges.seen[row];
-                line[..start as usize].fill(f32::NEG_INFINITY);
-                line[end as usize..used].fill(f32::NEG_INFINITY);
-            }
-            let mut most = S::splat(max[row]);
-            for at in (0..used).step_by(S::LANES) {
-                most = S::load(line.as_ptr().add(at)).max(most);
-            }
-            newest[row] = most.hmax();
+            newest[row] = match edges.seen[row] {
+                WHOLE => maximum::<S>(max[row], line),
+                seen => masked_maximum::<S>(max[row], line, seen),
+            };
         }
         for row in (0..max.len()).step_by(S::LANES) {
             let n = max.len() - row;
             let old = S::load_partial(max.as_ptr().add(row), n);
             let new = S::load(newest.as_ptr().add(row));
-            (old - new).exp().store(factors.as_mut_ptr().add(row));
+            exp_or_zero(old - new).store(factors.as_mut_ptr().add(row));
             new.store_partial(max.as_mut_ptr().add(row), n);
         }
         for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
-            let max = S::splat(max[row]);
-            let mut total = S::splat(0.0);
-            for at in (0..used).step_by(S::LANES) {
-                let at = line.as_mut_ptr().add(at);
-                let p = (S::load(at) - max).exp();
-                p.store(at);
-                total = total + p;
-            }
-            sum[row] = sum[row] * factors[row] + total.sum();
+            let total = match edges.seen[row] {
+                WHOLE => exponentials::<S>(max[row], line),
+                seen => masked_exponentials::<S>(max[row], &mut line[..used], seen),
+            };
+            sum[row] = sum[row] * factors[row] + total;
         }
+    }
+}
+
+/// The largest of a row's scores and `max`.
+#[inline(always)]
+unsafe fn maximum<S: Simd>(max: f32, line: &[f32]) -> f32 {
+    // SAFETY: vectors of `line`; the features are there by the caller's promise.
+    unsafe {
+        let mut most = S::splat(max);
+        for at in (0..KEYS).step_by(S::LANES) {
+            most = S::load(line[at..at + S::LANES].as_ptr()).max(most);
+        }
+        most.hmax()
+    }
+}
+
+/// The largest of the scores in `seen` and `max`; other scores of the same vectors become -∞.
+#[inline(always)]
+unsafe fn masked_maximum<S: Simd>(max: f32, line: &mut [f32], (start, end): Part) -> f32 {
+    // SAFETY: vectors of `line`; the features are there by the caller's promise.
+    unsafe {
+        let hidden = S::splat(f32::NEG_INFINITY);
+        let (first, last) = (S::splat(f32::from(start)), S::splat(f32::from(end)));
+        let mut most = S::splat(max);
+        for at in (start as usize / S::LANES * S::LANES..end as usize).step_by(S::LANES) {
+            let index = S::load(INDICES[at..at + S::LANES].as_ptr());
+            let at = line[at..at + S::LANES].as_mut_ptr();
+            let score = S::select(index.lt(first), hidden, S::load(at));
+            let score = S::select(index.lt(last), score, hidden);
+            score.store(at);
+            most = score.max(most);
+        }
+        most.hmax()
+    }
+}
+
+/// Replaces a row's scores by their exponentials relative to `max`; returns their sum.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(max: f32, line: &mut [f32]) -> f32 {
+    // SAFETY: vectors of `line`; the features are there by the caller's promise.
+    unsafe {
+        let max = S::splat(max);
+        let mut total = S::splat(0.0);
+        for at in (0..KEYS).step_by(S::LANES) {
+            let at = line[at..at + S::LANES].as_mut_ptr();
+            let p = exp_or_zero(S::load(at) - max);
+            p.store(at);
+            total = total + p;
+        }
+        total.sum()
+    }
+}
+
+/// As [`exponentials`] after [`masked_maximum`]; vectors without a visible key become 0.
+#[inline(always)]
+unsafe fn masked_exponentials<S: Simd>(max: f32, line: &mut [f32], (start, end): Part) -> f32 {
+    let (start, end) = (
+        start as usize / S::LANES * S::LANES,
+        (end as usize).next_multiple_of(S::LANES),
+    );
+    // SAFETY: vectors of `line`; the features are there by the caller's promise.
+    unsafe {
+        let max = S::splat(max);
+        let mut total = S::splat(0.0);
+        for at in (0..line.len()).step_by(S::LANES) {
+            let p = match (start..end).contains(&at) {
+                true => exp_or_zero(S::load(line[at..at + S::LANES].as_ptr()) - max),
+                false => S::splat(0.0),
+            };
+            p.store(line[at..at + S::LANES].as_mut_ptr());
+            total = total + p;
+        }
+        total.sum()
     }
 }
 

@@ -16,6 +16,9 @@ pub(super) const KEYS: usize = 64;
 /// Query rows that a tile of scores holds at most.
 pub(super) const ROWS: usize = 64;
 
+/// Rows of a block of a product: 6 times 4 vectors of sums leave 8 of 32 registers, 6 times 2 leave 4 of 16.
+const HEIGHT: usize = 6;
+
 /// Elements of a head's row in scratch: whole vectors at every level.
 pub(super) fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
@@ -39,11 +42,35 @@ pub(super) enum Start {
     Scaled(*const f32),
 }
 
+/// A range of at most [`KEYS`] keys or [`ROWS`] rows.
+pub(super) type Part = (u8, u8);
+
+/// What of a [`Product`] matters to each row, so that the rest need not be computed.
+#[derive(Clone, Copy)]
+pub(super) enum Bounds<'a> {
+    /// Everything.
+    All,
+    /// Row `i` of `c` is read in these columns only.
+    Columns(&'a [Part]),
+    /// `a[i, p]` is zero for all other `p`.
+    Inner(&'a [Part]),
+}
+
+/// The smallest range that covers all.
+fn cover(parts: &[Part]) -> (usize, usize) {
+    let (mut start, mut end) = (KEYS, 0);
+    for part in parts.iter().filter(|part| part.0 < part.1) {
+        start = start.min(part.0 as usize);
+        end = end.max(part.1 as usize);
+    }
+    (start.min(end), end)
+}
+
 /// `c[i, j] = start + sum_p a[i, p] b[p, j]` for `m` rows and `n` columns, a multiple of the lanes.
 ///
 /// `a[i, p]` is `a[i * a_row + p * a_step]`; the rows of `b` and `c` are `b_stride` and `c_stride` apart.
 #[derive(Clone, Copy)]
-pub(super) struct Product {
+pub(super) struct Product<'a> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -55,6 +82,7 @@ pub(super) struct Product {
     pub c: *mut f32,
     pub c_stride: usize,
     pub start: Start,
+    pub bounds: Bounds<'a>,
 }
 
 /// What attention needs of a vector beyond [`Simd`].
@@ -66,6 +94,16 @@ pub(super) trait Tiles: Simd {
     unsafe fn transpose(square: &mut [Self; 16]);
     /// Computes a [`Product`] whose pointers are valid; `c` overlaps nothing else.
     unsafe fn product(product: &Product);
+}
+
+/// `e^x`, 0 where it would be less than a normal number.
+///
+/// Processors need some hundred cycles for each vector with a denormal result, and masked scores are -∞.
+#[inline(always)]
+pub(super) fn exp_or_zero<S: Simd>(x: S) -> S {
+    // SAFETY: `x` exists, so the features are there.
+    let (floor, zero) = unsafe { (S::splat(-87.0), S::splat(0.0)) };
+    S::select(x.lt(floor), zero, floor.max(x).exp())
 }
 
 /// Copies `rows` of `width` elements to rows of `padded(width)`, times `scale`.
@@ -167,9 +205,35 @@ pub(super) unsafe fn store_row<S: Simd, E: SimdElement>(
     }
 }
 
-/// The whole product: panels of at most 4 vectors (2 where there are 16 registers), in blocks of at most 6 rows.
+/// The whole product.
 #[inline(always)]
 unsafe fn product<S: Simd>(p: &Product) {
+    let Bounds::Columns(seen) = p.bounds else {
+        // SAFETY: the caller's promise.
+        return unsafe { panels::<S>(p) };
+    };
+    for row in (0..p.m).step_by(HEIGHT) {
+        let rows = HEIGHT.min(p.m - row);
+        let (start, end) = cover(&seen[row..row + rows]);
+        let (first, end) = (start / S::LANES * S::LANES, end.next_multiple_of(S::LANES));
+        // SAFETY: a part of the product.
+        unsafe {
+            panels::<S>(&Product {
+                m: rows,
+                n: end - first,
+                a: p.a.add(row * p.a_row),
+                b: p.b.add(first),
+                c: p.c.add(row * p.c_stride + first),
+                bounds: Bounds::All,
+                ..*p
+            });
+        }
+    }
+}
+
+/// Panels of at most 4 vectors, 2 where there are 16 registers.
+#[inline(always)]
+unsafe fn panels<S: Simd>(p: &Product) {
     let vectors = p.n / S::LANES;
     let most = if S::LANES == 16 { 4 } else { 2 };
     let panels = vectors.div_ceil(most);
@@ -200,9 +264,9 @@ unsafe fn panel_of<S: Simd, const N: usize>(p: &Product) {
     let mut row = 0;
     // SAFETY: rows below `m` are valid by the caller's promise.
     unsafe {
-        while p.m - row >= 6 {
-            block::<S, 6, N>(p, row);
-            row += 6;
+        while p.m - row >= HEIGHT {
+            block::<S, HEIGHT, N>(p, row);
+            row += HEIGHT;
         }
         if p.m - row >= 4 {
             block::<S, 4, N>(p, row);
@@ -243,9 +307,13 @@ unsafe fn block<S: Simd, const M: usize, const N: usize>(p: &Product, row: usize
                 }
             }
         }
-        let mut a = p.a.add(row * p.a_row);
-        let mut b = p.b;
-        for _ in 0..p.k {
+        let (first, end) = match p.bounds {
+            Bounds::Inner(parts) => cover(&parts[row..row + M]),
+            _ => (0, p.k),
+        };
+        let mut a = p.a.add(row * p.a_row + first * p.a_step);
+        let mut b = p.b.add(first * p.b_stride);
+        for _ in first..end {
             let mut line = [S::splat(0.0); N];
             for j in 0..N {
                 line[j] = S::load(b.add(j * S::LANES));
