@@ -1,8 +1,18 @@
 //! Activation functions, alone and gating another tensor, and their gradients.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::{Tasks, assert_len};
 use crate::{Element, reference};
+
+mod vector;
+
+kernels! {
+    fn activation_chunk<E>(kind: Activation, x: &[E], y: &mut [E]) -> () { scalar: reference::activation, simd: vector::activation }
+    fn activation_backward_chunk<E>(kind: Activation, x: &[E], dy: &[E], dx: &mut [E]) -> () { scalar: reference::activation_backward, simd: vector::activation_backward }
+    fn gated_chunk<E>(kind: Activation, gate: &[E], up: &[E], y: &mut [E]) -> () { scalar: reference::gated, simd: vector::gated }
+    fn gated_backward_chunk<E>(kind: Activation, gate: &[E], up: &[E], dy: &[E], dgate: &mut [E], dup: &mut [E]) -> () { scalar: reference::gated_backward, simd: vector::gated_backward }
+}
 
 /// An activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,7 +37,7 @@ pub enum Activation {
 #[track_caller]
 pub fn activation<E: Element>(pool: &Pool, kind: Activation, x: &[E], y: &mut [E]) {
     assert_len("y", y.len(), x.len());
-    let chunk = reference::activation::<E>;
+    let chunk = activation_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     let tasks = Tasks::elements(x.len());
     pool.run(tasks.count(), |task, _| {
@@ -51,7 +61,7 @@ pub fn activation_backward<E: Element>(
 ) {
     assert_len("dy", dy.len(), x.len());
     assert_len("dx", dx.len(), x.len());
-    let chunk = reference::activation_backward::<E>;
+    let chunk = activation_backward_chunk::<E>(pool.level());
     let dx = SharedMut::new(dx);
     let tasks = Tasks::elements(x.len());
     pool.run(tasks.count(), |task, _| {
@@ -72,7 +82,7 @@ pub fn activation_backward<E: Element>(
 pub fn gated<E: Element>(pool: &Pool, kind: Activation, gate: &[E], up: &[E], y: &mut [E]) {
     assert_len("up", up.len(), gate.len());
     assert_len("y", y.len(), gate.len());
-    let chunk = reference::gated::<E>;
+    let chunk = gated_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     let tasks = Tasks::elements(gate.len());
     pool.run(tasks.count(), |task, _| {
@@ -100,7 +110,7 @@ pub fn gated_backward<E: Element>(
     assert_len("dy", dy.len(), gate.len());
     assert_len("dgate", dgate.len(), gate.len());
     assert_len("dup", dup.len(), gate.len());
-    let chunk = reference::gated_backward::<E>;
+    let chunk = gated_backward_chunk::<E>(pool.level());
     let (dgate, dup) = (SharedMut::new(dgate), SharedMut::new(dup));
     let tasks = Tasks::elements(gate.len());
     pool.run(tasks.count(), |task, _| {

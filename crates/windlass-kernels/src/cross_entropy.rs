@@ -2,9 +2,17 @@
 //!
 //! It works on a chunk of rows, so that a caller need not hold the logits of all tokens at once.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
+use crate::simd::{Simd, SimdElement};
+use crate::softmax::vector::{Max, SumExp};
+use crate::stream::{Fold, Step, Width, fold, stream};
 use crate::tasks::{Tasks, assert_len, cells};
 use crate::{Element, reference};
+
+kernels! {
+    fn cross_entropy_rows_chunk<E>(logits: &mut [<E as Element>::Acc], cols: usize, softcap: Option<f32>, targets: &[i64], loss: &mut [<E as Element>::Acc], dlogits: Option<(&mut [E], f32)>) -> () { scalar: reference::cross_entropy_rows, simd: cross_entropy_vector }
+}
 
 /// The target of a row that has no loss and no gradient.
 pub const IGNORED: i64 = -100;
@@ -49,7 +57,7 @@ pub fn cross_entropy_rows<E: Element>(
             wrong.unwrap_or(&0)
         );
     }
-    let chunk = reference::cross_entropy_rows::<E>;
+    let chunk = cross_entropy_rows_chunk::<E>(pool.level());
     let (logits, loss) = (SharedMut::new(logits), SharedMut::new(loss));
     let dlogits = dlogits.map(|(d, scale)| (SharedMut::new(d), scale));
     let tasks = Tasks::rows(rows, cols);
@@ -71,4 +79,103 @@ pub fn cross_entropy_rows<E: Element>(
             )
         }
     });
+}
+
+/// `z = cap tanh(z / cap)` in place, and the largest.
+struct Cap(*mut f32, f32);
+
+impl Fold<1> for Cap {
+    const START: f32 = f32::NEG_INFINITY;
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [held]: [S; 1]) -> [S; 1] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let cap = S::splat(self.1);
+            let z = (width.load::<S, f32>(self.0.add(i)) / cap).tanh() * cap;
+            width.store(self.0.add(i), z);
+            [z.max(held)]
+        }
+    }
+    #[inline(always)]
+    fn join<S: Simd>(a: S, b: S) -> S {
+        a.max(b)
+    }
+}
+
+/// `d = e^(z - max) * factor`, times `1 - (z / cap)²`.
+struct Gradient<E> {
+    z: *const f32,
+    d: *mut E,
+    max: f32,
+    factor: f32,
+    cap: Option<f32>,
+}
+
+impl<E: SimdElement> Step for Gradient<E> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let z: S = width.load(self.z.add(i));
+            let mut d = (z - S::splat(self.max)).exp() * S::splat(self.factor);
+            if let Some(cap) = self.cap {
+                let t = z / S::splat(cap);
+                d = d * t.fnma(t, S::splat(1.0));
+            }
+            width.store(self.d.add(i), d);
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the features of `S`; lengths and targets were checked by [`cross_entropy_rows`].
+#[inline(always)]
+unsafe fn cross_entropy_vector<S: Simd, E: SimdElement>(
+    logits: &mut [f32],
+    cols: usize,
+    cap: Option<f32>,
+    targets: &[i64],
+    loss: &mut [f32],
+    mut dlogits: Option<(&mut [E], f32)>,
+) {
+    for (r, (&target, loss)) in targets.iter().zip(loss).enumerate() {
+        let d = dlogits
+            .as_mut()
+            .map(|(d, scale)| (&mut d[r * cols..][..cols], *scale));
+        if target == IGNORED {
+            *loss = 0.0;
+            if let Some((d, _)) = d {
+                d.fill(E::default());
+            }
+            continue;
+        }
+        let z = &mut logits[r * cols..][..cols];
+        // SAFETY: the row has `cols` elements.
+        unsafe {
+            let [max] = match cap {
+                Some(cap) => fold::<S, 1, _>(cols, Cap(z.as_mut_ptr(), cap)),
+                None => fold::<S, 1, _>(cols, Max(z.as_ptr())),
+            };
+            let max = max.hmax();
+            let [sum] = fold::<S, 1, _>(cols, SumExp(z.as_ptr(), max));
+            let sum = sum.sum();
+            let hit = z[target as usize];
+            *loss = sum.ln() - (hit - max);
+            if let Some((d, scale)) = d {
+                let factor = scale / sum;
+                stream::<S>(
+                    cols,
+                    Gradient {
+                        z: z.as_ptr(),
+                        d: d.as_mut_ptr(),
+                        max,
+                        factor,
+                        cap,
+                    },
+                );
+                let slope = cap.map_or(1.0, |cap| 1.0 - (hit / cap) * (hit / cap));
+                d[target as usize] = E::store(((hit - max).exp() / sum - 1.0) * slope * scale);
+            }
+        }
+    }
 }

@@ -192,7 +192,7 @@ fn amx_permitted() -> bool {
 #[allow(unused_macros, reason = "until the first kernel module uses it")]
 macro_rules! kernels {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident<$E:ident>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty
-        { scalar: $scalar:ident, simd: $simd:ident })*) => {$(
+        { scalar: $($scalar:ident)::+, simd: $($simd:ident)::+ })*) => {$(
         $(#[$meta])*
         $vis fn $name<$E: $crate::Element>(level: $crate::dispatch::Level) -> unsafe fn($($ty),*) -> $ret {
             #[allow(unused_imports, reason = "which one is used depends on the architecture")]
@@ -204,12 +204,12 @@ macro_rules! kernels {
                 #[target_feature(enable = "avx2,fma")]
                 unsafe fn avx2<$E: SimdElement>($($arg: $ty),*) -> $ret {
                     // SAFETY: the features are enabled here; the rest is the caller's promise.
-                    unsafe { $simd::<Avx2, $E>($($arg),*) }
+                    unsafe { $($simd)::+::<Avx2, $E>($($arg),*) }
                 }
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
                 unsafe fn avx512<$E: SimdElement>($($arg: $ty),*) -> $ret {
                     // SAFETY: as above.
-                    unsafe { $simd::<Avx512, $E>($($arg),*) }
+                    unsafe { $($simd)::+::<Avx512, $E>($($arg),*) }
                 }
                 // SAFETY (all four): `DTYPE` identifies the sealed type, so source and target are the same type.
                 match (E::DTYPE, level) {
@@ -229,7 +229,7 @@ macro_rules! kernels {
                 }
             }
             let _ = level;
-            $scalar::<$E>
+            $($scalar)::+::<$E>
         }
     )*};
 }

@@ -1,8 +1,20 @@
 //! Element by element operations, row sums and transposition.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::{Tasks, assert_len};
 use crate::{Element, reference};
+
+pub(crate) mod vector;
+
+kernels! {
+    fn add_chunk<E>(a: &[E], b: &[E], y: &mut [E]) -> () { scalar: reference::add, simd: vector::add }
+    fn mul_chunk<E>(a: &[E], b: &[E], y: &mut [E]) -> () { scalar: reference::mul, simd: vector::mul }
+    fn scale_chunk<E>(a: f32, x: &[E], y: &mut [E]) -> () { scalar: reference::scale, simd: vector::scale }
+    fn scale_in_place_chunk<E>(a: f32, x: &mut [E]) -> () { scalar: reference::scale_in_place, simd: vector::scale_in_place }
+    fn axpy_chunk<E>(a: f32, x: &[E], y: &mut [E]) -> () { scalar: reference::axpy, simd: vector::axpy }
+    fn sum_rows_chunk<E>(x: &[E], cols: usize, start: usize, sums: &mut [<E as Element>::Acc]) -> () { scalar: reference::sum_rows, simd: vector::sum_rows }
+}
 
 /// `y = a + b`.
 ///
@@ -10,7 +22,7 @@ use crate::{Element, reference};
 /// When the lengths differ.
 #[track_caller]
 pub fn add<E: Element>(pool: &Pool, a: &[E], b: &[E], y: &mut [E]) {
-    binary(pool, reference::add::<E>, a, b, y);
+    binary(pool, add_chunk::<E>(pool.level()), a, b, y);
 }
 
 /// `y = a b`.
@@ -19,7 +31,7 @@ pub fn add<E: Element>(pool: &Pool, a: &[E], b: &[E], y: &mut [E]) {
 /// When the lengths differ.
 #[track_caller]
 pub fn mul<E: Element>(pool: &Pool, a: &[E], b: &[E], y: &mut [E]) {
-    binary(pool, reference::mul::<E>, a, b, y);
+    binary(pool, mul_chunk::<E>(pool.level()), a, b, y);
 }
 
 #[track_caller]
@@ -48,7 +60,7 @@ fn binary<E: Element>(
 #[track_caller]
 pub fn scale<E: Element>(pool: &Pool, a: f32, x: &[E], y: &mut [E]) {
     assert_len("y", y.len(), x.len());
-    let chunk = reference::scale::<E>;
+    let chunk = scale_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     let tasks = Tasks::elements(x.len());
     pool.run(tasks.count(), |task, _| {
@@ -60,7 +72,7 @@ pub fn scale<E: Element>(pool: &Pool, a: f32, x: &[E], y: &mut [E]) {
 
 /// `x = a x`.
 pub fn scale_in_place<E: Element>(pool: &Pool, a: f32, x: &mut [E]) {
-    let chunk = reference::scale_in_place::<E>;
+    let chunk = scale_in_place_chunk::<E>(pool.level());
     let tasks = Tasks::elements(x.len());
     let x = SharedMut::new(x);
     // SAFETY: the pool's level is supported, tasks are disjoint.
@@ -76,7 +88,7 @@ pub fn scale_in_place<E: Element>(pool: &Pool, a: f32, x: &mut [E]) {
 #[track_caller]
 pub fn axpy<E: Element>(pool: &Pool, a: f32, x: &[E], y: &mut [E]) {
     assert_len("y", y.len(), x.len());
-    let chunk = reference::axpy::<E>;
+    let chunk = axpy_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     let tasks = Tasks::elements(x.len());
     pool.run(tasks.count(), |task, _| {
@@ -114,7 +126,7 @@ pub fn sum_rows<E: Element>(pool: &Pool, x: &[E], sums: &mut [E::Acc]) {
         "{} elements are not rows of {cols}",
         x.len()
     );
-    let chunk = reference::sum_rows::<E>;
+    let chunk = sum_rows_chunk::<E>(pool.level());
     let sums = SharedMut::new(sums);
     let tasks = Tasks::stripes(cols);
     pool.run(tasks.count(), |task, _| {

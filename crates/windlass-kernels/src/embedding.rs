@@ -1,8 +1,16 @@
 //! Table look-up and its gradient.
 
+use crate::dispatch::kernels;
+use crate::elementwise::vector;
 use crate::pool::{Pool, SharedMut};
+use crate::simd::{Simd, SimdElement};
 use crate::tasks::{Tasks, assert_len, cells};
 use crate::{Element, reference};
+
+kernels! {
+    fn gather_chunk<E>(table: &[E], cols: usize, ids: &[u32], scale: f32, y: &mut [E]) -> () { scalar: reference::gather, simd: gather_vector }
+    fn accumulate_chunk<E>(a: f32, x: &[E], y: &mut [<E as Element>::Acc]) -> () { scalar: accumulate, simd: vector::accumulate }
+}
 
 /// Checks the shapes both ways and returns the number of columns; 0 where there is nothing to do.
 #[track_caller]
@@ -45,7 +53,7 @@ pub fn gather<E: Element>(pool: &Pool, table: &[E], ids: &[u32], scale: f32, y: 
     if cols == 0 {
         return;
     }
-    let chunk = reference::gather::<E>;
+    let chunk = gather_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     let tasks = Tasks::rows(ids.len(), cols);
     pool.run(tasks.count(), |task, _| {
@@ -82,7 +90,7 @@ pub fn scatter_add<E: Element>(
     if cols == 0 {
         return;
     }
-    let chunk = reference::scatter_add::<E>;
+    let add = accumulate_chunk::<E>(pool.level());
     let dtable = SharedMut::new(dtable);
     let tasks = Tasks::stripes(cols);
     pool.run(tasks.count(), |task, _| {
@@ -90,14 +98,38 @@ pub fn scatter_add<E: Element>(
         for (&id, dy) in ids.iter().zip(dy.chunks_exact(cols)) {
             // SAFETY: the pool's level is supported, tasks have disjoint columns.
             unsafe {
-                chunk(
-                    &dy[stripe.clone()],
-                    stripe.len(),
-                    &[0],
+                add(
                     scale,
+                    &dy[stripe.clone()],
                     dtable.slice(id as usize * cols + stripe.start, stripe.len()),
                 )
             }
         }
     });
+}
+
+/// One row of [`reference::scatter_add`].
+fn accumulate<E: Element>(a: f32, x: &[E], y: &mut [E::Acc]) {
+    reference::scatter_add(x, x.len(), &[0], a, y);
+}
+
+/// # Safety
+/// The CPU has the features of `S`; lengths and ids were checked by [`gather`].
+#[inline(always)]
+unsafe fn gather_vector<S: Simd, E: SimdElement>(
+    table: &[E],
+    cols: usize,
+    ids: &[u32],
+    scale: f32,
+    y: &mut [E],
+) {
+    for (&id, y) in ids.iter().zip(y.chunks_exact_mut(cols)) {
+        let x = &table[id as usize * cols..][..cols];
+        if scale == 1.0 {
+            y.copy_from_slice(x);
+        } else {
+            // SAFETY: the features are the caller's promise, the lengths agree.
+            unsafe { vector::scale::<S, E>(scale, x, y) }
+        }
+    }
 }

@@ -27,6 +27,7 @@ pub mod rope;
 pub mod simd;
 pub mod softmax;
 pub mod split;
+mod stream;
 mod tasks;
 pub mod topk;
 

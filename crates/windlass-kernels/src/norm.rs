@@ -4,9 +4,21 @@
 //! stripes of columns, rows in order, onto what is there: their bits depend neither on the number of threads nor on how
 //! a batch was cut into micro-batches.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::{Tasks, assert_len, cells};
 use crate::{Element, reference};
+
+mod vector;
+
+kernels! {
+    fn rms_norm_chunk<E>(x: &[E], w: &[E], offset: f32, eps: f32, y: &mut [E], inv_rms: &mut [<E as Element>::Acc]) -> () { scalar: reference::rms_norm, simd: vector::rms_norm }
+    fn rms_norm_dx_chunk<E>(x: &[E], w: &[E], offset: f32, inv_rms: &[<E as Element>::Acc], dy: &[E], dx: &mut [E], accumulate: bool) -> () { scalar: reference::rms_norm_dx, simd: vector::rms_norm_dx }
+    fn rms_norm_dw_chunk<E>(x: &[E], cols: usize, start: usize, inv_rms: &[<E as Element>::Acc], dy: &[E], dw: &mut [<E as Element>::Acc]) -> () { scalar: reference::rms_norm_dw, simd: vector::rms_norm_dw }
+    fn layer_norm_chunk<E>(x: &[E], w: &[E], b: Option<&[E]>, eps: f32, y: &mut [E], mean: &mut [<E as Element>::Acc], inv_std: &mut [<E as Element>::Acc]) -> () { scalar: reference::layer_norm, simd: vector::layer_norm }
+    fn layer_norm_dx_chunk<E>(x: &[E], w: &[E], mean: &[<E as Element>::Acc], inv_std: &[<E as Element>::Acc], dy: &[E], dx: &mut [E], accumulate: bool) -> () { scalar: reference::layer_norm_dx, simd: vector::layer_norm_dx }
+    fn layer_norm_dw_chunk<E>(x: &[E], cols: usize, start: usize, mean: &[<E as Element>::Acc], inv_std: &[<E as Element>::Acc], dy: &[E], dw: &mut [<E as Element>::Acc], db: Option<&mut [<E as Element>::Acc]>) -> () { scalar: reference::layer_norm_dw, simd: vector::layer_norm_dw }
+}
 
 /// Root mean square normalization: `y = x * inv_rms * (offset + w)`, `inv_rms = 1 / sqrt(mean(x²) + eps)`.
 ///
@@ -33,7 +45,7 @@ pub fn rms_norm<E: Element>(
     let (rows, cols) = (inv_rms.len(), w.len());
     assert_len("x", x.len(), rows * cols);
     assert_len("y", y.len(), rows * cols);
-    let chunk = reference::rms_norm::<E>;
+    let chunk = rms_norm_chunk::<E>(pool.level());
     let (y, inv_rms) = (SharedMut::new(y), SharedMut::new(inv_rms));
     let tasks = Tasks::rows(rows, cols);
     pool.run(tasks.count(), |task, _| {
@@ -79,7 +91,7 @@ pub fn rms_norm_backward<E: Element>(
     assert_len("dy", dy.len(), rows * cols);
     assert_len("dx", dx.len(), rows * cols);
     assert_len("dw", dw.len(), cols);
-    let chunk = reference::rms_norm_dx::<E>;
+    let chunk = rms_norm_dx_chunk::<E>(pool.level());
     let dx = SharedMut::new(dx);
     let tasks = Tasks::rows(rows, cols);
     pool.run(tasks.count(), |task, _| {
@@ -89,7 +101,7 @@ pub fn rms_norm_backward<E: Element>(
         // SAFETY: the pool's level is supported, tasks have disjoint rows.
         unsafe { chunk(x, w, offset, &inv_rms[rows], dy, dx.part(at), accumulate_dx) }
     });
-    let chunk = reference::rms_norm_dw::<E>;
+    let chunk = rms_norm_dw_chunk::<E>(pool.level());
     let dw = SharedMut::new(dw);
     let tasks = Tasks::stripes(cols);
     pool.run(tasks.count(), |task, _| {
@@ -125,7 +137,7 @@ pub fn layer_norm<E: Element>(
     assert_len("y", y.len(), rows * cols);
     assert_len("b", b.map_or(cols, <[E]>::len), cols);
     assert_len("inv_std", inv_std.len(), rows);
-    let chunk = reference::layer_norm::<E>;
+    let chunk = layer_norm_chunk::<E>(pool.level());
     let (y, mean, inv_std) = (
         SharedMut::new(y),
         SharedMut::new(mean),
@@ -180,7 +192,7 @@ pub fn layer_norm_backward<E: Element>(
     assert_len("dx", dx.len(), rows * cols);
     assert_len("dw", dw.len(), cols);
     assert_len("db", db.as_ref().map_or(cols, |db| db.len()), cols);
-    let chunk = reference::layer_norm_dx::<E>;
+    let chunk = layer_norm_dx_chunk::<E>(pool.level());
     let dx = SharedMut::new(dx);
     let tasks = Tasks::rows(rows, cols);
     pool.run(tasks.count(), |task, _| {
@@ -195,7 +207,7 @@ pub fn layer_norm_backward<E: Element>(
         // SAFETY: the pool's level is supported, tasks have disjoint rows.
         unsafe { chunk(x, w, mean, inv_std, dy, dx.part(at), accumulate_dx) }
     });
-    let chunk = reference::layer_norm_dw::<E>;
+    let chunk = layer_norm_dw_chunk::<E>(pool.level());
     let (dw, db) = (SharedMut::new(dw), db.map(SharedMut::new));
     let tasks = Tasks::stripes(cols);
     pool.run(tasks.count(), |task, _| {

@@ -6,9 +6,21 @@
 
 use half::bf16;
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::{Tasks, assert_len};
 use crate::{Element, Float, reference};
+
+mod vector;
+
+kernels! {
+    fn adamw_chunk<E>(p: &mut [E], g: &[E], m: &mut [E], v: &mut [E], rule: &AdamW) -> () { scalar: reference::adamw, simd: vector::adamw }
+    fn adamw_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], m: &mut [f32], v: &mut [f32], rule: &AdamW) -> () { scalar: reference::adamw_split, simd: vector::adamw_split }
+    fn sgd_chunk<E>(p: &mut [E], g: &[E], buffer: &mut [E], rule: &Sgd) -> () { scalar: reference::sgd, simd: vector::sgd }
+    fn sgd_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], buffer: &mut [f32], rule: &Sgd) -> () { scalar: reference::sgd_split, simd: vector::sgd_split }
+    fn lion_chunk<E>(p: &mut [E], g: &[E], m: &mut [E], rule: &Lion) -> () { scalar: reference::lion, simd: vector::lion }
+    fn lion_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], m: &mut [f32], rule: &Lion) -> () { scalar: reference::lion_split, simd: vector::lion_split }
+}
 
 /// AdamW: Adam with decoupled weight decay.
 ///
@@ -173,7 +185,7 @@ pub fn adamw<F: Float>(pool: &Pool, p: &mut [F], g: &[F], m: &mut [F], v: &mut [
     assert_len("g", g.len(), p.len());
     assert_len("m", m.len(), p.len());
     assert_len("v", v.len(), p.len());
-    let chunk = reference::adamw::<F>;
+    let chunk = adamw_chunk::<F>(pool.level());
     let tasks = Tasks::elements(p.len());
     let (p, m, v) = (SharedMut::new(p), SharedMut::new(m), SharedMut::new(v));
     pool.run(tasks.count(), |task, _| {
@@ -210,7 +222,7 @@ pub fn adamw_split<G: Element>(
     assert_len("g", g.len(), hi.len());
     assert_len("m", m.len(), hi.len());
     assert_len("v", v.len(), hi.len());
-    let chunk = reference::adamw_split::<G>;
+    let chunk = adamw_split_chunk::<G>(pool.level());
     let tasks = Tasks::elements(hi.len());
     let (hi, lo, m, v) = (
         SharedMut::new(hi),
@@ -253,7 +265,7 @@ fn buffered(rule: &Sgd, buffer: usize, len: usize) -> bool {
 pub fn sgd<F: Float>(pool: &Pool, p: &mut [F], g: &[F], buffer: &mut [F], rule: &Sgd) {
     assert_len("g", g.len(), p.len());
     let used = buffered(rule, buffer.len(), p.len());
-    let chunk = reference::sgd::<F>;
+    let chunk = sgd_chunk::<F>(pool.level());
     let tasks = Tasks::elements(p.len());
     let (p, buffer) = (SharedMut::new(p), SharedMut::new(buffer));
     pool.run(tasks.count(), |task, _| {
@@ -286,7 +298,7 @@ pub fn sgd_split<G: Element>(
     assert_len("lo", lo.len(), hi.len());
     assert_len("g", g.len(), hi.len());
     let used = buffered(rule, buffer.len(), hi.len());
-    let chunk = reference::sgd_split::<G>;
+    let chunk = sgd_split_chunk::<G>(pool.level());
     let tasks = Tasks::elements(hi.len());
     let (hi, lo, buffer) = (
         SharedMut::new(hi),
@@ -317,7 +329,7 @@ pub fn sgd_split<G: Element>(
 pub fn lion<F: Float>(pool: &Pool, p: &mut [F], g: &[F], m: &mut [F], rule: &Lion) {
     assert_len("g", g.len(), p.len());
     assert_len("m", m.len(), p.len());
-    let chunk = reference::lion::<F>;
+    let chunk = lion_chunk::<F>(pool.level());
     let tasks = Tasks::elements(p.len());
     let (p, m) = (SharedMut::new(p), SharedMut::new(m));
     pool.run(tasks.count(), |task, _| {
@@ -343,7 +355,7 @@ pub fn lion_split<G: Element>(
     assert_len("lo", lo.len(), hi.len());
     assert_len("g", g.len(), hi.len());
     assert_len("m", m.len(), hi.len());
-    let chunk = reference::lion_split::<G>;
+    let chunk = lion_split_chunk::<G>(pool.level());
     let tasks = Tasks::elements(hi.len());
     let (hi, lo, m) = (SharedMut::new(hi), SharedMut::new(lo), SharedMut::new(m));
     pool.run(tasks.count(), |task, _| {

@@ -1,8 +1,15 @@
 //! Rotary position embedding, in place.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
+use crate::simd::{Simd, SimdElement};
+use crate::stream::{Step, Width, stream};
 use crate::tasks::{Tasks, assert_len};
 use crate::{Element, reference};
+
+kernels! {
+    fn rope_chunk<E>(x: &mut [E], shape: &Rope, cos: &[f32], sin: &[f32], positions: &[u32]) -> () { scalar: reference::rope, simd: rope_vector }
+}
 
 /// What [`rope`] rotates and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +84,7 @@ pub fn rope<E: Element>(
             "position {last} lies beyond the {known} positions of the rotary table"
         );
     }
-    let chunk = reference::rope::<E>;
+    let chunk = rope_chunk::<E>(pool.level());
     let x = SharedMut::new(x);
     let tasks = Tasks::rows(rows, width);
     pool.run(tasks.count(), |task, _| {
@@ -94,4 +101,68 @@ pub fn rope<E: Element>(
             )
         }
     });
+}
+
+/// Rotates `(low, high)` by an angle of cosine `cos` and sine `sign * sin`.
+struct Rotate<E> {
+    low: *mut E,
+    high: *mut E,
+    cos: *const f32,
+    sin: *const f32,
+    sign: f32,
+}
+
+impl<E: SimdElement> Step for Rotate<E> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (a, b): (S, S) = (
+                width.load(self.low.add(i).cast_const()),
+                width.load(self.high.add(i).cast_const()),
+            );
+            let cos: S = width.load(self.cos.add(i));
+            let sin = width.load::<S, f32>(self.sin.add(i)) * S::splat(self.sign);
+            width.store(self.low.add(i), b.fnma(sin, a * cos));
+            width.store(self.high.add(i), a.fma(sin, b * cos));
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the features of `S`; lengths were checked by [`rope`].
+#[inline(always)]
+unsafe fn rope_vector<S: Simd, E: SimdElement>(
+    x: &mut [E],
+    shape: &Rope,
+    cos: &[f32],
+    sin: &[f32],
+    positions: &[u32],
+) {
+    if shape.interleaved {
+        // Neighbors in a vector would have to be exchanged; few models ask for it.
+        return reference::rope(x, shape, cos, sin, positions);
+    }
+    let pairs = shape.rotary / 2;
+    let sign = if shape.inverse { -1.0 } else { 1.0 };
+    for (r, &position) in positions.iter().enumerate() {
+        let angles = position as usize * pairs;
+        for h in 0..shape.heads {
+            // SAFETY: the lengths were checked, and positions lie in the tables.
+            unsafe {
+                let low = x.as_mut_ptr().add(r * shape.stride + h * shape.head_dim);
+                let (cos, sin) = (cos.as_ptr().add(angles), sin.as_ptr().add(angles));
+                stream::<S>(
+                    pairs,
+                    Rotate {
+                        low,
+                        high: low.add(pairs),
+                        cos,
+                        sin,
+                        sign,
+                    },
+                );
+            }
+        }
+    }
 }

@@ -15,10 +15,14 @@ use half::bf16;
 
 use crate::element::Element;
 
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
+#[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
 
 /// One vector of [`Simd::LANES`] `f32` lanes.
@@ -87,6 +91,8 @@ pub trait Simd:
     fn scale_by_power_of_two(self, n: Self) -> Self;
     /// Lanes where `self < other` (false on NaN).
     fn lt(self, other: Self) -> Self::Mask;
+    /// The first `n` lanes.
+    unsafe fn first_lanes(n: usize) -> Self::Mask;
     /// `yes` where the mask is set, `no` elsewhere.
     fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
     /// `true` where every lane is finite.
@@ -271,7 +277,7 @@ simd_element!(
     store_bf16_partial
 );
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
 

@@ -1,8 +1,18 @@
 //! Softmax and its logarithm over rows, and their gradients.
 
+use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::{Tasks, assert_len, cells};
 use crate::{Element, reference};
+
+pub(crate) mod vector;
+
+kernels! {
+    fn softmax_chunk<E>(x: &[E], cols: usize, y: &mut [E]) -> () { scalar: reference::softmax, simd: vector::softmax }
+    fn softmax_backward_chunk<E>(y: &[E], dy: &[E], cols: usize, dx: &mut [E]) -> () { scalar: reference::softmax_backward, simd: vector::softmax_backward }
+    fn log_softmax_chunk<E>(x: &[E], cols: usize, y: &mut [E]) -> () { scalar: reference::log_softmax, simd: vector::log_softmax }
+    fn log_softmax_backward_chunk<E>(y: &[E], dy: &[E], cols: usize, dx: &mut [E]) -> () { scalar: reference::log_softmax_backward, simd: vector::log_softmax_backward }
+}
 
 /// Splits `[rows, cols]` over tasks for the four kernels below.
 #[track_caller]
@@ -25,7 +35,7 @@ fn row_tasks(len: usize, cols: usize) -> Tasks {
 pub fn softmax<E: Element>(pool: &Pool, x: &[E], cols: usize, y: &mut [E]) {
     assert_len("y", y.len(), x.len());
     let tasks = row_tasks(x.len(), cols);
-    let chunk = reference::softmax::<E>;
+    let chunk = softmax_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     pool.run(tasks.count(), |task, _| {
         let at = cells(&tasks.part(task), cols);
@@ -46,7 +56,7 @@ pub fn softmax_backward<E: Element>(pool: &Pool, y: &[E], dy: &[E], cols: usize,
     assert_len("dy", dy.len(), y.len());
     assert_len("dx", dx.len(), y.len());
     let tasks = row_tasks(y.len(), cols);
-    let chunk = reference::softmax_backward::<E>;
+    let chunk = softmax_backward_chunk::<E>(pool.level());
     let dx = SharedMut::new(dx);
     pool.run(tasks.count(), |task, _| {
         let at = cells(&tasks.part(task), cols);
@@ -66,7 +76,7 @@ pub fn softmax_backward<E: Element>(pool: &Pool, y: &[E], dy: &[E], cols: usize,
 pub fn log_softmax<E: Element>(pool: &Pool, x: &[E], cols: usize, y: &mut [E]) {
     assert_len("y", y.len(), x.len());
     let tasks = row_tasks(x.len(), cols);
-    let chunk = reference::log_softmax::<E>;
+    let chunk = log_softmax_chunk::<E>(pool.level());
     let y = SharedMut::new(y);
     pool.run(tasks.count(), |task, _| {
         let at = cells(&tasks.part(task), cols);
@@ -87,7 +97,7 @@ pub fn log_softmax_backward<E: Element>(pool: &Pool, y: &[E], dy: &[E], cols: us
     assert_len("dy", dy.len(), y.len());
     assert_len("dx", dx.len(), y.len());
     let tasks = row_tasks(y.len(), cols);
-    let chunk = reference::log_softmax_backward::<E>;
+    let chunk = log_softmax_backward_chunk::<E>(pool.level());
     let dx = SharedMut::new(dx);
     pool.run(tasks.count(), |task, _| {
         let at = cells(&tasks.part(task), cols);

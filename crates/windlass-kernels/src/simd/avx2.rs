@@ -190,6 +190,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, other.0) }
     }
     #[inline(always)]
+    unsafe fn first_lanes(n: usize) -> __m256 {
+        unsafe { _mm256_castsi256_ps(first(n)) }
+    }
+    #[inline(always)]
     fn select(mask: __m256, yes: Self, no: Self) -> Self {
         unsafe { Avx2(_mm256_blendv_ps(no.0, yes.0, mask)) }
     }

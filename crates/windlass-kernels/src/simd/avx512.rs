@@ -154,6 +154,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0) }
     }
     #[inline(always)]
+    unsafe fn first_lanes(n: usize) -> __mmask16 {
+        first(n)
+    }
+    #[inline(always)]
     fn select(mask: __mmask16, yes: Self, no: Self) -> Self {
         unsafe { Avx512(_mm512_mask_blend_ps(mask, no.0, yes.0)) }
     }
