@@ -1,17 +1,14 @@
 //! Parameters at rest: file codecs, checkpoints, and where parameters live.
 //!
-//! [`safetensors`] reads and writes Hugging Face weights; [`checkpoint`] keeps folders that a killed run can continue
-//! from. Both work on names, shapes and slices of numbers, and know no architecture. Whatever is written appears whole
-//! or not at all ([`atomic`]).
+//! [`safetensors`] reads and writes Hugging Face weights; [`llama2c`] reads the files of a llama2.c model;
+//! [`checkpoint`] keeps folders that a killed run can continue from. All of them work on names, shapes and slices of
+//! numbers. Whatever is written appears whole or not at all ([`atomic`]).
 
 pub mod atomic;
 pub mod checkpoint;
 mod error;
+pub mod llama2c;
 pub mod mmap;
 pub mod safetensors;
-mod store;
-mod transfer;
 
 pub use error::{Error, Result};
-pub use store::{Gathered, Shard, Store, Values};
-pub use transfer::{elements, load_weights, save_weights};
