@@ -193,7 +193,15 @@ impl Layer<Tokens> for Head {
                 denominator,
             } => {
                 let h = self.norm.forward(w, &x, tape);
-                tape.cross_entropy(&h, head, targets, self.softcap, *denominator)
+                let loss = tape.cross_entropy(&h, head, targets, self.softcap, *denominator);
+                match &batch.router {
+                    // The routers' gradient flows where they were recorded; here the value joins the loss.
+                    Some((stats, coefficient)) => {
+                        let balance = stats.close(tape.seed() * coefficient);
+                        tape.shift(coefficient * balance, &loss)
+                    }
+                    None => loss,
+                }
             }
             Goal::TokenLosses { targets } => {
                 let h = self.norm.forward(w, &x, tape);
@@ -490,7 +498,7 @@ impl Mlp {
             } => (router, experts, *per_token, *normalize),
         };
         let logits = router.forward(w, h, None, tape);
-        let routing = tape.routing(&logits, per_token, normalize, batch.router.as_ref());
+        let routing = tape.routing(&logits, per_token, normalize, batch.router.as_ref().map(|(stats, _)| stats));
         let outputs: Vec<Var> = experts
             .iter()
             .zip(&routing.rows)

@@ -19,8 +19,8 @@ pub struct Tokens {
     pub dtype: DType,
     /// Keys and values of earlier tokens (one sequence), to be read and appended to.
     pub cache: Option<Arc<Mutex<KvCache>>>,
-    /// Where mixture-of-experts layers count, when the load-balancing loss is wanted.
-    pub router: Option<Arc<RouterStats>>,
+    /// Where mixture-of-experts layers count, and the coefficient of the load-balancing loss in the loss.
+    pub router: Option<(Arc<RouterStats>, f64)>,
 }
 
 /// What the head computes from the last hidden states.

@@ -10,5 +10,9 @@ mod error;
 pub mod llama2c;
 pub mod mmap;
 pub mod safetensors;
+mod store;
+mod transfer;
 
 pub use error::{Error, Result};
+pub use store::{Gathered, Shard, Store, Values};
+pub use transfer::{elements, load_weights, save_weights};

@@ -3,7 +3,6 @@
 //! An op is one file in [`ops`]: its forward method on [`Tape`] and the struct that the tape keeps for its backward
 //! pass. The tape records the *slots* of a unit's weights, never the weights: `backward` is handed them again.
 
-mod gemm_tmp;
 mod layout;
 pub mod ops;
 mod packed;

@@ -92,6 +92,11 @@ impl Tape {
         matches!(self.mode, Mode::Training)
     }
 
+    /// The gradient from which the backward pass will start, where the tape was told; 1 elsewhere.
+    pub fn seed(&self) -> f64 {
+        self.eager.as_ref().map_or(1.0, |eager| eager.seed)
+    }
+
     /// A value that gradients flow to: the input of the unit.
     pub fn input(&mut self, tensor: Tensor) -> Var {
         let node = self.is_recording().then(|| {

@@ -2,3 +2,6 @@
 
 pub mod hub;
 pub mod progress;
+
+pub use {windlass_infer as infer, windlass_model as model, windlass_store as store};
+pub use {windlass_tensor as tensor, windlass_train as train};

@@ -1,7 +1,7 @@
 //! Cross-entropy fused with the head projection: the logits of all tokens never exist at once.
 
-use super::linear::weight_gradient;
-use crate::gemm_tmp::{Epilogue, Layout, Mat, gemm};
+use super::linear::{mat, weight_gradient};
+use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use crate::tape::{Backprop, Backward};
 use crate::{Cpu, Grads, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::sync::Arc;
@@ -175,8 +175,8 @@ impl<'a> Head<'a> {
         let dtype = self.h.dtype();
         let mut logits = Tensor::empty(cpu, [rows.len(), v], dtype.accumulator(), category);
         each_dtype!(dtype, E => {
-            let a = Mat::new(&self.h.as_slice::<E>()[rows.start * d..], d);
-            let b = Mat::new(self.weight.as_slice::<E>(), d);
+            let a = mat(&self.h.as_slice::<E>()[rows.start * d..], d);
+            let b = mat(self.weight.as_slice::<E>(), d);
             let out = logits.as_mut_slice::<<E as Element>::Acc>();
             gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, a, b, out, v, Epilogue::default());
         });
@@ -232,7 +232,7 @@ impl<'a> Head<'a> {
                     &mut losses.as_mut_slice::<A>()[rows.clone()],
                     Some((dlogits.as_mut_slice::<E>(), scale as f32)),
                 );
-                let (a, b) = (Mat::new(dlogits.as_slice::<E>(), v), Mat::new(self.weight.as_slice::<E>(), d));
+                let (a, b) = (mat(dlogits.as_slice::<E>(), v), mat(self.weight.as_slice::<E>(), d));
                 let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
                 gemm(&cpu.pool, Layout::Nn, rows.len(), d, v, a, b, out, d, Epilogue::default());
                 if grads.wants(slot) {

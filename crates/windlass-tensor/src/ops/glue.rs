@@ -81,6 +81,14 @@ impl Tape {
         })
     }
 
+    /// `y = x + c`.
+    pub fn shift(&mut self, c: f64, x: &Var) -> Var {
+        let mut y = x.tensor.deep_clone(self.cpu(), Category::Activations);
+        each_dtype!(y.dtype(), E => y.as_mut_slice::<E>().iter_mut().for_each(|v| *v = E::from_f64(v.to_f64() + c)));
+        let x = x.node();
+        self.record(y, x.is_some(), || Glue(move |cx: &mut Backprop<'_>, dy: Tensor| cx.add(x, dy)))
+    }
+
     /// `x` in another storage type; the gradient is rounded back.
     pub fn cast(&mut self, x: &Var, dtype: DType) -> Var {
         let from = x.tensor.dtype();

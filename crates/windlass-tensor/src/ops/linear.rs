@@ -1,6 +1,6 @@
 //! `y = x Wᵀ + b + r`: the one place that looks at a weight's representation.
 
-use crate::gemm_tmp::{Epilogue, Layout, Mat, gemm};
+use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
 use crate::tape::{Backprop, Backward};
 use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::ops::Range;
@@ -54,9 +54,9 @@ impl Tape {
                 let epilogue = Epilogue {
                     accumulate: false,
                     bias: bias.map(|b| &b[rows.clone()]),
-                    residual: residual.map(|r| Mat::new(&r[rows.start.min(r.len())..], n)),
+                    residual: residual.map(|r| mat(&r[rows.start.min(r.len())..], n)),
                 };
-                let (a, b) = (Mat::new(x.tensor.as_slice::<E>(), k), Mat::new(panel, k));
+                let (a, b) = (mat(x.tensor.as_slice::<E>(), k), mat(panel, k));
                 let start = rows.start.min(y.len());
                 gemm(&cpu.pool, Layout::Nt, m, rows.len(), k, a, b, &mut y.as_mut_slice::<E>()[start..], n, epilogue);
             });
@@ -112,7 +112,7 @@ impl Backward for Saved {
         if let Some((mut dx, mut accumulate)) = cx.take(self.x.node(), self.x.shape(), dy.dtype()) {
             each_dtype!(dy.dtype(), E => for_panels::<E>(&cpu, weight, |rows, panel| {
                 let dy = dy.as_slice::<E>();
-                let (a, b) = (Mat::new(&dy[rows.start.min(dy.len())..], n), Mat::new(panel, k));
+                let (a, b) = (mat(&dy[rows.start.min(dy.len())..], n), mat(panel, k));
                 let epilogue = Epilogue { accumulate, ..Default::default() };
                 gemm(&cpu.pool, Layout::Nn, m, k, rows.len(), a, b, dx.as_mut_slice::<E>(), k, epilogue);
                 accumulate = true;
@@ -140,12 +140,17 @@ pub(super) fn weight_gradient<E: Element>(cpu: &Cpu, dy: &Tensor, x: &Tensor, dw
     let (m, n, k) = (dy.rows(), dy.cols(), x.cols());
     debug_assert_eq!(DType::accumulator(E::DTYPE), <E::Acc as Element>::DTYPE);
     let (a, b) = (
-        Mat::new(dy.as_slice::<E>(), n),
-        Mat::new(x.as_slice::<E>(), k),
+        mat(dy.as_slice::<E>(), n),
+        mat(x.as_slice::<E>(), k),
     );
     let epilogue = Epilogue {
         accumulate: true,
         ..Default::default()
     };
     gemm(&cpu.pool, Layout::Tn, n, k, m, a, b, dw, k, epilogue);
+}
+
+/// A matrix of rows that begin `stride` elements apart.
+pub(super) fn mat<E>(data: &[E], stride: usize) -> Mat<'_, E> {
+    Mat { data, stride }
 }
