@@ -150,16 +150,22 @@ pub fn transpose<E: Element>(pool: &Pool, x: &[E], rows: usize, cols: usize, y: 
     assert_len("x", x.len(), rows * cols);
     assert_len("y", y.len(), rows * cols);
     let y = SharedMut::new(y);
-    // A task writes some whole rows of `y`.
+    // A task writes some whole rows of `y`, tile by tile. A tile goes through a copy, so that both sides are touched
+    // in whole lines: with strides of a power of two the lines of a column fall onto each other in the cache.
     let tasks = Tasks::blocks(cols, TILE);
     pool.run(tasks.count(), |task, _| {
         let part = tasks.part(task);
         // SAFETY: tasks have disjoint rows of `y`.
         let y = unsafe { y.slice(part.start * rows, part.len() * rows) };
+        let mut tile = [[E::default(); TILE]; TILE];
         for top in (0..rows).step_by(TILE) {
-            for (i, c) in part.clone().enumerate() {
-                for r in top..(top + TILE).min(rows) {
-                    y[i * rows + r] = x[r * cols + c];
+            let height = TILE.min(rows - top);
+            for (r, tile) in tile[..height].iter_mut().enumerate() {
+                tile[..part.len()].copy_from_slice(&x[(top + r) * cols..][part.clone()]);
+            }
+            for (c, y) in y.chunks_exact_mut(rows).enumerate() {
+                for (y, tile) in y[top..top + height].iter_mut().zip(&tile) {
+                    *y = tile[c];
                 }
             }
         }

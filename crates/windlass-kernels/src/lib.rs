@@ -9,6 +9,7 @@
 pub mod activation;
 pub mod attention;
 pub mod cast;
+pub mod cost;
 pub mod cross_entropy;
 pub mod dispatch;
 mod element;

@@ -125,7 +125,7 @@ fn check(name: &str, storage: DType, kinds: &[Kind], sizes: &[usize], kernel: Ke
                 let name = format!("{name} {storage} {} {kind:?} of {n}", pools[0].level());
                 let got = kernel(Some(&pools[0]), &mut numbers(), n);
                 compare(&name, &got, &want, arithmetic(storage, n));
-                if n > 60 {
+                if n >= 129 {
                     for pool in &pools[1..] {
                         let other = kernel(Some(pool), &mut numbers(), n);
                         assert_eq!(
