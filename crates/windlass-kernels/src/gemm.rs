@@ -7,7 +7,7 @@
 //! What holds for the bits of a result, at one level and storage type: they depend on one row of A, one column of B and
 //! the epilogue's operands; not on the number of threads, on other rows or columns, on the layout, nor on strides. On
 //! `f32` products (all but AMX and pairs) AVX2 and AVX-512 give the same bits: sums are fused multiply-adds in order
-//! inside blocks of 256, and the blocks' sums are added in order.
+//! inside blocks of 384, and the blocks' sums are added in order.
 //!
 //! There is no batched product and no product of mixed operand types.
 

@@ -139,6 +139,7 @@ pub(super) unsafe fn multiply(
     b: *const f32,
     sums: *mut f32,
     first: bool,
+    ahead: *const f32,
 ) {
     let steps = words / ROW;
     debug_assert!(
@@ -161,6 +162,9 @@ pub(super) unsafe fn multiply(
                 "tileloadd tmm7, [{b} + {wide}*1 + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm5, [{a} + {narrow}*1 + 1024]",
+                "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
+                "prefetcht1 [{ahead} + 256]", "prefetcht1 [{ahead} + 320]", "prefetcht1 [{ahead} + 384]", "prefetcht1 [{ahead} + 448]",
+                "add {ahead}, 512",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
@@ -168,6 +172,7 @@ pub(super) unsafe fn multiply(
                 "5:",
                 "tilestored [{c} + {wide}*1], tmm0", "tilestored [{c} + {wide}*1 + 64], tmm1",
                 "tilestored [{c} + {wide}*1 + 2048], tmm2", "tilestored [{c} + {wide}*1 + 2112], tmm3",
+                ahead = inout(reg) ahead => _,
                 a = inout(reg) a => _, b = inout(reg) b => _, n = inout(reg) steps => _,
                 c = in(reg) sums, first = in(reg) u32::from(first), wide = in(reg) 128usize, narrow = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,

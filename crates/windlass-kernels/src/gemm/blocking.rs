@@ -114,7 +114,15 @@ impl Problem<'_> {
                         let rows = kn.padded(Self::block(i, kn.mr, self.m).1);
                         let a = a.add((block * slivers + i) * room);
                         let sums = sums.as_mut_ptr().add((local * slivers + i) * tile);
-                        (kn.multiply)(rows, kn.words(depth), a, b.as_ptr(), sums, block == 0);
+                        (kn.multiply)(
+                            rows,
+                            kn.words(depth),
+                            a,
+                            b.as_ptr(),
+                            sums,
+                            block == 0,
+                            b.as_ptr(),
+                        );
                     }
                 }
             }
@@ -253,6 +261,18 @@ impl Shared<'_> {
         sliver * self.sliver_words + block * kn.nr * kn.words(kn.kc)
     }
 
+    /// What is multiplied after a sliver: the next of the same depth, or the first of the next depth.
+    fn next_sliver(&self, sliver: usize, block: usize, j: &std::ops::Range<usize>) -> *const f32 {
+        let (sliver, block) = if sliver < j.end {
+            (sliver, block)
+        } else {
+            (j.start, block + 1)
+        };
+        self.common
+            .as_mut_ptr()
+            .wrapping_add(self.b_offset(sliver, block))
+    }
+
     fn pack_columns(&self, sliver: usize, block: usize) {
         let (p, kn) = (self.problem, self.problem.kernel);
         let (column, columns) = Problem::block(self.slivers.0 + sliver, kn.nr, p.n);
@@ -301,11 +321,14 @@ impl Shared<'_> {
                 p.pack_rows(a, room, first, rows, self.depth.0 / kn.kc + block);
                 for column in j.clone() {
                     let b = self.common.as_mut_ptr().add(self.b_offset(column, block));
+                    let next = self.next_sliver(column + 1, block, &j);
                     for (local, row) in i.clone().enumerate() {
+                        // Every sliver of rows fetches its share of the next columns.
+                        let ahead = next.wrapping_add(local * kn.nr * kn.words(depth) / i.len());
                         let count = kn.padded(Problem::block(local, kn.mr, rows).1);
                         let a = a.as_ptr().add(local * room);
                         let fresh = block == 0 && self.depth.0 == 0;
-                        (kn.multiply)(count, kn.words(depth), a, b, at(row, column), fresh);
+                        (kn.multiply)(count, kn.words(depth), a, b, at(row, column), fresh, ahead);
                     }
                 }
             }

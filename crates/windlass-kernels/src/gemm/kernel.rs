@@ -78,7 +78,8 @@ pub(super) struct Kernel {
     pub pack_a: Pack,
     /// Packs a sliver of B; `pitch` = `nr`, missing columns are zero.
     pub pack_b: Pack,
-    /// `sums[mr, nr] (+)= a b` for `rows` padded rows and `words` words of depth, overwriting when `first`.
+    /// `sums[mr, nr] (+)= a b` for `rows` padded rows and `words` words of depth, overwriting when `first`;
+    /// fetches from `ahead`, which need not be valid.
     pub multiply: unsafe fn(
         rows: usize,
         words: usize,
@@ -86,6 +87,7 @@ pub(super) struct Kernel {
         b: *const f32,
         sums: *mut f32,
         first: bool,
+        ahead: *const f32,
     ),
     /// Prepares the thread for `multiply`.
     pub enter: unsafe fn(),
@@ -169,11 +171,11 @@ packing!(
 macro_rules! micro_kernel {
     ($name:ident, $features:literal, $lanes:ty, [$($rows:literal)*]) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name(rows: usize, words: usize, a: *const f32, b: *const f32, sums: *mut f32, first: bool) {
+        unsafe fn $name(rows: usize, words: usize, a: *const f32, b: *const f32, sums: *mut f32, first: bool, ahead: *const f32) {
             // SAFETY: the features are enabled here; the rest is the caller's promise.
             unsafe {
                 match rows {
-                    $($rows => micro::multiply::<$lanes, $rows>(words, a, b, sums, first),)*
+                    $($rows => micro::multiply::<$lanes, $rows>(words, a, b, sums, first, ahead),)*
                     _ => unreachable!("a sliver of {rows} rows"),
                 }
             }
@@ -193,7 +195,7 @@ unsafe fn nothing() {}
 
 /// The sums of all kernels on `f32` products are cut at the same depth, so that `f32` results are the same bits on AVX2
 /// and AVX-512.
-const KC: usize = 256;
+const KC: usize = 384;
 
 const AVX2_F32: Kernel = Kernel {
     name: "avx2 f32",

@@ -4,6 +4,8 @@
 //! `f32`, widened from `bf16` where needed, or a pair of `bf16` for the kernel that multiplies pairs. The micro-kernel
 //! keeps `R x 2 N` sums in registers over a whole K block.
 
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+
 use half::bf16;
 
 use super::kernel::Source;
@@ -72,9 +74,7 @@ unsafe fn pack_across<L: Lanes, const MODE: u8>(
                         L::load_pairs(at.cast(), block)
                     };
                     // The next block of this row: a row is read in short runs, which hides it from the hardware.
-                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
-                        at.wrapping_add(PREFETCH).cast(),
-                    );
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH).cast());
                 }
             } else {
                 for (i, row) in rows.iter_mut().take(lanes).enumerate() {
@@ -180,10 +180,11 @@ unsafe fn pack_along<L: Lanes, const MODE: u8>(
 }
 
 /// `sums[R, 2 N] (+)= A B` over `steps` words of two packed slivers, A's pitch being `R`: one chain of products a sum,
-/// then one addition to what `sums` held unless `first`.
+/// then one addition to what `sums` held unless `first`. Meanwhile fetches `steps / 2` cache lines from `ahead`, the
+/// next sliver of B, to the L2 cache: a sliver crosses pages, which the hardware's fetching does not.
 ///
 /// # Safety
-/// The slivers hold `steps` words; `sums` has room for `R` rows of `2 N`.
+/// The slivers hold `steps` words; `sums` has room for `R` rows of `2 N`. `ahead` may be anything.
 #[inline(always)]
 pub(super) unsafe fn multiply<L: Lanes, const R: usize>(
     steps: usize,
@@ -191,26 +192,46 @@ pub(super) unsafe fn multiply<L: Lanes, const R: usize>(
     b: *const f32,
     sums: *mut f32,
     first: bool,
+    ahead: *const f32,
 ) {
     // SAFETY: as the caller promised.
     unsafe {
         let mut c = [[L::zero(); 2]; R];
-        let (mut a, mut b) = (a, b);
-        for _ in 0..steps {
-            let (b0, b1) = (L::load(b), L::load(b.add(L::N)));
-            for (r, c) in c.iter_mut().enumerate() {
-                let x = L::broadcast(a.add(r));
-                c[0] = L::step(x, b0, c[0]);
-                c[1] = L::step(x, b1, c[1]);
+        let (mut a, mut b, mut ahead) = (a, b, ahead);
+        for _ in 0..steps / 4 {
+            _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+            _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(16).cast());
+            ahead = ahead.wrapping_add(32);
+            for step in 0..4 {
+                multiply_step::<L, R>(a.add(step * R), b.add(step * 2 * L::N), &mut c);
             }
-            a = a.add(R);
-            b = b.add(2 * L::N);
+            (a, b) = (a.add(4 * R), b.add(4 * 2 * L::N));
+        }
+        for step in 0..steps % 4 {
+            multiply_step::<L, R>(a.add(step * R), b.add(step * 2 * L::N), &mut c);
         }
         for (r, c) in c.iter().enumerate() {
             for (v, c) in c.iter().enumerate() {
                 let at = sums.add((2 * r + v) * L::N);
                 L::store(at, if first { *c } else { L::add(L::load(at), *c) });
             }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn multiply_step<L: Lanes, const R: usize>(
+    a: *const f32,
+    b: *const f32,
+    c: &mut [[L::V; 2]; R],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let (b0, b1) = (L::load(b), L::load(b.add(L::N)));
+        for (r, c) in c.iter_mut().enumerate() {
+            let x = L::broadcast(a.add(r));
+            c[0] = L::step(x, b0, c[0]);
+            c[1] = L::step(x, b1, c[1]);
         }
     }
 }
