@@ -18,7 +18,7 @@ pub fn load_weights(
     tensors: &Tensors,
     units: &[UnitSpec],
     map: &[FileTensor],
-    bare: impl Fn(&str) -> Option<&str>,
+    bare: impl for<'n> Fn(&'n str) -> Option<&'n str>,
     dtype: DType,
 ) -> Result<(Vec<Weights>, Vec<String>)> {
     let mut weights: Vec<Vec<Option<Weight>>> = units.iter().map(|u| vec![None; u.params.len()]).collect();

@@ -52,11 +52,7 @@ fn store(cpu: &Cpu, case: &Path, config: &DecoderConfig, dtype: DType) -> Store 
     let model = decoder(config);
     let map = config.naming.file_tensors(&model);
     let tensors = Tensors::open(case).unwrap();
-    let bare = |name: &str| -> Option<&str> {
-        let _ = name;
-        None
-    };
-    let (weights, unused) = load_weights(cpu, &tensors, model.units(), &map, bare, dtype).unwrap();
+    let (weights, unused) = load_weights(cpu, &tensors, model.units(), &map, |_| None, dtype).unwrap();
     assert_eq!(unused, Vec::<String>::new(), "{}", case.display());
     Store::new(cpu, model.units(), weights)
 }
@@ -81,7 +77,7 @@ fn check(case: &Path, config: &DecoderConfig, dtype: DType, tolerance: f64) {
     let targets: Arc<[i64]> = golden.ints("targets").iter().map(|&t| t as i64).collect();
     let model = decoder(config);
     let map = config.naming.file_tensors(&model);
-    let mut close = |what: &str, got: &[f64], want: &[f64]| {
+    let close = |what: &str, got: &[f64], want: &[f64]| {
         let d = difference(what, got, want);
         assert!(d <= tolerance, "{name} {dtype}: {what} differs by {d:.2e}");
     };
@@ -175,7 +171,7 @@ fn greedy(
             64,
             dtype,
         )));
-        let mut step = |ids: Vec<u32>| {
+        let step = |ids: Vec<u32>| {
             let n = ids.len();
             let rows = [n as u32 - 1].into();
             let logits = run(&model, &store, &Tokens::cached(ids, &cache, rows, dtype)).to_f64();

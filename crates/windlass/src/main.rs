@@ -1,2 +1,46 @@
-//! The `windlass` command.
-fn main() {}
+//! The `windlass` command: parses, runs, reports errors with a hint, exits 0, 1 or 2.
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+mod cli;
+
+/// Mechanical advantage for language models: train, run and measure them on the machine at hand.
+#[derive(Parser)]
+#[command(name = "windlass", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a small model on a built-in corpus in about a minute, score it, save it and let it speak
+    Quickstart(cli::quickstart::Args),
+    /// Train a model from scratch or from a Hugging Face folder
+    Train(cli::train::Args),
+    /// Continue prompts with a model
+    Generate(cli::generate::Args),
+    /// Measure a model: perplexity of a text, or multiple-choice questions
+    Eval(cli::eval::Args),
+    /// Measure this machine: training steps or single kernels
+    Bench(cli::bench::Args),
+    /// Say what this machine offers and which kernels will run
+    Info(cli::info::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Quickstart(args) => cli::quickstart::run(args),
+        Command::Train(args) => cli::train::run(args),
+        Command::Generate(args) => cli::generate::run(args),
+        Command::Eval(args) => cli::eval::run(args),
+        Command::Bench(args) => cli::bench::run(args),
+        Command::Info(args) => cli::info::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => cli::report(&error),
+    }
+}

@@ -1,0 +1,117 @@
+//! The verbs of the command line, one file each, and what they share: machine, models, errors.
+
+use anyhow::{Error, Result};
+use std::process::ExitCode;
+use windlass::hub::HubError;
+use windlass::infer::InferError;
+use windlass::model::ModelError;
+use windlass::model::tokenizer::TokenizerError;
+use windlass::store;
+use windlass::tensor::kernels::dispatch::Level;
+use windlass::tensor::{Cpu, DType};
+use windlass::train::TrainError;
+
+pub mod bench;
+pub mod eval;
+pub mod generate;
+pub mod info;
+pub mod quickstart;
+pub mod train;
+
+/// A mistake in how the command was called: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Usage {
+    /// What is wrong; names the flag.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+/// An error about how the command was called.
+pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> Error {
+    Usage { message: message.into(), hint: hint.into() }.into()
+}
+
+/// A failure with a hint, where no library error says it better: exit code 1.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// What is wrong; names the file, key or flag.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+/// A failure with a hint.
+pub fn failure(message: impl Into<String>, hint: impl Into<String>) -> Error {
+    Failure { message: message.into(), hint: hint.into() }.into()
+}
+
+/// Prints an error and its hint, and gives the exit code.
+pub fn report(error: &Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    if let Some(hint) = error.chain().find_map(hint) {
+        eprintln!("hint: {hint}");
+    }
+    let misuse = error.chain().any(|cause| cause.is::<Usage>());
+    ExitCode::from(if misuse { 2 } else { 1 })
+}
+
+fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(usage) = cause.downcast_ref::<Usage>() {
+        return Some(usage.hint.clone());
+    }
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.hint.clone());
+    }
+    let hints = [
+        cause.downcast_ref::<ModelError>().and_then(ModelError::hint),
+        cause.downcast_ref::<TokenizerError>().and_then(TokenizerError::hint),
+        cause.downcast_ref::<store::Error>().and_then(store::Error::hint),
+        cause.downcast_ref::<InferError>().and_then(InferError::hint),
+        cause.downcast_ref::<TrainError>().and_then(TrainError::hint),
+        cause.downcast_ref::<HubError>().and_then(HubError::hint),
+    ];
+    hints.into_iter().flatten().next()
+}
+
+/// Flags about the machine, shared by all verbs that compute.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Machine {
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+impl Machine {
+    /// The machine as asked for.
+    pub fn cpu(&self) -> Result<Cpu> {
+        Level::from_env().map_err(|message| usage(message, "unset WINDLASS_KERNELS to use the best one"))?;
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = self.threads.unwrap_or(cores);
+        if threads == 0 || threads > 1024 {
+            return Err(usage(format!("--threads {threads}"), format!("this machine has {cores} cores")));
+        }
+        Ok(Cpu::new(threads))
+    }
+}
+
+/// Storage type of weights and activations.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Single precision throughout
+    F32,
+    /// Half the memory: bf16 weights and activations; sums, master weights and moments in f32
+    Bf16,
+}
+
+impl Precision {
+    /// The storage type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::Bf16,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! `windlass generate`.
+
+/// Flags of the verb.
+#[derive(clap::Args)]
+pub struct Args {}
+
+/// Runs the verb.
+pub fn run(_: Args) -> anyhow::Result<()> {
+    Err(super::failure("not in this build", "use another verb"))
+}
