@@ -58,20 +58,33 @@ pub fn count_nonfinite<E: Element>(pool: &Pool, x: &[E]) -> usize {
     sum_of_blocks(pool, x.len(), |at| unsafe { chunk(&x[at]) as f64 }) as usize
 }
 
-/// Elements summed in `f32` lanes before they are added in `f64`: 16 additions a lane, at most.
+/// Products summed in `f32` lanes before they are added in `f64`.
 pub const RUN: usize = 1024;
 
-/// `Σ x y`.
-struct Dot<E>(*const E, *const E);
+/// Streams that a block is read in: one alone would not use all the memory bandwidth of a core.
+const STREAMS: usize = 4;
+
+/// `Σ x y`, in each of the streams.
+struct Dot<E> {
+    x: *const E,
+    y: *const E,
+    /// Elements from a stream to the next.
+    apart: usize,
+}
 
 impl<E: SimdElement> Fold<1> for Dot<E> {
     #[inline(always)]
-    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [sum]: [S; 1]) -> [S; 1] {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (x, y): (S, S) = (width.load(self.0.add(i)), width.load(self.1.add(i)));
-            [x.fma(y, sum)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [mut sum]: [S; 1]) -> [S; 1] {
+        let mut stream = 0;
+        while stream < STREAMS {
+            let at = stream * self.apart + i;
+            // SAFETY: the caller's promise.
+            let (x, y): (S, S) =
+                unsafe { (width.load(self.x.add(at)), width.load(self.y.add(at))) };
+            sum = x.fma(y, sum);
+            stream += 1;
         }
+        [sum]
     }
 }
 
@@ -79,13 +92,27 @@ impl<E: SimdElement> Fold<1> for Dot<E> {
 /// The CPU has the features of `S`; the lengths agree.
 #[inline(always)]
 unsafe fn dot_vector<S: Simd, E: SimdElement>(x: &[E], y: &[E]) -> f64 {
+    let apart = x.len() / STREAMS;
     let mut total = 0.0;
-    for (x, y) in x.chunks(RUN).zip(y.chunks(RUN)) {
-        // SAFETY: the caller's promise.
-        let [sum] = unsafe { fold::<S, 1, _>(x.len(), Dot(x.as_ptr(), y.as_ptr())) };
+    let mut i = 0;
+    while i < apart {
+        let run = (apart - i).min(RUN / STREAMS);
+        // SAFETY: the features are the caller's promise; the last stream ends within the slices.
+        let [sum] = unsafe {
+            fold::<S, 1, _>(
+                run,
+                Dot {
+                    x: x.as_ptr().add(i),
+                    y: y.as_ptr().add(i),
+                    apart,
+                },
+            )
+        };
         total += sum.sum() as f64;
+        i += run;
     }
-    total
+    let rest = STREAMS * apart;
+    total + reference::dot(&x[rest..], &y[rest..])
 }
 
 /// # Safety
