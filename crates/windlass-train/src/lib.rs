@@ -2,8 +2,14 @@
 //!
 //! This is the one place where a model and the store of its parameters meet.
 
+pub mod corpus;
+pub mod data;
 mod engine;
+pub mod error;
+pub mod monitor;
 mod optimizer;
+pub mod schedule;
 
 pub use engine::{Engine, EngineOptions, Loss, NonFinite, StepReport, run};
+pub use error::{Error, Result};
 pub use optimizer::Optimizer;
