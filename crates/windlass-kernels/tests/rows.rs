@@ -992,3 +992,59 @@ fn rope_refuses_positions_beyond_its_table() {
 fn cross_entropy_refuses_targets_beyond_its_columns() {
     cross_entropy_rows::<f32>(&POOLS[0][0], &mut [0.0; 3], 3, None, &[3], &mut [0.0], None);
 }
+
+/// Gradients of weights have the same bits whether rows come at once or in two calls.
+#[test]
+fn weight_gradients_do_not_depend_on_how_rows_are_cut() {
+    let (rows, cols) = (37, 150);
+    let x = &mut Numbers(3, Kind::Plain);
+    let (a, dy, w) = (
+        x.many::<bf16>(rows * cols),
+        x.many::<bf16>(rows * cols),
+        x.many::<bf16>(cols),
+    );
+    let (mean, inv) = (x.many::<f32>(rows), x.many::<f32>(rows));
+    let ids: Vec<u32> = (0..rows).map(|_| (x.bits() % 5) as u32).collect();
+    for pools in POOLS.iter() {
+        let sums = |cuts: &[usize]| {
+            let (mut rms, mut layer, mut bias) =
+                (vec![0.5f32; cols], vec![0.5; cols], vec![0.5; cols]);
+            let (mut plain, mut table) = (vec![0.5f32; cols], vec![0.5; 5 * cols]);
+            let mut dx = vec![bf16::ZERO; rows * cols];
+            for part in cuts.windows(2) {
+                let (r, c) = (part[0]..part[1], part[0] * cols..part[1] * cols);
+                let (a, dy, dx) = (&a[c.clone()], &dy[c.clone()], &mut dx[c]);
+                let (mean, inv, pool) = (&mean[r.clone()], &inv[r.clone()], &pools[1]);
+                norm::rms_norm_backward(pool, a, &w, 0.0, inv, dy, dx, false, &mut rms);
+                norm::layer_norm_backward(
+                    pool,
+                    a,
+                    &w,
+                    mean,
+                    inv,
+                    dy,
+                    dx,
+                    true,
+                    &mut layer,
+                    Some(&mut bias),
+                );
+                elementwise::sum_rows(pool, dy, &mut plain);
+                embedding::scatter_add(pool, dy, &ids[r], 1.5, &mut table);
+            }
+            vec![
+                output(&rms),
+                output(&layer),
+                output(&bias),
+                output(&plain),
+                output(&table),
+                output(&dx),
+            ]
+        };
+        assert_eq!(
+            bits(&sums(&[0, rows])),
+            bits(&sums(&[0, 5, 20, rows])),
+            "{}",
+            pools[0].level()
+        );
+    }
+}
