@@ -1,7 +1,7 @@
 //! The backward pass of one segment and kv head: blocks of queries from first to last, tiles of keys from left to
 //! right. The task owns its rows of all three gradients, so their sums have one order.
 
-use super::forward::{Edges, tile_rows};
+use super::forward::{Edges, TileRows};
 use super::tile::{
     Bounds, KEYS, Part, Product, ROWS, Start, Tiles, exp_or_zero, load_columns, load_rows, padded,
     store_row, take,
@@ -130,9 +130,10 @@ unsafe fn block<S: Tiles, E: SimdElement>(
         // SAFETY: rows of one head.
         unsafe {
             let q = call.q.head(token, head, head_dim).as_ptr();
-            load_rows::<S, E>(&[q], head_dim, scale, &mut scratch.q[row * width..]);
+            load_rows::<S, E>(&[q], &[], head_dim, scale, &mut scratch.q[row * width..]);
             load_rows::<S, E>(
                 &[dout.as_ptr()],
+                &[],
                 head_dim,
                 1.0,
                 &mut scratch.dout[row * width..],
@@ -143,15 +144,18 @@ unsafe fn block<S: Tiles, E: SimdElement>(
     scratch.dq[..rows * width].fill(0.0);
     let end = segment.visible(call.shape, queries.end - 1).end;
     let first = segment.visible(call.shape, queries.start).start / KEYS * KEYS;
+    let rows_of = |keys| TileRows::new(call.shape, &call.kv, segment, kv_head, keys);
+    let mut ahead = rows_of(first..end.min(first + KEYS));
     for start in (first..end).step_by(KEYS) {
         let keys = start..end.min(start + KEYS);
-        let absolute = segment.kv_start + keys.start..segment.kv_start + keys.end;
-        let (key_rows, value_rows) = tile_rows(call.shape, &call.kv, kv_head, absolute);
+        let tile_rows = ahead;
+        ahead = rows_of(keys.end..end.min(keys.end + KEYS));
         // SAFETY: rows of one head.
         unsafe {
-            load_rows::<S, E>(&key_rows[..keys.len()], head_dim, 1.0, scratch.keys);
-            load_columns::<S, E>(&key_rows[..keys.len()], head_dim, scratch.key_columns);
-            load_columns::<S, E>(&value_rows[..keys.len()], head_dim, scratch.value_columns);
+            load_rows::<S, E>(tile_rows.keys(), ahead.keys(), head_dim, 1.0, scratch.keys);
+            load_columns::<S, E>(tile_rows.keys(), &[], head_dim, scratch.key_columns);
+            let columns = &mut *scratch.value_columns;
+            load_columns::<S, E>(tile_rows.values(), ahead.values(), head_dim, columns);
         }
         for start in (0..rows).step_by(ROWS) {
             let part = start..rows.min(start + ROWS);

@@ -79,20 +79,45 @@ impl Edges {
     }
 }
 
-/// The addresses of a tile's rows of keys and values. The only place of the vector kernels that asks where they lie.
-#[inline(always)]
-pub(super) fn tile_rows<'a, E: SimdElement>(
-    shape: &AttentionShape,
-    kv: &KvView<'a, E>,
-    kv_head: usize,
-    rows: Range<usize>,
-) -> ([*const E; KEYS], [*const E; KEYS]) {
-    let (mut keys, mut values) = ([std::ptr::null(); KEYS], [std::ptr::null(); KEYS]);
-    for ((key, value), row) in keys.iter_mut().zip(&mut values).zip(rows) {
-        *key = kv.key(row, kv_head, shape.head_dim).as_ptr();
-        *value = kv.value(row, kv_head, shape.head_dim).as_ptr();
+/// The addresses of a tile's rows of keys and values.
+#[derive(Clone, Copy)]
+pub(super) struct TileRows<E> {
+    keys: [*const E; KEYS],
+    values: [*const E; KEYS],
+    len: usize,
+}
+
+impl<E: SimdElement> TileRows<E> {
+    /// Of the keys `keys` of a segment, at most [`KEYS`]. The only place of the vector kernels that asks where rows lie.
+    #[inline(always)]
+    pub fn new(
+        shape: &AttentionShape,
+        kv: &KvView<'_, E>,
+        segment: &Segment,
+        kv_head: usize,
+        keys: Range<usize>,
+    ) -> TileRows<E> {
+        let none = [std::ptr::null(); KEYS];
+        let mut rows = TileRows {
+            keys: none,
+            values: none,
+            len: keys.len(),
+        };
+        for (i, j) in keys.enumerate() {
+            let row = segment.kv_start + j;
+            rows.keys[i] = kv.key(row, kv_head, shape.head_dim).as_ptr();
+            rows.values[i] = kv.value(row, kv_head, shape.head_dim).as_ptr();
+        }
+        rows
     }
-    (keys, values)
+
+    pub fn keys(&self) -> &[*const E] {
+        &self.keys[..self.len]
+    }
+
+    pub fn values(&self) -> &[*const E] {
+        &self.values[..self.len]
+    }
 }
 
 /// Scratch of a block. Rows are ordered by head, then query.
@@ -172,6 +197,7 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
         unsafe {
             load_rows::<S, E>(
                 &[call.q.head(token, head, head_dim).as_ptr()],
+                &[],
                 head_dim,
                 scale,
                 to,
@@ -180,14 +206,22 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
     }
     let end = segment.visible(call.shape, queries.end - 1).end;
     let first = segment.visible(call.shape, queries.start).start / KEYS * KEYS;
+    let rows_of = |keys| TileRows::new(call.shape, &call.kv, segment, *kv_head, keys);
+    let mut ahead = rows_of(first..end.min(first + KEYS));
     for start in (first..end).step_by(KEYS) {
         let keys = start..end.min(start + KEYS);
-        let absolute = segment.kv_start + keys.start..segment.kv_start + keys.end;
-        let (key_rows, value_rows) = tile_rows(call.shape, &call.kv, *kv_head, absolute);
+        let tile_rows = ahead;
+        ahead = rows_of(keys.end..end.min(keys.end + KEYS));
         // SAFETY: rows of one head.
         unsafe {
-            load_columns::<S, E>(&key_rows[..keys.len()], head_dim, scratch.keys);
-            load_rows::<S, E>(&value_rows[..keys.len()], head_dim, 1.0, scratch.values);
+            load_columns::<S, E>(tile_rows.keys(), ahead.keys(), head_dim, scratch.keys);
+            load_rows::<S, E>(
+                tile_rows.values(),
+                ahead.values(),
+                head_dim,
+                1.0,
+                scratch.values,
+            );
         }
         for start in (0..rows).step_by(ROWS) {
             let part = start..rows.min(start + ROWS);

@@ -16,6 +16,9 @@ pub(super) const KEYS: usize = 64;
 /// Query rows that a tile of scores holds at most.
 pub(super) const ROWS: usize = 64;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Rows of a block of a product: 6 times 4 vectors of sums leave 8 of 32 registers, 6 times 2 leave 4 of 16.
 const HEIGHT: usize = 6;
 
@@ -106,10 +109,23 @@ pub(super) fn exp_or_zero<S: Simd>(x: S) -> S {
     S::select(x.lt(floor), zero, floor.max(x).exp())
 }
 
-/// Copies `rows` of `width` elements to rows of `padded(width)`, times `scale`.
+/// Asks for the cache line at `at` (any address) to be brought to the second-level cache.
+#[inline(always)]
+fn prefetch<E>(at: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: prefetching reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    let _ = at;
+}
+
+/// Copies `rows` of `width` elements to rows of `padded(width)`, times `scale`; prefetches the rows `ahead`.
 #[inline(always)]
 pub(super) unsafe fn load_rows<S: Simd, E: SimdElement>(
     rows: &[*const E],
+    ahead: &[*const E],
     width: usize,
     scale: f32,
     to: &mut [f32],
@@ -121,6 +137,11 @@ pub(super) unsafe fn load_rows<S: Simd, E: SimdElement>(
         let scale = S::splat(scale);
         for (i, &row) in rows.iter().enumerate() {
             let to = to.as_mut_ptr().add(i * stride);
+            if let Some(row) = ahead.get(i) {
+                for column in (0..width).step_by(LINE / size_of::<E>()) {
+                    prefetch(row.wrapping_add(column));
+                }
+            }
             let mut column = 0;
             while column + S::LANES <= width {
                 (E::load_vector::<S>(row.add(column)) * scale).store(to.add(column));
@@ -137,10 +158,11 @@ pub(super) unsafe fn load_rows<S: Simd, E: SimdElement>(
 }
 
 /// Copies `rows` of `width` elements to the first columns of `width` rows of [`KEYS`] elements. Columns up to the next
-/// multiple of the lanes receive copies of the last row.
+/// multiple of the lanes receive copies of the last row. Prefetches the rows `ahead`.
 #[inline(always)]
 pub(super) unsafe fn load_columns<S: Tiles, E: SimdElement>(
     rows: &[*const E],
+    ahead: &[*const E],
     width: usize,
     to: &mut [f32],
 ) {
@@ -153,8 +175,14 @@ pub(super) unsafe fn load_columns<S: Tiles, E: SimdElement>(
             let mut from = [rows[rows.len() - 1]; 16];
             let present = S::LANES.min(rows.len() - first);
             from[..present].copy_from_slice(&rows[first..first + present]);
+            let ahead = &ahead[first.min(ahead.len())..(first + S::LANES).min(ahead.len())];
             let mut column = 0;
             while column + S::LANES <= width {
+                if column * size_of::<E>() % LINE == 0 {
+                    for row in ahead {
+                        prefetch(row.wrapping_add(column));
+                    }
+                }
                 for i in 0..S::LANES {
                     square[i] = E::load_vector::<S>(from[i].add(column));
                 }
