@@ -1,106 +1,103 @@
-//! Speed of attention, forward and backward, as a share of the machine's peak of fused multiply-adds.
+//! Attention beside the machine's ceilings, measured in the same run.
 //!
-//! `cargo run --release -p windlass-kernels --example attention_bench`. Causal work counts the visible pairs only.
+//! `cargo run --release -p windlass-kernels --example attention_bench [threads..]`: milliseconds, GFLOP/s and the part
+//! of the f32 FMA peak (medians of alternating rounds) of the forward and the backward pass; GB/s of keys and values
+//! for a single query. Causal work counts visible pairs only; the backward pass counts as 2.5 forward passes.
 
-use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
 use windlass_kernels::attention::{AttentionShape, Rows, Segment, attention, attention_backward};
-use windlass_kernels::dispatch::Level;
+use windlass_kernels::memory::{Buffer, Category, Memory};
 use windlass_kernels::pool::Pool;
-use windlass_kernels::{Element, Float};
+use windlass_kernels::{Element, Float, roofline};
 
-/// Runs timed of each kind; the fastest and the median are shown.
-const RUNS: usize = 15;
+const ROUNDS: usize = 15;
 
-/// `f32` operations a second of one core that only multiplies and adds, at the level's vector width.
-fn peak(level: Level) -> f64 {
-    fn measure(chain: impl Fn(u32) -> f32, operations: f64) -> f64 {
-        let timed = |_| {
-            let start = Instant::now();
-            black_box(chain(black_box(2_000_000)));
-            operations * 2e6 / start.elapsed().as_secs_f64()
-        };
-        (0..7).map(timed).fold(0.0, f64::max)
-    }
-    match level {
-        // SAFETY: the level is supported.
-        Level::Avx512 | Level::Amx => measure(|n| unsafe { chain_avx512(n) }, 12.0 * 32.0),
-        // SAFETY: as above.
-        Level::Avx2 => measure(|n| unsafe { chain_avx2(n) }, 12.0 * 16.0),
-        Level::Scalar => f64::NAN,
-    }
-}
-
-#[target_feature(enable = "avx512f")]
-fn chain_avx512(rounds: u32) -> f32 {
-    use std::arch::x86_64::*;
-    let (a, b) = (
-        _mm512_set1_ps(black_box(0.999)),
-        _mm512_set1_ps(black_box(0.001)),
-    );
-    let mut sums = [b; 12];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = _mm512_fmadd_ps(*sum, a, b);
-        }
-    }
-    let mut total = b;
-    for sum in sums {
-        total = _mm512_add_ps(total, sum);
-    }
-    _mm512_reduce_add_ps(total)
-}
-
-#[target_feature(enable = "avx2,fma")]
-fn chain_avx2(rounds: u32) -> f32 {
-    use std::arch::x86_64::*;
-    let (a, b) = (
-        _mm256_set1_ps(black_box(0.999)),
-        _mm256_set1_ps(black_box(0.001)),
-    );
-    let mut sums = [b; 12];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = _mm256_fmadd_ps(*sum, a, b);
-        }
-    }
-    let mut total = b;
-    for sum in sums {
-        total = _mm256_add_ps(total, sum);
-    }
-    _mm256_cvtss_f32(total)
-}
-
-/// Seconds of the fastest and the median run.
-fn time(mut run: impl FnMut()) -> (f64, f64) {
-    run();
-    let mut times: Vec<f64> = (0..RUNS)
-        .map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    (times[0], times[RUNS / 2])
-}
-
-fn bench<E: Element>(
-    name: &str,
+struct Case {
+    name: &'static str,
     shape: AttentionShape,
-    segments: &[Segment],
-    threads: usize,
-    peak: f64,
-) {
-    let pool = Pool::new(threads);
-    let AttentionShape {
-        heads,
-        kv_heads,
-        head_dim,
-        ..
-    } = shape;
+    segments: Vec<Segment>,
+}
+
+fn cases() -> Vec<Case> {
+    let case = |name, heads, kv_heads, head_dim: usize, segments| {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let (softcap, window) = (None, None);
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            scale,
+            softcap,
+            window,
+        };
+        Case {
+            name,
+            shape,
+            segments,
+        }
+    };
+    let last = Segment {
+        q_start: 0,
+        q_len: 1,
+        kv_start: 0,
+        kv_len: 16384,
+    };
+    let four = (0..4).map(|i| Segment::whole(i * 512, 512)).collect();
+    let long = || vec![Segment::whole(0, 2048)];
+    vec![
+        case("4 x 512, 12/12 heads of 64", 12, 12, 64, four),
+        case("1 x 2048, 32/4 heads of 64", 32, 4, 64, long()),
+        case("1 x 2048, 16/8 heads of 128", 16, 8, 128, long()),
+        case("1 of 16384, 12/12 heads of 64", 12, 12, 64, vec![last]),
+        case("1 of 16384, 32/8 heads of 128", 32, 8, 128, vec![last]),
+    ]
+}
+
+fn operand<E: Element>(memory: &Memory, len: usize) -> Buffer {
+    let mut buffer = memory.alloc(len * size_of::<E>(), Category::Activations);
+    for (i, x) in buffer.as_mut_slice::<E>().iter_mut().enumerate() {
+        *x = E::from_f64((i * 2654435761 % 1000) as f64 / 500.0 - 1.0);
+    }
+    buffer
+}
+
+fn median(mut xs: Vec<f64>) -> f64 {
+    xs.sort_by(f64::total_cmp);
+    xs[xs.len() / 2]
+}
+
+/// Runs `pass` between measurements of the peak; prints one line.
+fn report(pool: &Pool, name: &str, flops: f64, bytes: Option<f64>, mut pass: impl FnMut()) {
+    pass();
+    let (mut times, mut parts) = (Vec::new(), Vec::new());
+    let mut before = roofline::fma_peak(pool, 1);
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        pass();
+        let time = start.elapsed().as_secs_f64();
+        let after = roofline::fma_peak(pool, 1);
+        parts.push(flops / time / (0.5 * (before + after)));
+        times.push(time);
+        before = after;
+    }
+    let (time, part) = (median(times), median(parts));
+    print!(
+        "{name}: {:>8.2} ms, {:>6.1} GFLOP/s",
+        time * 1e3,
+        flops / time / 1e9
+    );
+    match bytes {
+        None => println!(", {:.0} % of the FMA peak", part * 100.0),
+        Some(bytes) => println!(", {:.1} GB/s", bytes / time / 1e9),
+    }
+}
+
+fn bench<E: Element>(pool: &Pool, case: &Case) {
+    let Case {
+        shape, segments, ..
+    } = case;
     let tokens = segments
         .iter()
         .map(|s| s.q_start + s.q_len)
@@ -111,96 +108,64 @@ fn bench<E: Element>(
         .map(|s| s.kv_start + s.kv_len)
         .max()
         .unwrap_or(0);
-    let noise = |len: usize| -> Vec<E> {
-        (0..len)
-            .map(|i| E::from_f64(((i * 7919) % 1013) as f64 / 506.5 - 1.0))
-            .collect()
-    };
-    let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-    let (q, k, v) = (
-        noise(tokens * width),
-        noise(kv_tokens * kv_width),
-        noise(kv_tokens * kv_width),
+    let (width, kv_width) = (
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
     );
-    let dout = noise(tokens * width);
-    let (mut out, mut lse) = (noise(tokens * width), vec![E::Acc::ZERO; tokens * heads]);
-    let (mut dq, mut dk, mut dv) = (out.clone(), k.clone(), v.clone());
-    let (q, k, v) = (
-        Rows::new(&q, width),
-        Rows::new(&k, kv_width),
-        Rows::new(&v, kv_width),
+    let memory = Memory::new();
+    let queries = || operand::<E>(&memory, tokens * width);
+    let keys = || operand::<E>(&memory, kv_tokens * kv_width);
+    let (q, k, v, dout) = (queries(), keys(), keys(), queries());
+    let (mut out, mut dq, mut dk, mut dv) = (queries(), queries(), keys(), keys());
+    let mut lse = vec![E::Acc::ZERO; tokens * shape.heads];
+    let q = Rows::new(q.as_slice(), width);
+    let (k, v) = (
+        Rows::new(k.as_slice(), kv_width),
+        Rows::new(v.as_slice(), kv_width),
     );
     let flops = shape.flops(segments);
-    let show = |pass: &str, flops: f64, bytes: f64, (best, median): (f64, f64)| {
-        let rate = flops / median / 1e9;
-        let share = 100.0 * rate * 1e9 / (peak * threads as f64);
-        let bandwidth = bytes / median / 1e9;
-        println!(
-            "{name:<26} {:<4} {threads} threads {pass} {:>8.3} ms (best {:>8.3}) {rate:>7.1} GFLOP/s {share:>5.1} % {bandwidth:>6.1} GB/s",
-            E::DTYPE.name(),
-            median * 1e3,
-            best * 1e3,
-        );
-    };
-    let bytes = (E::DTYPE.size() * (2 * tokens * width + 2 * kv_tokens * kv_width)) as f64;
-    show(
-        "fwd",
-        flops,
-        bytes,
-        time(|| attention(&pool, &shape, segments, q, k, v, &mut out, &mut lse)),
+    let name = format!(
+        "{} {:<4} {} threads",
+        case.name,
+        E::DTYPE.name(),
+        pool.threads()
     );
-    if segments.iter().any(|s| s.q_len != s.kv_len) {
-        return;
+    let single = tokens == 1;
+    let bytes = single.then_some((2 * kv_tokens * kv_width * size_of::<E>()) as f64);
+    let out = out.as_mut_slice::<E>();
+    report(pool, &format!("{name} fwd"), flops, bytes, || {
+        attention(pool, shape, segments, q, k, v, out, &mut lse);
+    });
+    if !single {
+        let (dq, dk, dv) = (dq.as_mut_slice(), dk.as_mut_slice(), dv.as_mut_slice());
+        report(pool, &format!("{name} bwd"), 2.5 * flops, None, || {
+            let dout = dout.as_slice();
+            attention_backward(pool, shape, segments, q, k, v, out, &lse, dout, dq, dk, dv);
+        });
     }
-    let run = || {
-        attention_backward(
-            &pool, &shape, segments, q, k, v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
-        )
-    };
-    show("bwd", 2.5 * flops, 2.0 * bytes, time(run));
 }
 
 fn main() {
-    let level = Level::current();
-    let peak = peak(level);
-    println!(
-        "level {level}, peak of one core {:.1} GFLOP/s (f32 FMA)",
-        peak / 1e9
-    );
-    let shape = |heads, kv_heads, head_dim: usize| AttentionShape {
-        heads,
-        kv_heads,
-        head_dim,
-        scale: 1.0 / (head_dim as f32).sqrt(),
-        softcap: None,
-        window: None,
-    };
-    let batch: Vec<Segment> = (0..4).map(|i| Segment::whole(i * 512, 512)).collect();
-    let decode = [Segment {
-        q_start: 0,
-        q_len: 1,
-        kv_start: 0,
-        kv_len: 16384,
-    }];
-    let cases: [(&str, AttentionShape, &[Segment]); 5] = [
-        ("4 x 512, 12 x 64", shape(12, 12, 64), &batch),
-        (
-            "1 x 2048, 32/4 x 64",
-            shape(32, 4, 64),
-            &[Segment::whole(0, 2048)],
-        ),
-        (
-            "1 x 1024, 16/8 x 128",
-            shape(16, 8, 128),
-            &[Segment::whole(0, 1024)],
-        ),
-        ("1 of 16384, 12 x 64", shape(12, 12, 64), &decode),
-        ("1 of 16384, 32/8 x 128", shape(32, 8, 128), &decode),
-    ];
-    for (name, shape, segments) in cases {
-        for threads in [1, 2] {
-            bench::<f32>(name, shape, segments, threads, peak);
-            bench::<bf16>(name, shape, segments, threads, peak);
+    let mut threads: Vec<usize> = std::env::args()
+        .skip(1)
+        .filter_map(|x| x.parse().ok())
+        .collect();
+    if threads.is_empty() {
+        threads = vec![1, 2];
+    }
+    for threads in threads {
+        let pool = Pool::new(threads);
+        let data = operand::<f32>(&Memory::new(), 1 << 28);
+        println!(
+            "{}, {threads} threads: FMA peak {:.1} GFLOP/s, reads {:.1} GB/s",
+            pool.level(),
+            roofline::fma_peak(&pool, 5) / 1e9,
+            roofline::read_bandwidth(&pool, data.as_slice(), 3) / 1e9,
+        );
+        drop(data);
+        for case in cases() {
+            bench::<f32>(&pool, &case);
+            bench::<bf16>(&pool, &case);
         }
     }
 }

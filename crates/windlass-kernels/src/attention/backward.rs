@@ -122,25 +122,8 @@ unsafe fn block<S: Tiles, E: SimdElement>(
             kv_head * group + row / count,
         )
     };
-    for row in 0..rows {
-        let (token, head) = place(row);
-        let at = (token * heads + head) * head_dim;
-        let (out, dout) = (&call.out[at..at + head_dim], &call.dout[at..at + head_dim]);
-        scratch.lse[row] = call.lse[head * call.tokens + token];
-        // SAFETY: rows of one head.
-        unsafe {
-            let q = call.q.head(token, head, head_dim).as_ptr();
-            load_rows::<S, E>(&[q], &[], head_dim, scale, &mut scratch.q[row * width..]);
-            load_rows::<S, E>(
-                &[dout.as_ptr()],
-                &[],
-                head_dim,
-                1.0,
-                &mut scratch.dout[row * width..],
-            );
-            scratch.delta[row] = dot::<S, E>(out, dout);
-        }
-    }
+    // SAFETY: the level is supported.
+    unsafe { load_queries::<S, E>(call, rows, &place, scratch) };
     scratch.dq[..rows * width].fill(0.0);
     let end = segment.visible(call.shape, queries.end - 1).end;
     let first = segment.visible(call.shape, queries.start).start / KEYS * KEYS;
@@ -177,6 +160,42 @@ unsafe fn block<S: Tiles, E: SimdElement>(
     }
 }
 
+/// Loads what a block keeps of its rows; `place` is the token and head of each.
+#[inline(always)]
+unsafe fn load_queries<S: Tiles, E: SimdElement>(
+    call: &Backward<'_, E>,
+    rows: usize,
+    place: &impl Fn(usize) -> (usize, usize),
+    scratch: &mut Scratch,
+) {
+    let AttentionShape {
+        heads,
+        head_dim,
+        scale,
+        ..
+    } = *call.shape;
+    let width = padded(head_dim);
+    for row in 0..rows {
+        let (token, head) = place(row);
+        let at = (token * heads + head) * head_dim;
+        let (out, dout) = (&call.out[at..at + head_dim], &call.dout[at..at + head_dim]);
+        scratch.lse[row] = call.lse[head * call.tokens + token];
+        // SAFETY: rows of one head.
+        unsafe {
+            let q = call.q.head(token, head, head_dim).as_ptr();
+            load_rows::<S, E>(&[q], &[], head_dim, scale, &mut scratch.q[row * width..]);
+            load_rows::<S, E>(
+                &[dout.as_ptr()],
+                &[],
+                head_dim,
+                1.0,
+                &mut scratch.dout[row * width..],
+            );
+            scratch.delta[row] = dot::<S, E>(out, dout);
+        }
+    }
+}
+
 /// Sum of products of two rows.
 #[inline(always)]
 unsafe fn dot<S: Simd, E: SimdElement>(a: &[E], b: &[E]) -> f32 {
@@ -205,89 +224,47 @@ unsafe fn tile<S: Tiles>(
 ) {
     let width = padded(shape.head_dim);
     let own = rows.start * width..rows.end * width;
+    let (m, n, d) = (rows.len(), keys.len(), shape.head_dim);
+    let seeing = seeing(edges, m);
+    let onto_keys = if edges.all {
+        Bounds::All
+    } else {
+        Bounds::Inner(&seeing[..n])
+    };
+    let scores = Product::scores(m, n.next_multiple_of(S::LANES), d);
+    let scores = scores.from(Start::Zero, edges.columns(m));
+    let onto_keys = Product::transposed(n, m, d).from(Start::Sum, onto_keys);
+    let onto_queries = Product::rows(m, n, d).from(Start::Sum, edges.inner(m));
+    let summed = keys.start * width..keys.end * width;
+    let (dk, dv) = (&mut scratch.dk[summed.clone()], &mut scratch.dv[summed]);
     let (q, dout) = (
         scratch.q[own.clone()].as_ptr(),
         scratch.dout[own.clone()].as_ptr(),
     );
-    let (p, ds) = (scratch.p.as_mut_ptr(), scratch.ds.as_mut_ptr());
-    let columns = keys.len().next_multiple_of(S::LANES);
-    // Rows times columns of keys or values.
-    let scores = |a: *const f32, b: *const f32, c: *mut f32| Product {
-        m: rows.len(),
-        n: columns,
-        k: shape.head_dim,
-        a,
-        a_row: width,
-        a_step: 1,
-        b,
-        b_stride: KEYS,
-        c,
-        c_stride: KEYS,
-        start: Start::Zero,
-        bounds: edges.columns(rows.len()),
-    };
-    let seeing = if edges.all {
-        [(0, 0); KEYS]
-    } else {
-        seeing(&edges.seen[..rows.len()])
-    };
-    // Tile, transposed, times rows.
-    let onto_keys = |a: *const f32, b: *const f32, c: *mut f32| Product {
-        m: keys.len(),
-        n: width,
-        k: rows.len(),
-        a,
-        a_row: 1,
-        a_step: KEYS,
-        b,
-        b_stride: width,
-        c,
-        c_stride: width,
-        start: Start::Sum,
-        bounds: if edges.all {
-            Bounds::All
-        } else {
-            Bounds::Inner(&seeing[..keys.len()])
-        },
-    };
-    let onto_queries = Product {
-        m: rows.len(),
-        n: width,
-        k: keys.len(),
-        a: ds,
-        a_row: KEYS,
-        a_step: 1,
-        b: scratch.keys.as_ptr(),
-        b_stride: width,
-        c: scratch.dq[own].as_mut_ptr(),
-        c_stride: width,
-        start: Start::Sum,
-        bounds: edges.inner(rows.len()),
-    };
-    let summed = keys.start * width..keys.end * width;
+    let dq = &mut scratch.dq[own];
     // SAFETY: the sizes of scratch.
     unsafe {
-        S::product(&scores(q, scratch.key_columns.as_ptr(), p));
-        S::product(&scores(dout, scratch.value_columns.as_ptr(), ds));
-        let (lse, delta) = (&scratch.lse[rows.clone()], &scratch.delta[rows.clone()]);
-        softmax_backward::<S>(
-            shape.softcap,
-            (scratch.p, scratch.ds),
-            keys.len(),
-            edges,
-            lse,
-            delta,
-        );
-        S::product(&onto_keys(p, dout, scratch.dv[summed.clone()].as_mut_ptr()));
-        S::product(&onto_keys(ds, q, scratch.dk[summed].as_mut_ptr()));
-        S::product(&onto_queries);
+        S::product(&scores.of(q, scratch.key_columns.as_ptr(), scratch.p.as_mut_ptr()));
+        S::product(&scores.of(
+            dout,
+            scratch.value_columns.as_ptr(),
+            scratch.ds.as_mut_ptr(),
+        ));
+        let (lse, delta) = (&scratch.lse[rows.clone()], &scratch.delta[rows]);
+        softmax_backward::<S>(shape.softcap, (scratch.p, scratch.ds), n, edges, lse, delta);
+        S::product(&onto_keys.of(scratch.p.as_ptr(), dout, dv.as_mut_ptr()));
+        S::product(&onto_keys.of(scratch.ds.as_ptr(), q, dk.as_mut_ptr()));
+        S::product(&onto_queries.of(scratch.ds.as_ptr(), scratch.keys.as_ptr(), dq.as_mut_ptr()));
     }
 }
 
-/// The rows that see each key: from the first to the last of them.
-fn seeing(seen: &[Part]) -> [Part; KEYS] {
+/// The rows that see each key, from the first to the last of them; nothing of use where `edges.all`.
+fn seeing(edges: &Edges, rows: usize) -> [Part; KEYS] {
     let mut seeing = [(u8::MAX, 0); KEYS];
-    for (row, &(start, end)) in seen.iter().enumerate() {
+    if edges.all {
+        return seeing;
+    }
+    for (row, &(start, end)) in edges.seen[..rows].iter().enumerate() {
         if start < end {
             for part in &mut seeing[start as usize..end as usize] {
                 *part = (part.0.min(row as u8), row as u8 + 1);

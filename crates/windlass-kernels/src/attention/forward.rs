@@ -176,10 +176,7 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
         queries,
     } = block;
     let AttentionShape {
-        heads,
-        head_dim,
-        scale,
-        ..
+        head_dim, scale, ..
     } = *call.shape;
     let (group, count) = (call.shape.group(), queries.len());
     let rows = group * count;
@@ -232,6 +229,21 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
             }
         }
     }
+    // SAFETY: the caller's promise.
+    unsafe { store_queries::<S, E>(call, rows, &place, scratch) };
+}
+
+/// Divides each row by its sum of exponentials and writes it; `place` is its token and head.
+#[inline(always)]
+unsafe fn store_queries<S: Tiles, E: SimdElement>(
+    call: &Forward<'_, E>,
+    rows: usize,
+    place: &impl Fn(usize) -> (usize, usize),
+    scratch: &Scratch,
+) {
+    let AttentionShape {
+        heads, head_dim, ..
+    } = *call.shape;
     for row in 0..rows {
         let (token, head) = place(row);
         let sums = &scratch.out[row * padded(head_dim)..];
@@ -257,51 +269,25 @@ unsafe fn tile<S: Tiles>(
     let width = padded(shape.head_dim);
     let q = &scratch.q[rows.start * width..rows.end * width];
     let out = &mut scratch.out[rows.start * width..rows.end * width];
-    let scores = scratch.scores.as_mut_ptr();
+    let (m, d) = (rows.len(), shape.head_dim);
     let mut factors = [0.0; ROWS];
     // SAFETY: the sizes of scratch.
     unsafe {
-        S::product(&Product {
-            m: rows.len(),
-            n: keys.next_multiple_of(S::LANES),
-            k: shape.head_dim,
-            a: q.as_ptr(),
-            a_row: width,
-            a_step: 1,
-            b: scratch.keys.as_ptr(),
-            b_stride: KEYS,
-            c: scores,
-            c_stride: KEYS,
-            start: Start::Zero,
-            bounds: edges.columns(rows.len()),
-        });
-        let (max, sum) = (
-            &mut scratch.max[rows.clone()],
-            &mut scratch.sum[rows.clone()],
-        );
-        softmax::<S>(
-            shape.softcap,
-            scratch.scores,
-            keys,
-            edges,
-            max,
-            sum,
-            &mut factors,
-        );
-        S::product(&Product {
-            m: rows.len(),
-            n: width,
-            k: keys,
-            a: scores,
-            a_row: KEYS,
-            a_step: 1,
-            b: scratch.values.as_ptr(),
-            b_stride: width,
-            c: out.as_mut_ptr(),
-            c_stride: width,
-            start: Start::Scaled(factors.as_ptr()),
-            bounds: edges.inner(rows.len()),
-        });
+        let product = Product::scores(m, keys.next_multiple_of(S::LANES), d);
+        let scores = scratch.scores.as_mut_ptr();
+        let product = product.of(q.as_ptr(), scratch.keys.as_ptr(), scores);
+        S::product(&product.from(Start::Zero, edges.columns(m)));
+
+        let max = &mut scratch.max[rows.clone()];
+        let sum = &mut scratch.sum[rows];
+        let scores = &mut *scratch.scores;
+        softmax::<S>(shape.softcap, scores, keys, edges, max, sum, &mut factors);
+
+        let product = Product::rows(m, keys, d);
+        let scores = scratch.scores.as_ptr();
+        let product = product.of(scores, scratch.values.as_ptr(), out.as_mut_ptr());
+        let start = Start::Scaled(factors.as_ptr());
+        S::product(&product.from(start, edges.inner(m)));
     }
 }
 

@@ -17,6 +17,8 @@ mod scalar;
 mod tests;
 mod tile;
 mod view;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::ops::Range;
 

@@ -88,6 +88,62 @@ pub(super) struct Product<'a> {
     pub bounds: Bounds<'a>,
 }
 
+impl<'a> Product<'a> {
+    /// Scores `[m, KEYS]` of rows `a` against the first `keys` columns of `[head_dim, KEYS]`.
+    pub fn scores(m: usize, keys: usize, head_dim: usize) -> Product<'a> {
+        Product {
+            n: keys,
+            k: head_dim,
+            a_row: padded(head_dim),
+            b_stride: KEYS,
+            c_stride: KEYS,
+            ..Product::rows(m, 0, head_dim)
+        }
+    }
+
+    /// Rows `[m, padded]`: scores `[m, KEYS]` of `k` keys times rows `[k, padded]`.
+    pub fn rows(m: usize, k: usize, head_dim: usize) -> Product<'a> {
+        let width = padded(head_dim);
+        Product {
+            m,
+            n: width,
+            k,
+            a: std::ptr::null(),
+            a_row: KEYS,
+            a_step: 1,
+            b: std::ptr::null(),
+            b_stride: width,
+            c: std::ptr::null_mut(),
+            c_stride: width,
+            start: Start::Zero,
+            bounds: Bounds::All,
+        }
+    }
+
+    /// Rows `[keys, padded]`: scores `[rows, KEYS]`, transposed, times rows `[rows, padded]`.
+    pub fn transposed(keys: usize, rows: usize, head_dim: usize) -> Product<'a> {
+        Product {
+            a_row: 1,
+            a_step: KEYS,
+            ..Product::rows(keys, rows, head_dim)
+        }
+    }
+
+    /// With the operands and the place of the result.
+    pub fn of(self, a: *const f32, b: *const f32, c: *mut f32) -> Product<'a> {
+        Product { a, b, c, ..self }
+    }
+
+    /// With another start and bounds than zeros and everything.
+    pub fn from(self, start: Start, bounds: Bounds<'a>) -> Product<'a> {
+        Product {
+            start,
+            bounds,
+            ..self
+        }
+    }
+}
+
 /// What attention needs of a vector beyond [`Simd`].
 ///
 /// # Safety
@@ -178,7 +234,7 @@ pub(super) unsafe fn load_columns<S: Tiles, E: SimdElement>(
             let ahead = &ahead[first.min(ahead.len())..(first + S::LANES).min(ahead.len())];
             let mut column = 0;
             while column + S::LANES <= width {
-                if column * size_of::<E>() % LINE == 0 {
+                if (column * size_of::<E>()).is_multiple_of(LINE) {
                     for row in ahead {
                         prefetch(row.wrapping_add(column));
                     }
@@ -235,7 +291,7 @@ pub(super) unsafe fn store_row<S: Simd, E: SimdElement>(
 
 /// The whole product.
 #[inline(always)]
-unsafe fn product<S: Simd>(p: &Product) {
+pub(super) unsafe fn product<S: Simd>(p: &Product) {
     let Bounds::Columns(seen) = p.bounds else {
         // SAFETY: the caller's promise.
         return unsafe { panels::<S>(p) };
@@ -359,106 +415,6 @@ unsafe fn block<S: Simd, const M: usize, const N: usize>(p: &Product, row: usize
             for j in 0..N {
                 sums[i][j].store(c.add(i * p.c_stride + j * S::LANES));
             }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{Product, Tiles, product};
-    use crate::simd::{Avx2, Avx512};
-
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn product_avx2(p: &Product) {
-        // SAFETY: the caller's promise.
-        unsafe { product::<Avx2>(p) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn product_avx512(p: &Product) {
-        // SAFETY: the caller's promise.
-        unsafe { product::<Avx512>(p) }
-    }
-
-    impl Tiles for Avx2 {
-        #[inline(always)]
-        unsafe fn transpose(square: &mut [Self; 16]) {
-            // SAFETY: the features are there by the caller's promise.
-            unsafe {
-                let mut x = [square[0].0; 8];
-                for i in 0..8 {
-                    x[i] = square[i].0;
-                }
-                for i in (0..8).step_by(2) {
-                    (x[i], x[i + 1]) = (
-                        _mm256_unpacklo_ps(x[i], x[i + 1]),
-                        _mm256_unpackhi_ps(x[i], x[i + 1]),
-                    );
-                }
-                for i in [0, 4] {
-                    let [a, b, c, d] = [x[i], x[i + 1], x[i + 2], x[i + 3]];
-                    x[i] = _mm256_shuffle_ps::<0x44>(a, c);
-                    x[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
-                    x[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
-                    x[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
-                }
-                for i in 0..4 {
-                    square[i].0 = _mm256_permute2f128_ps::<0x20>(x[i], x[i + 4]);
-                    square[i + 4].0 = _mm256_permute2f128_ps::<0x31>(x[i], x[i + 4]);
-                }
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn product(p: &Product) {
-            // SAFETY: the caller's promise.
-            unsafe { product_avx2(p) }
-        }
-    }
-
-    impl Tiles for Avx512 {
-        #[inline(always)]
-        unsafe fn transpose(square: &mut [Self; 16]) {
-            // SAFETY: the features are there by the caller's promise.
-            unsafe {
-                let mut x = [square[0].0; 16];
-                for i in 0..16 {
-                    x[i] = square[i].0;
-                }
-                for i in (0..16).step_by(2) {
-                    (x[i], x[i + 1]) = (
-                        _mm512_unpacklo_ps(x[i], x[i + 1]),
-                        _mm512_unpackhi_ps(x[i], x[i + 1]),
-                    );
-                }
-                for i in [0, 4, 8, 12] {
-                    let [a, b, c, d] = [x[i], x[i + 1], x[i + 2], x[i + 3]];
-                    x[i] = _mm512_shuffle_ps::<0x44>(a, c);
-                    x[i + 1] = _mm512_shuffle_ps::<0xee>(a, c);
-                    x[i + 2] = _mm512_shuffle_ps::<0x44>(b, d);
-                    x[i + 3] = _mm512_shuffle_ps::<0xee>(b, d);
-                }
-                // Now vector 4 g + i holds column i of rows 4 g .. 4 g + 4 in each quarter: transpose the quarters.
-                for i in 0..4 {
-                    let [a, b, c, d] = [x[i], x[i + 4], x[i + 8], x[i + 12]];
-                    let low = _mm512_shuffle_f32x4::<0x44>(a, b);
-                    let high = _mm512_shuffle_f32x4::<0xee>(a, b);
-                    let low2 = _mm512_shuffle_f32x4::<0x44>(c, d);
-                    let high2 = _mm512_shuffle_f32x4::<0xee>(c, d);
-                    square[i].0 = _mm512_shuffle_f32x4::<0x88>(low, low2);
-                    square[i + 4].0 = _mm512_shuffle_f32x4::<0xdd>(low, low2);
-                    square[i + 8].0 = _mm512_shuffle_f32x4::<0x88>(high, high2);
-                    square[i + 12].0 = _mm512_shuffle_f32x4::<0xdd>(high, high2);
-                }
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn product(p: &Product) {
-            // SAFETY: the caller's promise.
-            unsafe { product_avx512(p) }
         }
     }
 }
