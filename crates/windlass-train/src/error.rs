@@ -131,6 +131,29 @@ pub enum Error {
         /// Its value now.
         now: String,
     },
+    /// A sequence does not fit the model.
+    #[error("sequences of {asked} tokens against a context of {context}")]
+    ContextTooShort {
+        /// Tokens of a sequence.
+        asked: usize,
+        /// `max_position_embeddings` of the model.
+        context: usize,
+    },
+    /// The loss or its gradient is not a number; nothing was updated.
+    #[error("the {what} of step {step} is {value}{}", match checkpoint {
+        Some(path) => format!("; the last good checkpoint is {}", path.display()),
+        None => "; there is no checkpoint yet".into(),
+    })]
+    NonFinite {
+        /// The step that was refused.
+        step: u64,
+        /// "loss" or "gradient norm".
+        what: &'static str,
+        /// The value.
+        value: f64,
+        /// The last checkpoint.
+        checkpoint: Option<PathBuf>,
+    },
     /// A setting is outside its range.
     #[error("{setting} is {value}, but must be {range}")]
     Setting {
@@ -190,6 +213,12 @@ impl Error {
             Self::TooFewTokens { .. } => "hold out a larger fraction, or give more text".into(),
             Self::Changed { .. } => {
                 "resume with the same data and settings, or start a new run in another folder".into()
+            }
+            Self::ContextTooShort { context, .. } => {
+                format!("ask for sequences of at most {context} tokens, or for a model with a longer context")
+            }
+            Self::NonFinite { .. } => {
+                "lower the learning rate, lengthen the warm-up or train in f32; resume from the last checkpoint".into()
             }
             Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } => return None,
         };

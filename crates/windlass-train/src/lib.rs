@@ -8,8 +8,14 @@ mod engine;
 pub mod error;
 pub mod monitor;
 mod optimizer;
+mod plan;
+mod save;
 pub mod schedule;
+mod trainer;
 
 pub use engine::{Engine, EngineOptions, Loss, NonFinite, StepReport, run};
 pub use error::{Error, Result};
 pub use optimizer::Optimizer;
+pub use plan::{Plan, StepShape, plan};
+pub use save::{load_model, save_model};
+pub use trainer::{End, Event, StepEvent, TrainOptions, Trainer};

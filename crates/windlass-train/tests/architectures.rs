@@ -52,7 +52,8 @@ fn store(cpu: &Cpu, case: &Path, config: &DecoderConfig, dtype: DType) -> Store 
     let model = decoder(config);
     let map = config.naming.file_tensors(&model);
     let tensors = Tensors::open(case).unwrap();
-    let (weights, unused) = load_weights(cpu, &tensors, model.units(), &map, |_| None, dtype).unwrap();
+    let (weights, unused) =
+        load_weights(cpu, &tensors, model.units(), &map, |_| None, dtype).unwrap();
     assert_eq!(unused, Vec::<String>::new(), "{}", case.display());
     Store::new(cpu, model.units(), weights)
 }

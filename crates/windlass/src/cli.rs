@@ -9,7 +9,7 @@ use windlass::model::tokenizer::TokenizerError;
 use windlass::store;
 use windlass::tensor::kernels::dispatch::Level;
 use windlass::tensor::{Cpu, DType};
-use windlass::train::TrainError;
+use windlass::train;
 
 pub mod bench;
 pub mod eval;
@@ -70,7 +70,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         cause.downcast_ref::<TokenizerError>().and_then(TokenizerError::hint),
         cause.downcast_ref::<store::Error>().and_then(store::Error::hint),
         cause.downcast_ref::<InferError>().and_then(InferError::hint),
-        cause.downcast_ref::<TrainError>().and_then(TrainError::hint),
+        cause.downcast_ref::<train::Error>().and_then(train::Error::hint),
         cause.downcast_ref::<HubError>().and_then(HubError::hint),
     ];
     hints.into_iter().flatten().next()

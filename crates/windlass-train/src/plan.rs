@@ -1,0 +1,70 @@
+//! What a run will need, before it starts.
+
+use crate::data::Batch;
+use crate::engine::{Engine, EngineOptions};
+use crate::trainer::to_tokens;
+use windlass_model::{DecoderConfig, decoder};
+use windlass_store::Store;
+use windlass_tensor::kernels::memory::Usage;
+use windlass_tensor::{Cpu, DType};
+
+/// The size of a training run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    /// Parameters of the model.
+    pub parameters: usize,
+    /// Memory at its highest, by category.
+    pub memory: Usage,
+    /// Tokens of one optimizer step.
+    pub tokens_per_step: usize,
+}
+
+/// Sequences that a step computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StepShape {
+    /// Sequences of one forward pass.
+    pub micro_batch: usize,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Forward passes of a step.
+    pub gradient_accumulation_steps: usize,
+}
+
+/// Replays one training step on a machine that allocates and does not compute: every allocation of the real step is
+/// made, in its order and size, and no page of it is touched.
+///
+/// The plan is as exact as the step is regular: experts are taken to be chosen evenly in sum, documents to be packed
+/// whole.
+pub fn plan(
+    config: &DecoderConfig,
+    dtype: DType,
+    options: EngineOptions,
+    shape: StepShape,
+) -> Plan {
+    let cpu = Cpu::dry();
+    let model = decoder(config);
+    let parameters = model.num_params();
+    let store = Store::init(&cpu, model.units(), dtype, 0);
+    let mut engine = Engine::initialize(model, store, options);
+    // A second pass of an accumulated step meets gradients that exist; a third one nothing new.
+    for _ in 0..shape.gradient_accumulation_steps.min(2) {
+        let tokens = shape.micro_batch * shape.seq_len;
+        let batch = Batch {
+            ids: vec![0; tokens],
+            targets: vec![0; tokens],
+            positions: Vec::new(),
+            segments: vec![shape.seq_len; shape.micro_batch],
+            sequences: shape.micro_batch,
+        };
+        let loss = engine.forward(to_tokens(batch, config, dtype, 1.0, 1));
+        engine.backward(loss);
+    }
+    engine.step(0.0).expect("a norm of nothing is finite");
+    let memory = cpu.memory.peak();
+    let tokens_per_step = shape.micro_batch * shape.seq_len * shape.gradient_accumulation_steps;
+    Plan {
+        parameters,
+        memory,
+        tokens_per_step,
+    }
+}

@@ -1,0 +1,365 @@
+//! The training loop: data through the engine, schedule, evaluation, checkpoints, metrics.
+
+use crate::data::{Batch, Evaluation, Packing, Sampler, View};
+use crate::engine::{Engine, EngineOptions, run};
+use crate::error::{Error, Result};
+use crate::monitor::{EventWriter, Metrics};
+use crate::plan::StepShape;
+use crate::save::{self, Progress};
+use crate::schedule::Schedule;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder};
+use windlass_store::Store;
+use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
+use windlass_tensor::{Cpu, DType, RouterStats};
+
+/// How a run trains, measures and saves.
+#[derive(Clone, Debug)]
+pub struct TrainOptions {
+    /// Storage type of weights and activations.
+    pub dtype: DType,
+    /// Optimizer, clipping, activation checkpointing.
+    pub engine: EngineOptions,
+    /// Sequences of a step.
+    pub shape: StepShape,
+    /// Learning rate of every step.
+    pub schedule: Schedule,
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// How documents share a sequence.
+    pub packing: Packing,
+    /// Seed of the data order.
+    pub seed: u64,
+    /// Steps between evaluations; at the end only when `None`.
+    pub eval_every: Option<u64>,
+    /// Sequences of an evaluation; all held-out ones when `None`.
+    pub eval_sequences: Option<u64>,
+    /// Steps between checkpoints.
+    pub save_every: Option<u64>,
+    /// Time between checkpoints.
+    pub save_after: Option<Duration>,
+    /// Checkpoints kept; all when `None`.
+    pub keep: Option<NonZeroUsize>,
+    /// Folder of checkpoints and metrics.
+    pub out: PathBuf,
+}
+
+/// What a run tells while it goes.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An optimizer step is done.
+    Step(StepEvent),
+    /// The held-out data were measured.
+    Evaluated {
+        /// After this step.
+        step: u64,
+        /// Mean loss of a token, in nats.
+        loss: f64,
+    },
+    /// A checkpoint is complete.
+    Saved(PathBuf),
+}
+
+/// One optimizer step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepEvent {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Mean loss of the step's tokens.
+    pub loss: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// Seconds of the step.
+    pub seconds: f64,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All steps are done.
+    Finished,
+    /// The stop flag was raised; a checkpoint was saved.
+    Interrupted,
+}
+
+/// A training run.
+pub struct Trainer {
+    engine: Engine<Tokens>,
+    config: DecoderConfig,
+    tokenizer: Tokenizer,
+    sampler: Sampler,
+    held_out: Option<View>,
+    options: TrainOptions,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    events: EventWriter,
+    tokens_seen: u64,
+    last_checkpoint: Option<PathBuf>,
+}
+
+/// A batch as the model reads it; `denominator` is the number of scored tokens of the step, which consists of
+/// `micro_batches` batches.
+pub(crate) fn to_tokens(
+    batch: Batch,
+    config: &DecoderConfig,
+    dtype: DType,
+    denominator: f64,
+    micro_batches: usize,
+) -> Tokens {
+    let goal = Goal::Loss {
+        targets: batch.targets.into(),
+        denominator,
+    };
+    let mut tokens = Tokens::new(batch.ids, &batch.segments, goal, dtype);
+    let coefficient = config
+        .experts
+        .as_ref()
+        .map_or(0.0, |e| e.router_aux_loss_coef);
+    if coefficient > 0.0 {
+        tokens.router = Some((
+            Arc::new(RouterStats::default()),
+            coefficient / micro_batches as f64,
+        ));
+    }
+    tokens
+}
+
+impl Trainer {
+    /// A run over `train`, measured on `held_out`, from the weights in `store`. With `resume`, step, data order and
+    /// optimizer state are those of the checkpoint (the weights in `store` must be its weights).
+    ///
+    /// # Errors
+    /// Data shorter than a sequence, a sequence longer than the model's context, unwritable folders, a checkpoint of
+    /// another run.
+    pub fn new(
+        config: DecoderConfig,
+        tokenizer: Tokenizer,
+        store: Store,
+        train: View,
+        held_out: Option<View>,
+        options: TrainOptions,
+        resume: Option<&CheckpointDir>,
+    ) -> Result<Self> {
+        if options.shape.seq_len > config.max_position_embeddings {
+            return Err(Error::ContextTooShort {
+                asked: options.shape.seq_len,
+                context: config.max_position_embeddings,
+            });
+        }
+        tokenizer.check_vocabulary(config.vocab_size)?;
+        let mut sampler =
+            Sampler::new(train, options.shape.seq_len, options.packing, options.seed)?;
+        let mut engine = Engine::initialize(decoder(&config), store, options.engine);
+        let mut tokens_seen = 0;
+        if let Some(checkpoint) = resume {
+            let progress: Progress = checkpoint.json(save::STATE_FILE)?;
+            progress.check(&options)?;
+            save::load_optimizer(checkpoint, engine.store_mut())?;
+            sampler.resume(&progress.sampler)?;
+            engine.set_global_steps(progress.step);
+            tokens_seen = progress.tokens_seen;
+        }
+        let last_step = resume.map(|c| c.step());
+        let metrics = Metrics::open(&options.out, last_step)?;
+        let events = EventWriter::create(&options.out, wall_time(), last_step)?;
+        Ok(Trainer {
+            engine,
+            config,
+            tokenizer,
+            sampler,
+            held_out,
+            checkpoints: Checkpoints::open(&options.out),
+            options,
+            metrics,
+            events,
+            tokens_seen,
+            last_checkpoint: resume.map(|c| c.path().to_owned()),
+        })
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine<Tokens> {
+        &self.engine
+    }
+
+    /// The machine.
+    pub fn cpu(&self) -> &Cpu {
+        self.engine.store().cpu()
+    }
+
+    /// Tokens trained on so far.
+    pub fn tokens_seen(&self) -> u64 {
+        self.tokens_seen
+    }
+
+    /// Trains to the end, or until `stop` is raised: then a checkpoint is saved first.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite, and whatever hinders saving.
+    pub fn run(&mut self, stop: &AtomicBool, tell: &mut dyn FnMut(Event)) -> Result<End> {
+        let mut saved_at = (self.engine.global_steps(), Instant::now());
+        while self.engine.global_steps() < self.options.steps {
+            let event = self.step()?;
+            tell(Event::Step(event));
+            let done = event.step == self.options.steps;
+            let due = |every: Option<u64>| every.is_some_and(|n| event.step % n == 0);
+            if self.held_out.is_some() && (due(self.options.eval_every) || done) {
+                let loss = self.evaluate()?;
+                let values = [("eval_loss", loss), ("eval_perplexity", loss.exp())];
+                self.write(event.step, &values)?;
+                tell(Event::Evaluated {
+                    step: event.step,
+                    loss,
+                });
+            }
+            let interrupted = stop.load(Ordering::Relaxed);
+            let timed = self
+                .options
+                .save_after
+                .is_some_and(|after| saved_at.1.elapsed() >= after);
+            if (done || interrupted || timed || due(self.options.save_every))
+                && saved_at.0 != event.step
+            {
+                let checkpoint = self.save()?;
+                saved_at = (event.step, Instant::now());
+                tell(Event::Saved(checkpoint.path().to_owned()));
+            }
+            if interrupted && !done {
+                return Ok(End::Interrupted);
+            }
+        }
+        Ok(End::Finished)
+    }
+
+    /// One optimizer step.
+    fn step(&mut self) -> Result<StepEvent> {
+        let start = Instant::now();
+        let shape = self.options.shape;
+        let count = shape.gradient_accumulation_steps;
+        let batches: Vec<Batch> = (0..count)
+            .map(|_| self.sampler.next_batch(shape.micro_batch))
+            .collect();
+        let denominator = batches.iter().map(Batch::scored).sum::<usize>().max(1) as f64;
+        let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
+        let step = self.engine.global_steps() + 1;
+        let mut mean = 0.0;
+        for batch in batches {
+            let batch = to_tokens(batch, &self.config, self.options.dtype, denominator, count);
+            let loss = self.engine.forward(batch);
+            mean += loss.value();
+            if !mean.is_finite() {
+                return Err(self.non_finite(step, "loss", mean));
+            }
+            self.engine.backward(loss);
+        }
+        let lr = self.options.schedule.lr(step - 1);
+        let report = self
+            .engine
+            .step(lr)
+            .map_err(|e| self.non_finite(e.step, "gradient norm", e.grad_norm))?;
+        self.tokens_seen += tokens as u64;
+        let seconds = start.elapsed().as_secs_f64();
+        let values = [
+            ("loss", mean),
+            ("lr", lr),
+            ("grad_norm", report.grad_norm),
+            ("tokens", self.tokens_seen as f64),
+            ("tokens_per_second", tokens as f64 / seconds),
+        ];
+        self.write(step, &values)?;
+        Ok(StepEvent {
+            step,
+            loss: mean,
+            lr,
+            grad_norm: report.grad_norm,
+            tokens,
+            seconds,
+        })
+    }
+
+    fn non_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
+        Error::NonFinite {
+            step,
+            what,
+            value,
+            checkpoint: self.last_checkpoint.clone(),
+        }
+    }
+
+    fn write(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        self.metrics.write(step, values)?;
+        self.events.write(step, wall_time(), values)
+    }
+
+    /// Mean loss of the held-out tokens, in nats.
+    ///
+    /// # Errors
+    /// When there are no held-out tokens.
+    pub fn evaluate(&self) -> Result<f64> {
+        let view = self.held_out.clone().ok_or(Error::TooFewTokens {
+            part: "held-out",
+            tokens: 0,
+            needed: 2,
+        })?;
+        let shape = self.options.shape;
+        let batches =
+            Evaluation::new(view, shape.seq_len, self.options.packing, shape.micro_batch)?;
+        let limit = self.options.eval_sequences.unwrap_or(u64::MAX);
+        let (mut sum, mut scored, mut sequences) = (0.0, 0, 0);
+        for batch in batches {
+            if sequences >= limit {
+                break;
+            }
+            sequences += batch.sequences as u64;
+            scored += batch.scored();
+            let goal = Goal::TokenLosses {
+                targets: batch.targets.into(),
+            };
+            let tokens = Tokens::new(batch.ids, &batch.segments, goal, self.options.dtype);
+            let losses = run(self.engine.model(), self.engine.store(), &tokens);
+            sum += losses.to_f64().iter().sum::<f64>();
+        }
+        Ok(sum / scored.max(1) as f64)
+    }
+
+    /// Writes a checkpoint: a Hugging Face folder with what a resumed run needs beside it.
+    ///
+    /// # Errors
+    /// Whatever hinders writing; the checkpoints before it stay.
+    pub fn save(&mut self) -> Result<CheckpointDir> {
+        let progress = Progress {
+            step: self.engine.global_steps(),
+            tokens_seen: self.tokens_seen,
+            sampler: self.sampler.state(),
+            dtype: self.options.dtype.name().into(),
+            optimizer: self.options.engine.optimizer,
+            shape: self.options.shape,
+            packing: self.options.packing,
+        };
+        let checkpoint = save::save(
+            &self.checkpoints,
+            &mut self.engine,
+            &self.config,
+            &self.tokenizer,
+            &progress,
+            self.options.keep,
+        )?;
+        self.last_checkpoint = Some(checkpoint.path().to_owned());
+        Ok(checkpoint)
+    }
+}
+
+/// Seconds since 1970, for TensorBoard.
+fn wall_time() -> f64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64())
+}
