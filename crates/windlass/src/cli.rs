@@ -9,9 +9,9 @@ use windlass::model::tokenizer::TokenizerError;
 use windlass::store;
 use windlass::tensor::kernels::dispatch::Level;
 use windlass::tensor::{Cpu, DType};
-use windlass::train;
 
 pub mod bench;
+pub mod drive;
 pub mod eval;
 pub mod generate;
 pub mod info;
@@ -30,7 +30,11 @@ pub struct Usage {
 
 /// An error about how the command was called.
 pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> Error {
-    Usage { message: message.into(), hint: hint.into() }.into()
+    Usage {
+        message: message.into(),
+        hint: hint.into(),
+    }
+    .into()
 }
 
 /// A failure with a hint, where no library error says it better: exit code 1.
@@ -45,7 +49,11 @@ pub struct Failure {
 
 /// A failure with a hint.
 pub fn failure(message: impl Into<String>, hint: impl Into<String>) -> Error {
-    Failure { message: message.into(), hint: hint.into() }.into()
+    Failure {
+        message: message.into(),
+        hint: hint.into(),
+    }
+    .into()
 }
 
 /// Prints an error and its hint, and gives the exit code.
@@ -66,11 +74,21 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         return Some(failure.hint.clone());
     }
     let hints = [
-        cause.downcast_ref::<ModelError>().and_then(ModelError::hint),
-        cause.downcast_ref::<TokenizerError>().and_then(TokenizerError::hint),
-        cause.downcast_ref::<store::Error>().and_then(store::Error::hint),
-        cause.downcast_ref::<InferError>().and_then(InferError::hint),
-        cause.downcast_ref::<train::Error>().and_then(train::Error::hint),
+        cause
+            .downcast_ref::<ModelError>()
+            .and_then(ModelError::hint),
+        cause
+            .downcast_ref::<TokenizerError>()
+            .and_then(TokenizerError::hint),
+        cause
+            .downcast_ref::<store::Error>()
+            .and_then(store::Error::hint),
+        cause
+            .downcast_ref::<InferError>()
+            .and_then(InferError::hint),
+        cause
+            .downcast_ref::<windlass::train::Error>()
+            .and_then(windlass::train::Error::hint),
         cause.downcast_ref::<HubError>().and_then(HubError::hint),
     ];
     hints.into_iter().flatten().next()
@@ -87,11 +105,15 @@ pub struct Machine {
 impl Machine {
     /// The machine as asked for.
     pub fn cpu(&self) -> Result<Cpu> {
-        Level::from_env().map_err(|message| usage(message, "unset WINDLASS_KERNELS to use the best one"))?;
+        Level::from_env()
+            .map_err(|message| usage(message, "unset WINDLASS_KERNELS to use the best one"))?;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = self.threads.unwrap_or(cores);
         if threads == 0 || threads > 1024 {
-            return Err(usage(format!("--threads {threads}"), format!("this machine has {cores} cores")));
+            return Err(usage(
+                format!("--threads {threads}"),
+                format!("this machine has {cores} cores"),
+            ));
         }
         Ok(Cpu::new(threads))
     }

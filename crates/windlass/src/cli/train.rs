@@ -1,10 +1,490 @@
-//! `windlass train`.
+//! `windlass train`: a model from scratch or from a Hugging Face folder, on the user's own texts.
+
+use super::drive::{self, bytes, machine_memory};
+use super::{Machine, Precision, failure, usage};
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
+use windlass::progress::Progress;
+use windlass::store::Store;
+use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
+use windlass::tensor::Cpu;
+use windlass::train::data::{
+    Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
+};
+use windlass::train::schedule::{Decay, Schedule, Warmup};
+use windlass::train::{
+    EngineOptions, Optimizer, Plan, StepShape, TrainOptions, Trainer, load_model, plan,
+};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Texts: .txt, .jsonl, .json and .parquet files, or folders of them
+    #[arg(required = true, value_name = "DATA")]
+    data: Vec<PathBuf>,
+    /// Field or column that holds the text
+    #[arg(long, default_value = "text")]
+    field: String,
+    /// Splits .txt files into documents wherever this text occurs
+    #[arg(long, value_name = "TEXT")]
+    separator: Option<String>,
+
+    /// Architecture of a new model (llama, gpt2, qwen3, ...)
+    #[arg(long, conflicts_with_all = ["config", "model"], default_value = "llama")]
+    arch: String,
+    /// Size of a new model (1m, 3m, 15m, 42m, 110m, 350m, 1b)
+    #[arg(long, conflicts_with_all = ["config", "model"], default_value = "15m")]
+    size: String,
+    /// A config.json that describes a new model
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    config: Option<PathBuf>,
+    /// A Hugging Face folder or id whose weights training starts from
+    #[arg(long, value_name = "FOLDER|ID")]
+    model: Option<String>,
+    /// A tokenizer.json, or a folder with one [default: the model's, or one trained on the data]
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Tokens of a tokenizer trained on the data
+    #[arg(long, default_value_t = 4096)]
+    vocab_size: usize,
+
+    /// Folder of checkpoints and metrics
+    #[arg(long, default_value = "runs/train")]
+    out: PathBuf,
+    /// Continue the run in --out from its latest checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// Say what the run needs, and stop
+    #[arg(long)]
+    plan: bool,
+
+    /// Optimizer steps
+    #[arg(long, conflicts_with = "epochs")]
+    steps: Option<u64>,
+    /// Passes over the data [default: 1]
+    #[arg(long)]
+    epochs: Option<f64>,
+    /// Sequences of one forward pass
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Forward passes of one step
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
+    /// Tokens of a sequence [default: 512, or the model's context where that is shorter]
+    #[arg(long)]
+    seq_len: Option<usize>,
+    /// Whether documents that share a sequence see each other
+    #[arg(long, value_enum, default_value_t = Pack::Documents)]
+    pack: Pack,
+    /// Part of the data that is held out to measure on
+    #[arg(long, default_value_t = 0.05)]
+    held_out: f64,
+    /// Seed of weights, held-out split and data order
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+
+    #[command(flatten)]
+    recipe: Recipe,
+
+    /// Steps between evaluations
+    #[arg(long, value_name = "STEPS")]
+    eval_every: Option<u64>,
+    /// Most sequences of an evaluation
+    #[arg(long, value_name = "N")]
+    eval_sequences: Option<u64>,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "STEPS")]
+    save_every: Option<u64>,
+    /// Minutes between checkpoints
+    #[arg(long, value_name = "MINUTES", default_value_t = 10.0)]
+    save_minutes: f64,
+    /// Checkpoints kept
+    #[arg(long, default_value = "2")]
+    keep: NonZeroUsize,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// How weights move.
+#[derive(clap::Args)]
+struct Recipe {
+    /// Storage type of weights and activations
+    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
+    dtype: Precision,
+    /// Update rule
+    #[arg(long, value_enum, default_value_t = Rule::Adamw)]
+    optimizer: Rule,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 6e-4)]
+    lr: f64,
+    /// Lowest learning rate, as a part of the highest
+    #[arg(long, default_value_t = 0.1)]
+    min_lr_ratio: f64,
+    /// Warm-up: steps, or a fraction of all steps when below 1
+    #[arg(long, default_value_t = 0.03)]
+    warmup: f64,
+    /// How the learning rate falls after the warm-up
+    #[arg(long, value_enum, default_value_t = Fall::Cosine)]
+    schedule: Fall,
+    /// Decay of weights (not of biases and norms)
+    #[arg(long, default_value_t = 0.1)]
+    weight_decay: f64,
+    /// Decay of the mean gradient (momentum of sgd)
+    #[arg(long, default_value_t = 0.9)]
+    beta1: f64,
+    /// Decay of the mean squared gradient
+    #[arg(long, default_value_t = 0.95)]
+    beta2: f64,
+    /// Largest global gradient norm; 0 does not clip
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    /// Keep only the input of each layer for the backward pass and run the layer again there
+    #[arg(long)]
+    checkpoint_activations: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Pack {
+    /// Each document sees itself alone
+    Documents,
+    /// A sequence is one stretch of text
+    Stream,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Rule {
+    Adamw,
+    Sgd,
+    Lion,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+enum Fall {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+impl Recipe {
+    fn engine(&self) -> Result<EngineOptions> {
+        for (flag, value) in [("--beta1", self.beta1), ("--beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(usage(
+                    format!("{flag} {value}"),
+                    "it must be at least 0 and below 1",
+                ));
+            }
+        }
+        for (flag, value) in [("--weight-decay", self.weight_decay), ("--clip", self.clip)] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(usage(
+                    format!("{flag} {value}"),
+                    "it must be 0 or a positive number",
+                ));
+            }
+        }
+        let (beta1, beta2, weight_decay) = (self.beta1, self.beta2, self.weight_decay);
+        Ok(EngineOptions {
+            optimizer: match self.optimizer {
+                Rule::Adamw => Optimizer::AdamW {
+                    beta1,
+                    beta2,
+                    eps: 1e-8,
+                    weight_decay,
+                },
+                Rule::Sgd => Optimizer::Sgd {
+                    momentum: beta1,
+                    nesterov: false,
+                    weight_decay,
+                },
+                Rule::Lion => Optimizer::Lion {
+                    beta1,
+                    beta2,
+                    weight_decay,
+                },
+            },
+            gradient_clipping: (self.clip > 0.0).then_some(self.clip),
+            activation_checkpointing: self.checkpoint_activations,
+        })
+    }
+
+    fn schedule(&self, steps: u64) -> Result<Schedule> {
+        let warmup = match self.warmup {
+            w if w < 1.0 => Warmup::Fraction(w),
+            w => Warmup::Steps(w as u64),
+        };
+        let decay = match self.schedule {
+            Fall::Cosine => Decay::Cosine,
+            Fall::Linear => Decay::Linear,
+            Fall::Constant => Decay::Constant,
+        };
+        Ok(Schedule::new(
+            self.lr,
+            self.min_lr_ratio,
+            warmup,
+            steps,
+            decay,
+        )?)
+    }
+}
 
 /// Runs the verb.
-pub fn run(_: Args) -> anyhow::Result<()> {
-    Err(super::failure("not in this build", "use another verb"))
+pub fn run(args: Args) -> Result<()> {
+    if args.batch == 0 || args.accumulate == 0 || args.seq_len == Some(0) {
+        return Err(usage(
+            "--batch, --accumulate or --seq-len is 0",
+            "they must be positive",
+        ));
+    }
+    let cpu = args.machine.cpu()?;
+    let engine = args.recipe.engine()?;
+    let model = args
+        .model
+        .as_deref()
+        .map(windlass::hub::resolve)
+        .transpose()?;
+    let resume = if args.resume {
+        Some(latest(&args.out)?)
+    } else {
+        fresh(&args.out)?
+    };
+    let origin = resume.as_ref().map(|c| c.path().to_owned()).or(model);
+    let corpus = Corpus::open(
+        &args.data,
+        ReadOptions {
+            field: args.field.clone(),
+            separator: args.separator.clone(),
+        },
+    )?;
+    let tokenizer = tokenizer(&args, origin.as_deref(), &corpus)?;
+    let config = config(&args, origin.as_deref(), &tokenizer)?;
+    for note in &config.notes {
+        eprintln!("note: {note}");
+    }
+    let seq_len = args
+        .seq_len
+        .unwrap_or(512.min(config.max_position_embeddings));
+    let shape = StepShape {
+        micro_batch: args.batch,
+        seq_len,
+        gradient_accumulation_steps: args.accumulate,
+    };
+    let plan = plan(&config, args.recipe.dtype.dtype(), engine, shape);
+    describe(&config, &plan);
+    fits(&plan)?;
+    if args.plan {
+        return Ok(());
+    }
+    let tokenized = tokens(&args, &corpus, &tokenizer)?;
+    let split = Split::new(&Arc::new(tokenized.file), args.held_out, args.seed)?;
+    let per_step = (shape.micro_batch * seq_len * shape.gradient_accumulation_steps) as f64;
+    let steps = match args.steps {
+        Some(steps) => steps,
+        None => (args.epochs.unwrap_or(1.0) * split.train.tokens() as f64 / per_step).ceil() as u64,
+    };
+    let options = TrainOptions {
+        dtype: args.recipe.dtype.dtype(),
+        engine,
+        shape,
+        schedule: args.recipe.schedule(steps)?,
+        steps,
+        packing: match args.pack {
+            Pack::Documents => Packing::Documents,
+            Pack::Stream => Packing::Stream,
+        },
+        seed: args.seed,
+        eval_every: args.eval_every.filter(|&n| n > 0),
+        eval_sequences: args.eval_sequences,
+        save_every: args.save_every.filter(|&n| n > 0),
+        save_after: (args.save_minutes > 0.0)
+            .then(|| Duration::from_secs_f64(args.save_minutes * 60.0)),
+        keep: Some(args.keep),
+        out: args.out.clone(),
+    };
+    let store = weights(&cpu, &config, origin.as_deref(), &options)?;
+    let mut trainer = Trainer::new(
+        config,
+        tokenizer,
+        store,
+        split.train,
+        split.held_out,
+        options,
+        resume.as_ref(),
+    )?;
+    drive::train(&mut trainer, steps)?;
+    eprintln!(
+        "next: windlass generate --model {} --prompt \"...\"",
+        args.out.display()
+    );
+    Ok(())
+}
+
+/// The latest checkpoint of a run that is to be continued.
+fn latest(out: &Path) -> Result<CheckpointDir> {
+    let found = Checkpoints::open(out).latest()?.ok_or_else(|| {
+        failure(
+            format!("--resume: no checkpoint in {}", out.display()),
+            "leave --resume out to start there",
+        )
+    })?;
+    if let Some(note) = found.note {
+        eprintln!("note: {note}");
+    }
+    eprintln!("resuming from {}", found.checkpoint.path().display());
+    Ok(found.checkpoint)
+}
+
+/// Refuses to start a new run over an old one.
+fn fresh(out: &Path) -> Result<Option<CheckpointDir>> {
+    if Checkpoints::open(out).steps()?.is_empty() {
+        return Ok(None);
+    }
+    let message = format!(
+        "--out {} holds the checkpoints of another run",
+        out.display()
+    );
+    Err(failure(
+        message,
+        "add --resume to continue that run, or choose another folder",
+    ))
+}
+
+fn tokenizer(args: &Args, origin: Option<&Path>, corpus: &Corpus) -> Result<Tokenizer> {
+    if let Some(path) = args.tokenizer.as_deref().filter(|_| !args.resume) {
+        return Ok(Tokenizer::load(path)?);
+    }
+    if let Some(folder) = origin {
+        return Ok(Tokenizer::load(folder)?);
+    }
+    eprintln!(
+        "training a tokenizer of up to {} tokens on {}",
+        args.vocab_size,
+        bytes(corpus.bytes() as usize)
+    );
+    let mut failed = None;
+    let texts = corpus.pieces(Some(1 << 16)).map_while(|piece| match piece {
+        Ok(piece) => Some(piece.text),
+        Err(error) => {
+            failed = Some(error);
+            None
+        }
+    });
+    let texts: Vec<String> = texts.collect();
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    Ok(Tokenizer::train(
+        texts.iter(),
+        args.vocab_size,
+        "<|endoftext|>",
+    )?)
+}
+
+fn config(args: &Args, origin: Option<&Path>, tokenizer: &Tokenizer) -> Result<DecoderConfig> {
+    if let Some(folder) = origin {
+        return Ok(DecoderConfig::load(folder)?);
+    }
+    if let Some(path) = &args.config {
+        let file = path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(|| format!("--config {file}"))?;
+        return Ok(DecoderConfig::from_json(&file, &text)?);
+    }
+    // A vocabulary divisible by 64 costs nothing and keeps matrix products on full tiles.
+    let vocab_size = tokenizer.vocab_size().next_multiple_of(64);
+    let text = preset_config(&args.arch, &args.size, vocab_size)?;
+    debug_assert!(PRESETS.iter().any(|p| p.name == args.size));
+    Ok(DecoderConfig::from_json("--arch", &text)?)
+}
+
+fn tokens(args: &Args, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Tokenized> {
+    let options = TokenizeOptions {
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        bos: false,
+        folder: args.out.join("tokens"),
+    };
+    let mut bar = Progress::new(corpus.bytes(), "tokenizing");
+    let tokenized = tokenize(corpus, tokenizer, &options, &mut |p| {
+        bar.set(p.bytes.min(p.total_bytes), &format!("{} tokens", p.tokens));
+    })?;
+    let description = tokenized.file.description();
+    let how = if tokenized.reused {
+        "reused"
+    } else {
+        "written"
+    };
+    bar.finish(&format!(
+        "{} tokens of {} documents {how}",
+        description.tokens, description.documents
+    ));
+    Ok(tokenized)
+}
+
+fn weights(
+    cpu: &Cpu,
+    config: &DecoderConfig,
+    origin: Option<&Path>,
+    options: &TrainOptions,
+) -> Result<Store> {
+    let Some(folder) = origin else {
+        return Ok(Store::init(
+            cpu,
+            decoder(config).units(),
+            options.dtype,
+            options.seed,
+        ));
+    };
+    let (store, unused) = load_model(cpu, folder, config, options.dtype)?;
+    if !unused.is_empty() {
+        eprintln!(
+            "note: {} tensors of the file have no use in the model, such as {}",
+            unused.len(),
+            unused[0]
+        );
+    }
+    Ok(store)
+}
+
+/// Prints what the run needs.
+fn describe(config: &DecoderConfig, plan: &Plan) {
+    use windlass::tensor::Category;
+    eprintln!(
+        "{}: {} parameters, {} layers, {} tokens per step",
+        config.model_type,
+        drive::count(plan.parameters),
+        config.num_hidden_layers(),
+        plan.tokens_per_step
+    );
+    let parts: Vec<String> = Category::ALL
+        .iter()
+        .map(|c| format!("{} {}", c.name(), bytes(plan.memory.of(*c))))
+        .collect();
+    eprintln!(
+        "memory: {} ({})",
+        bytes(plan.memory.reserved),
+        parts.join(", ")
+    );
+}
+
+/// Refuses what cannot fit.
+fn fits(plan: &Plan) -> Result<()> {
+    let Some(available) = machine_memory() else {
+        return Ok(());
+    };
+    if plan.memory.reserved <= available {
+        return Ok(());
+    }
+    Err(failure(
+        format!(
+            "the run needs {} and {} are available",
+            bytes(plan.memory.reserved),
+            bytes(available)
+        ),
+        "a smaller --batch with more --accumulate, a shorter --seq-len, --checkpoint-activations, --dtype bf16, \
+         --optimizer lion or a smaller model need less",
+    ))
 }

@@ -1,0 +1,92 @@
+//! A training run at the terminal: progress, Ctrl-C, sizes in words.
+
+use anyhow::Result;
+use std::sync::atomic::{AtomicBool, Ordering};
+use windlass::progress::Progress;
+use windlass::train::{End, Event, Trainer};
+
+/// Raised by Ctrl-C.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Lets Ctrl-C end the run after the current step; a second one ends the program.
+fn listen() -> Result<()> {
+    static LISTENING: AtomicBool = AtomicBool::new(false);
+    if LISTENING.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })?;
+    Ok(())
+}
+
+/// Runs a trainer to its end behind a progress bar. Ctrl-C saves a checkpoint and ends the program well.
+///
+/// # Errors
+/// Those of the run.
+pub fn train(trainer: &mut Trainer, steps: u64) -> Result<()> {
+    listen()?;
+    let memory = trainer.cpu().memory.clone();
+    let mut bar = Progress::new(steps, "training");
+    let mut last = String::new();
+    let mut speed = 0.0;
+    let end = trainer.run(&STOP, &mut |event| match event {
+        Event::Step(s) => {
+            let now = s.tokens as f64 / s.seconds;
+            speed = if speed == 0.0 {
+                now
+            } else {
+                0.9 * speed + 0.1 * now
+            };
+            let held = bytes(memory.now().reserved);
+            last = format!("loss {:.3} · {speed:.0} tokens/s · {held}", s.loss);
+            bar.set(s.step, &last);
+        }
+        Event::Evaluated { step, loss } => {
+            bar.note(&format!(
+                "step {step}: held-out loss {loss:.4}, perplexity {:.2}",
+                loss.exp()
+            ));
+        }
+        Event::Saved(path) => bar.note(&format!("saved {}", path.display())),
+    })?;
+    match end {
+        End::Finished => bar.finish(&last),
+        End::Interrupted => {
+            bar.finish("interrupted");
+            eprintln!("continue with the same command and --resume");
+        }
+    }
+    Ok(())
+}
+
+/// Bytes in words.
+pub fn bytes(n: usize) -> String {
+    match n as f64 {
+        n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
+        n if n >= 1e6 => format!("{:.1} MB", n / 1e6),
+        n => format!("{:.1} kB", n / 1e3),
+    }
+}
+
+/// A count in words.
+pub fn count(n: usize) -> String {
+    match n as f64 {
+        n if n >= 1e9 => format!("{:.2} B", n / 1e9),
+        n if n >= 1e6 => format!("{:.1} M", n / 1e6),
+        n => format!("{n}"),
+    }
+}
+
+/// Bytes of memory that programs can still get; `None` where the system does not say.
+pub fn machine_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
