@@ -351,9 +351,9 @@ fn check_queries<E: Element>(
 /// cache, and many enough that a converted tile of keys is used often.
 fn block_len(shape: &AttentionShape) -> usize {
     match shape.group() {
-        1 => 128,
-        2 | 3 => 64,
-        4..=8 => 32,
+        1..=3 => 128,
+        4..=7 => 64,
+        8..=15 => 32,
         _ => 16,
     }
 }
