@@ -42,10 +42,15 @@ impl Times {
     }
 }
 
+/// Operands on huge pages, as the memory pool gives them.
 fn operand<E: Element>(len: usize) -> Vec<E> {
-    (0..len)
-        .map(|i| E::from_f64((i * 2654435761 % 1000) as f64 / 500.0 - 1.0))
-        .collect()
+    let mut data = Vec::with_capacity(len);
+    let start = (data.as_ptr() as usize).next_multiple_of(4096);
+    let bytes = (data.as_ptr() as usize + len * size_of::<E>()).saturating_sub(start);
+    // SAFETY: whole pages of the allocation, and only advice.
+    unsafe { libc::madvise(start as *mut _, bytes, libc::MADV_HUGEPAGE) };
+    data.extend((0..len).map(|i| E::from_f64((i * 2654435761 % 1000) as f64 / 500.0 - 1.0)));
+    data
 }
 
 fn measure<E: Element>(pool: &Pool, layout: Layout, (m, n, k): (usize, usize, usize)) -> Times {

@@ -189,7 +189,6 @@ fn amx_permitted() -> bool {
 /// Makes choosers `fn name<E: Element>(level: Level) -> unsafe fn(..) -> ..` out of a scalar function generic over
 /// `E: Element` and a body generic over `S: Simd, E: SimdElement` (see the module's example). Calling the returned
 /// function is safe where `level` is supported and the body's own conditions hold.
-#[allow(unused_macros, reason = "until the first kernel module uses it")]
 macro_rules! kernels {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident<$E:ident>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty
         { scalar: $($scalar:ident)::+, simd: $($simd:ident)::+ })*) => {$(
@@ -233,7 +232,6 @@ macro_rules! kernels {
         }
     )*};
 }
-#[allow(unused_imports, reason = "re-exported for the kernel modules")]
 pub(crate) use kernels;
 
 #[cfg(test)]

@@ -57,16 +57,16 @@ impl Tiles {
         let (a_tile, b_tile) = (self.words[a], self.words[b]);
         let ((_, rows), (bytes, _)) = (self.shape[to], self.shape[a]);
         assert!(self.shape[b].1 == bytes / 4, "tile shapes disagree");
-        for m in 0..rows {
+        for (to, a_row) in self.words[to].iter_mut().zip(a_tile).take(rows) {
             let mut sums = [[0f32; 2]; 16];
-            for k in 0..bytes / 4 {
-                let (x, y) = (low(a_tile[m][k]), high(a_tile[m][k]));
-                for (sum, word) in sums.iter_mut().zip(b_tile[k]) {
+            for (a_word, b_row) in a_row.iter().zip(b_tile).take(bytes / 4) {
+                let (x, y) = (low(*a_word), high(*a_word));
+                for (sum, word) in sums.iter_mut().zip(b_row) {
                     sum[0] = flush(sum[0] + x * low(word));
                     sum[1] = flush(sum[1] + y * high(word));
                 }
             }
-            for (word, sum) in self.words[to][m].iter_mut().zip(sums) {
+            for (word, sum) in to.iter_mut().zip(sums) {
                 *word = flush(flush(f32::from_bits(*word)) + flush(sum[0] + sum[1])).to_bits();
             }
         }
@@ -89,7 +89,7 @@ impl Tiles {
             let columns = u16::from_le_bytes([bytes[16 + 2 * tile], bytes[17 + 2 * tile]]) as usize;
             self.shape[tile] = (columns, bytes[48 + tile] as usize);
             assert!(
-                columns <= 64 && columns % 4 == 0 && self.shape[tile].1 <= 16,
+                columns <= 64 && columns.is_multiple_of(4) && self.shape[tile].1 <= 16,
                 "a tile is 16 x 64 at most"
             );
         }

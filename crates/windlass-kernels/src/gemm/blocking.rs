@@ -64,8 +64,12 @@ impl Problem<'_> {
         } else {
             4
         };
-        // Long streams of B for single tokens; wider blocks where A would be read too often.
-        let group = if self.m <= kn.mr { 1 } else { 4 };
+        // Long streams of B for single tokens; wider blocks where A would be read too often, or B's rows too briefly.
+        let group = if self.m <= kn.mr && self.b.k_contiguous {
+            1
+        } else {
+            4
+        };
         let b_slivers = self.n.div_ceil(kn.nr);
         pool.run_phases::<f32>(room * slivers * k_blocks, |phases, common| {
             phases.run(k_blocks.div_ceil(grain), |task, _| {

@@ -120,6 +120,8 @@ unsafe fn pack_across<L: Lanes, const MODE: u8>(
     }
 }
 
+/// How far ahead steps are fetched where each is another row of memory, often another page.
+const STEPS_AHEAD: usize = 16;
 /// How far ahead a row is fetched, in bytes.
 const PREFETCH: usize = 512;
 
@@ -150,6 +152,7 @@ unsafe fn pack_along<L: Lanes, const MODE: u8>(
         match MODE {
             F32 => {
                 for k in 0..depth {
+                    _mm_prefetch::<_MM_HINT_T0>(src.at(0, k + STEPS_AHEAD).cast());
                     L::store(
                         dst.add(k * pitch),
                         L::load_partial(src.at(0, k).cast(), lanes),
@@ -158,6 +161,7 @@ unsafe fn pack_along<L: Lanes, const MODE: u8>(
             }
             WIDEN => {
                 for k in 0..depth {
+                    _mm_prefetch::<_MM_HINT_T0>(src.at(0, k + STEPS_AHEAD).cast());
                     L::store(
                         dst.add(k * pitch),
                         L::load_widened(src.at(0, k).cast::<bf16>(), lanes),
@@ -166,6 +170,8 @@ unsafe fn pack_along<L: Lanes, const MODE: u8>(
             }
             _ => {
                 for word in 0..depth / 2 {
+                    _mm_prefetch::<_MM_HINT_T0>(src.at(0, 2 * word + STEPS_AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(src.at(0, 2 * word + 1 + STEPS_AHEAD).cast());
                     let low = L::load_widened(src.at(0, 2 * word).cast(), lanes);
                     let high = L::load_widened(src.at(0, 2 * word + 1).cast(), lanes);
                     L::store(dst.add(word * pitch), L::pair(low, high));

@@ -1,12 +1,14 @@
 //! Buffers of the pool: slices that tasks write disjoint parts of, and reusable scratch memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 
 use crate::Element;
 
 /// Alignment of scratch buffers: one cache line, one AVX-512 vector.
 const ALIGN: usize = 64;
+/// A huge page.
+const HUGE: usize = 2 << 20;
 
 /// A `Sync` view of a slice from which tasks take disjoint parts to write.
 #[derive(Clone, Copy)]
@@ -119,27 +121,40 @@ impl Scratch {
             return;
         }
         self.free();
-        let layout = Layout::from_size_align(bytes, ALIGN).expect("scratch too large");
-        // SAFETY: the size is not zero.
-        let data = unsafe { alloc_zeroed(layout) };
-        if data.is_null() {
-            handle_alloc_error(layout);
-        }
-        (self.data, self.bytes) = (data, bytes);
+        let layout = layout(bytes);
+        // SAFETY: the size is not zero; pages are advised on and zeroed inside the allocation.
+        let data = unsafe {
+            let data = alloc(layout);
+            if data.is_null() {
+                handle_alloc_error(layout);
+            }
+            #[cfg(target_os = "linux")]
+            if layout.align() == HUGE {
+                // Advice: where it is refused, small pages do.
+                libc::madvise(data.cast(), layout.size(), libc::MADV_HUGEPAGE);
+            }
+            data.write_bytes(0, layout.size());
+            data
+        };
+        (self.data, self.bytes) = (data, layout.size());
     }
 
     fn free(&mut self) {
         if self.bytes > 0 {
-            // SAFETY: allocated in `grow` with this layout.
-            unsafe {
-                dealloc(
-                    self.data,
-                    Layout::from_size_align_unchecked(self.bytes, ALIGN),
-                )
-            };
+            // SAFETY: allocated in `grow` with this layout, which rounds its own size to itself.
+            unsafe { dealloc(self.data, layout(self.bytes)) };
             (self.data, self.bytes) = (std::ptr::null_mut(), 0);
         }
     }
+}
+
+/// Large buffers are whole huge pages: packed operands are read page after page, and each small one costs a table walk.
+fn layout(bytes: usize) -> Layout {
+    let align = if bytes > HUGE / 2 { HUGE } else { ALIGN };
+    let size = bytes
+        .checked_next_multiple_of(align)
+        .expect("scratch too large");
+    Layout::from_size_align(size, align).expect("scratch too large")
 }
 
 impl Drop for Scratch {
