@@ -141,67 +141,85 @@ pub(super) unsafe fn multiply(
     first: bool,
     ahead: *const f32,
 ) {
-    let steps = words / ROW;
-    debug_assert!(
-        rows == 16 || rows == 32,
-        "tiles come in 16 rows, got {rows}"
-    );
+    // SAFETY: as the caller promised.
+    unsafe {
+        match rows {
+            16 => multiply16(words / ROW, a, b, sums, first),
+            32 => multiply32(words / ROW, a, b, sums, first, ahead),
+            _ => unreachable!("a sliver of {rows} rows: tiles have 16"),
+        }
+    }
+}
+
+/// Two by two tiles of sums.
+unsafe fn multiply32(
+    steps: usize,
+    a: *const f32,
+    b: *const f32,
+    sums: *mut f32,
+    first: bool,
+    ahead: *const f32,
+) {
     // SAFETY: as the caller promised; every address lies in the slivers or the sums.
     unsafe {
-        if rows == 32 {
-            asm!(
-                "test {first:e}, {first:e}", "jnz 2f",
-                "tileloadd tmm0, [{c} + {wide}*1]", "tileloadd tmm1, [{c} + {wide}*1 + 64]",
-                "tileloadd tmm2, [{c} + {wide}*1 + 2048]", "tileloadd tmm3, [{c} + {wide}*1 + 2112]",
-                "jmp 3f",
-                "2:", "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                "3:", "test {n}, {n}", "jz 5f",
-                "4:",
-                "tileloadd tmm4, [{a} + {narrow}*1]",
-                "tileloadd tmm6, [{b} + {wide}*1]",
-                "tileloadd tmm7, [{b} + {wide}*1 + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a} + {narrow}*1 + 1024]",
-                "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
-                "prefetcht1 [{ahead} + 256]", "prefetcht1 [{ahead} + 320]", "prefetcht1 [{ahead} + 384]", "prefetcht1 [{ahead} + 448]",
-                "add {ahead}, 512",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a}, 2048", "add {b}, 2048", "dec {n}", "jnz 4b",
-                "5:",
-                "tilestored [{c} + {wide}*1], tmm0", "tilestored [{c} + {wide}*1 + 64], tmm1",
-                "tilestored [{c} + {wide}*1 + 2048], tmm2", "tilestored [{c} + {wide}*1 + 2112], tmm3",
-                ahead = inout(reg) ahead => _,
-                a = inout(reg) a => _, b = inout(reg) b => _, n = inout(reg) steps => _,
-                c = in(reg) sums, first = in(reg) u32::from(first), wide = in(reg) 128usize, narrow = in(reg) 64usize,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack)
-            );
-        } else {
-            asm!(
-                "test {first:e}, {first:e}", "jnz 2f",
-                "tileloadd tmm0, [{c} + {wide}*1]", "tileloadd tmm1, [{c} + {wide}*1 + 64]",
-                "jmp 3f",
-                "2:", "tilezero tmm0", "tilezero tmm1",
-                "3:", "test {n}, {n}", "jz 5f",
-                "4:",
-                "tileloadd tmm4, [{a} + {narrow}*1]",
-                "tileloadd tmm6, [{b} + {wide}*1]",
-                "tileloadd tmm7, [{b} + {wide}*1 + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {a}, 1024", "add {b}, 2048", "dec {n}", "jnz 4b",
-                "5:",
-                "tilestored [{c} + {wide}*1], tmm0", "tilestored [{c} + {wide}*1 + 64], tmm1",
-                a = inout(reg) a => _, b = inout(reg) b => _, n = inout(reg) steps => _,
-                c = in(reg) sums, first = in(reg) u32::from(first), wide = in(reg) 128usize, narrow = in(reg) 64usize,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack)
-            );
-        }
+        asm!(
+            "test {first:e}, {first:e}", "jnz 2f",
+            "tileloadd tmm0, [{c} + {wide}*1]", "tileloadd tmm1, [{c} + {wide}*1 + 64]",
+            "tileloadd tmm2, [{c} + {wide}*1 + 2048]", "tileloadd tmm3, [{c} + {wide}*1 + 2112]",
+            "jmp 3f",
+            "2:", "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "3:", "test {n}, {n}", "jz 5f",
+            "4:",
+            "tileloadd tmm4, [{a} + {narrow}*1]",
+            "tileloadd tmm6, [{b} + {wide}*1]",
+            "tileloadd tmm7, [{b} + {wide}*1 + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a} + {narrow}*1 + 1024]",
+            "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
+            "prefetcht1 [{ahead} + 256]", "prefetcht1 [{ahead} + 320]", "prefetcht1 [{ahead} + 384]", "prefetcht1 [{ahead} + 448]",
+            "add {ahead}, 512",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a}, 2048", "add {b}, 2048", "dec {n}", "jnz 4b",
+            "5:",
+            "tilestored [{c} + {wide}*1], tmm0", "tilestored [{c} + {wide}*1 + 64], tmm1",
+            "tilestored [{c} + {wide}*1 + 2048], tmm2", "tilestored [{c} + {wide}*1 + 2112], tmm3",
+            ahead = inout(reg) ahead => _,
+            a = inout(reg) a => _, b = inout(reg) b => _, n = inout(reg) steps => _,
+            c = in(reg) sums, first = in(reg) u32::from(first), wide = in(reg) 128usize, narrow = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack)
+        );
+    }
+}
+
+/// One by two tiles of sums.
+unsafe fn multiply16(steps: usize, a: *const f32, b: *const f32, sums: *mut f32, first: bool) {
+    // SAFETY: as the caller promised; every address lies in the slivers or the sums.
+    unsafe {
+        asm!(
+            "test {first:e}, {first:e}", "jnz 2f",
+            "tileloadd tmm0, [{c} + {wide}*1]", "tileloadd tmm1, [{c} + {wide}*1 + 64]",
+            "jmp 3f",
+            "2:", "tilezero tmm0", "tilezero tmm1",
+            "3:", "test {n}, {n}", "jz 5f",
+            "4:",
+            "tileloadd tmm4, [{a} + {narrow}*1]",
+            "tileloadd tmm6, [{b} + {wide}*1]",
+            "tileloadd tmm7, [{b} + {wide}*1 + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {a}, 1024", "add {b}, 2048", "dec {n}", "jnz 4b",
+            "5:",
+            "tilestored [{c} + {wide}*1], tmm0", "tilestored [{c} + {wide}*1 + 64], tmm1",
+            a = inout(reg) a => _, b = inout(reg) b => _, n = inout(reg) steps => _,
+            c = in(reg) sums, first = in(reg) u32::from(first), wide = in(reg) 128usize, narrow = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack)
+        );
     }
 }
 
