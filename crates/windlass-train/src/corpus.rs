@@ -364,7 +364,7 @@ mod tests {
         assert_ne!(corpus[..2_000], text(4, 2_000)[..2_000]);
         assert!((400_000..401_000).contains(&corpus.len()));
         let numbers = |line: &str| -> Vec<u64> {
-            line.split([' ', '+', '='])
+            line.split([' ', '+', '=', '\n'])
                 .filter_map(|word| word.parse().ok())
                 .collect()
         };
@@ -384,7 +384,7 @@ mod tests {
             questions += usize::from(line.starts_with("Question"));
         }
         assert!(
-            sums > 5_000 && questions > 5_000,
+            sums > 4_000 && questions > 4_000,
             "{sums} sums, {questions} questions"
         );
 

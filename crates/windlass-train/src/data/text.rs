@@ -73,6 +73,11 @@ impl Text {
             }
             if self.end_of_file {
                 self.open = false;
+                let rest = self.buffer.len() - self.start;
+                if self.separator.is_some() && self.fresh && rest == 0 {
+                    // The last separator ends a document; it begins none.
+                    return Ok(None);
+                }
                 return Ok(Some(self.take(self.buffer.len(), true)));
             }
             if let Some(point) = self.find_cut() {

@@ -1,6 +1,6 @@
 """Checks that real TensorBoard reads a run's event files, and that they say what metrics.jsonl says.
 
-usage: python tensorboard.py RUN_FOLDER    (needs: pip install tensorboard)
+usage: python check_tensorboard.py RUN_FOLDER    (needs: pip install tensorboard)
 
 RUN_FOLDER holds metrics.jsonl; event files are looked for in it and below it.
 """
