@@ -1,7 +1,10 @@
-//! What can go wrong in generation through the user's choices or the model's output.
+//! What can go wrong in generation through the user's files and choices, or the model's output.
 
-/// An error of this crate; the message names the flag or the token at fault.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+use std::path::PathBuf;
+use windlass_model::{ModelError, TokenizerError};
+
+/// An error of this crate; the message names the flag, file or token at fault.
+#[derive(Debug, thiserror::Error)]
 pub enum InferError {
     /// A sampling or stop setting lies outside its range.
     #[error("--{flag} {value}: must be {rule}")]
@@ -29,18 +32,95 @@ pub enum InferError {
         /// The number of logits.
         vocabulary: usize,
     },
+    /// A path that leads to no model.
+    #[error("{}: {problem}", path.display())]
+    NoModel {
+        /// The path given.
+        path: PathBuf,
+        /// What is there instead.
+        problem: String,
+        /// What to give instead.
+        hint: String,
+    },
+    /// The file has biases that the configuration does not know: the model would compute something else.
+    #[error("{}: config.json asks for no bias where the file has one: {}", path.display(), names.join(", "))]
+    UnknownBias {
+        /// The folder.
+        path: PathBuf,
+        /// Some of the tensors' names.
+        names: Vec<String>,
+    },
+    /// More tokens than the model has positions for.
+    #[error(
+        "{what} has {tokens} tokens, but the context of the model (max_position_embeddings) is {context}"
+    )]
+    TooLong {
+        /// What is too long: "the prompt".
+        what: String,
+        /// Its tokens.
+        tokens: usize,
+        /// The model's positions.
+        context: usize,
+    },
+    /// An id that the model has no embedding for.
+    #[error("token {id}: the vocabulary of the model (vocab_size) is {vocabulary}")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// The number of rows of the embedding.
+        vocabulary: usize,
+    },
+    /// There is nothing to continue or to score.
+    #[error("{what} is empty")]
+    Empty {
+        /// What is: "the prompt".
+        what: &'static str,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A line of a file of questions that is not one.
+    #[error("{file}: line {line}: {problem}")]
+    Question {
+        /// The file.
+        file: String,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The model's description.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The weights.
+    #[error(transparent)]
+    Store(#[from] windlass_store::Error),
 }
 
 impl InferError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Setting { hint, .. } => Some((*hint).to_owned()),
-            Self::BadLogit { .. } => Some(
+        let text = match self {
+            Self::Setting { hint, .. } | Self::Empty { hint, .. } => hint,
+            Self::BadLogit { .. } => {
                 "the weights are damaged or the training has diverged: try an earlier checkpoint"
-                    .to_owned(),
-            ),
-            Self::NoToken { .. } => None,
-        }
+            }
+            Self::NoToken { .. } => return None,
+            Self::NoModel { hint, .. } => hint.as_str(),
+            Self::UnknownBias { .. } => {
+                "check that config.json and the weights belong together (attention_bias, mlp_bias)"
+            }
+            Self::TooLong { .. } => "shorten it, or use a model with a longer context",
+            Self::UnknownToken { .. } => "use the tokenizer that belongs to the model",
+            Self::Question { .. } => {
+                "each line is an object such as {\"question\": \"1 + 1 =\", \"choices\": [\"2\", \"3\"], \"answer\": 0}"
+            }
+            Self::Model(error) => return error.hint(),
+            Self::Tokenizer(error) => return error.hint(),
+            Self::Store(error) => return error.hint(),
+        };
+        Some(text.to_owned())
     }
 }

@@ -1,7 +1,17 @@
-//! Generation: sampling, stop conditions, the decode loop.
+//! Inference: models loaded from folders, generation, and scores.
+//!
+//! Nothing here prints, reads a clock or draws from a global random source: text goes to a callback, time is the
+//! caller's, seeds are arguments.
 
 mod error;
+pub mod generate;
+pub mod loaded;
 pub mod sampler;
+pub mod score;
 pub mod stop;
 
 pub use error::InferError;
+pub use generate::{GenerateOptions, Generation, Generator};
+pub use loaded::LoadedModel;
+pub use sampler::SamplingParams;
+pub use stop::StopReason;

@@ -372,13 +372,13 @@ mod tests {
             (&[0.0, -0.0], 0),
             (&LOGITS, 8),
         ] {
-            assert_eq!(sampler.sample(logits, &[], &mut rng), Ok(expected));
+            assert_eq!(sampler.sample(logits, &[], &mut rng).unwrap(), expected);
             let alone = sampler.distribution(logits, &[]).unwrap();
             assert_eq!((alone.len(), alone[0].id), (1, expected));
         }
         assert_eq!(rng, Rng::new(1));
         let mut penalized = params(2.0, 0.0, 0, 1.0, 0.0);
-        assert_eq!(penalized.sample(&LOGITS, &[8, 8], &mut rng), Ok(2));
+        assert_eq!(penalized.sample(&LOGITS, &[8, 8], &mut rng).unwrap(), 2);
     }
 
     #[test]
@@ -508,8 +508,8 @@ mod tests {
         assert_eq!(nan, "the model gave the logit NaN to token 1");
         let infinite = sample(&[f32::INFINITY, 0.0]).to_string();
         assert_eq!(infinite, "the model gave the logit inf to token 0");
-        let none = InferError::NoToken { vocabulary: 2 };
-        assert_eq!(sample(&[f32::NEG_INFINITY; 2]), none);
-        assert_eq!(sample(&[]), InferError::NoToken { vocabulary: 0 });
+        let none = sample(&[f32::NEG_INFINITY; 2]);
+        assert!(matches!(none, InferError::NoToken { vocabulary: 2 }));
+        assert!(matches!(sample(&[]), InferError::NoToken { vocabulary: 0 }));
     }
 }

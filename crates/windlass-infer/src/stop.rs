@@ -29,6 +29,8 @@ pub enum StopReason {
     StopString(usize),
     /// [`StopRules::max_tokens`] tokens were generated.
     MaxTokens,
+    /// The model has no position for another token; the caller says so, not the [`Stopper`].
+    Context,
 }
 
 /// What one token adds to the visible text.

@@ -1,0 +1,248 @@
+//! The decode loop: a prompt in, tokens and text out, through a key-value cache.
+//!
+//! The prompt is read in chunks; how it is cut changes nothing in the result. The loop knows no time: the callback
+//! comes once for each token, the first call when the prompt has been read, so the caller can measure both phases.
+
+use crate::sampler::{Sampler, SamplingParams};
+use crate::stop::{StopReason, StopRules, Stopper};
+use crate::{InferError, LoadedModel};
+use std::sync::{Arc, Mutex};
+use windlass_model::{KvCache, Tokenizer, Tokens};
+use windlass_tensor::Rng;
+
+/// Ids of the prompt's end that the text of the first tokens is decoded after, for spaces and split characters.
+const TEXT_CONTEXT: usize = 32;
+
+/// How to continue a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// How a token is chosen.
+    pub sampling: SamplingParams,
+    /// The most tokens to generate, an end token included.
+    pub max_tokens: usize,
+    /// Strings that end the text; they are not part of it.
+    pub stop_strings: Vec<String>,
+    /// Decides all draws: the same prompt, options and seed give the same tokens.
+    pub seed: u64,
+    /// Tokens of the prompt that are computed at once.
+    pub prefill_chunk: usize,
+    /// Whether the end tokens of the tokenizer end the text.
+    pub stop_at_end: bool,
+    /// Whether to report the log-probability of each token.
+    pub logprobs: bool,
+}
+
+impl Default for GenerateOptions {
+    /// At most 200 tokens from the model's own distribution, seed 0.
+    fn default() -> Self {
+        GenerateOptions {
+            sampling: SamplingParams::default(),
+            max_tokens: 200,
+            stop_strings: Vec::new(),
+            seed: 0,
+            prefill_chunk: 512,
+            stop_at_end: true,
+            logprobs: false,
+        }
+    }
+}
+
+/// What was generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// The new tokens, a final end token included.
+    pub ids: Vec<u32>,
+    /// Their text, without end token and stop string.
+    pub text: String,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Natural logarithm of the probability that the model itself (before temperature and penalties) gave to each
+    /// token, when asked for.
+    pub logprobs: Option<Vec<f64>>,
+}
+
+/// Continues prompts with one model and one set of options.
+pub struct Generator<'m> {
+    model: &'m LoadedModel,
+    tokenizer: &'m Tokenizer,
+    options: GenerateOptions,
+    sampler: Sampler,
+}
+
+impl<'m> Generator<'m> {
+    /// A generator; all options are checked.
+    ///
+    /// # Errors
+    /// [`InferError::Setting`] names the option at fault; a model without a tokenizer.
+    pub fn new(model: &'m LoadedModel, options: GenerateOptions) -> Result<Self, InferError> {
+        let tokenizer = model.tokenizer()?;
+        let sampler = Sampler::new(options.sampling.clone())?;
+        let generator = Generator {
+            model,
+            tokenizer,
+            options,
+            sampler,
+        };
+        generator.stopper()?;
+        Ok(generator)
+    }
+
+    fn stopper(&self) -> Result<Stopper, InferError> {
+        let eos = self.tokenizer.eos();
+        Stopper::new(StopRules {
+            eos_ids: if self.options.stop_at_end {
+                eos.to_vec()
+            } else {
+                Vec::new()
+            },
+            max_tokens: self.options.max_tokens,
+            stop_strings: self.options.stop_strings.clone(),
+        })
+    }
+
+    /// Continues a text; see [`Generator::generate`].
+    ///
+    /// # Errors
+    /// Those of [`LoadedModel::encode`] and [`Generator::generate`].
+    pub fn generate_text(
+        &mut self,
+        prompt: &str,
+        show: &mut dyn FnMut(&str),
+    ) -> Result<Generation, InferError> {
+        let ids = self.model.encode(prompt)?;
+        self.generate(&ids, show)
+    }
+
+    /// Continues a prompt. `show` is called once for each token with the text that is certain by then (maybe none):
+    /// the pieces together are [`Generation::text`].
+    ///
+    /// # Errors
+    /// [`InferError::TooLong`] when the prompt does not fit the context, [`InferError::Empty`] without a token,
+    /// [`InferError::UnknownToken`], and what the sampler refuses.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        show: &mut dyn FnMut(&str),
+    ) -> Result<Generation, InferError> {
+        self.check(prompt)?;
+        let mut run = Run::start(self.model, prompt.len(), &self.options);
+        let mut stopper = self.stopper()?;
+        let mut decoder = self.tokenizer.stream(true);
+        for &id in &prompt[prompt.len().saturating_sub(TEXT_CONTEXT)..] {
+            decoder.push(id)?;
+        }
+        let mut rng = Rng::new(self.options.seed);
+        let mut ids = prompt.to_vec();
+        let mut logprobs = self.options.logprobs.then(Vec::new);
+        let mut text = String::new();
+        let mut logits = run.read_prompt(prompt, self.options.prefill_chunk);
+        let stop = loop {
+            let token = self.sampler.sample(&logits, &ids, &mut rng)?;
+            ids.push(token);
+            if let Some(logprobs) = &mut logprobs {
+                logprobs.push(log_probability(&logits, token));
+            }
+            let step = stopper.push(token, &decoder.push(token)?);
+            let stop = step.stop.or(run.is_full().then_some(StopReason::Context));
+            let mut piece = step.text;
+            if let Some(reason) = stop {
+                if step.stop.is_none() {
+                    piece += &stopper.finish();
+                }
+                if !matches!(reason, StopReason::StopString(_)) {
+                    piece += &decoder.finish()?;
+                }
+            }
+            show(&piece);
+            text += &piece;
+            if let Some(reason) = stop {
+                break reason;
+            }
+            logits = run.step(&[token]);
+        };
+        Ok(Generation {
+            ids: ids.split_off(prompt.len()),
+            text,
+            stop,
+            prompt_tokens: prompt.len(),
+            logprobs,
+        })
+    }
+
+    fn check(&self, prompt: &[u32]) -> Result<(), InferError> {
+        if prompt.is_empty() {
+            return Err(InferError::Empty {
+                what: "the prompt",
+                hint: "give at least one token to continue",
+            });
+        }
+        if prompt.len() > self.model.context() {
+            return Err(InferError::TooLong {
+                what: "the prompt".into(),
+                tokens: prompt.len(),
+                context: self.model.context(),
+            });
+        }
+        self.model.check_ids(prompt)
+    }
+}
+
+/// One sequence on its way through the model.
+struct Run<'m> {
+    model: &'m LoadedModel,
+    cache: Arc<Mutex<KvCache>>,
+}
+
+impl<'m> Run<'m> {
+    /// A sequence with a cache for what will be read: everything but the last token generated.
+    fn start(model: &'m LoadedModel, prompt: usize, options: &GenerateOptions) -> Self {
+        let config = &model.config;
+        let capacity = prompt
+            .saturating_add(options.max_tokens - 1)
+            .min(model.context());
+        let kv_dim = config.num_key_value_heads * config.head_dim;
+        let layers = config.num_hidden_layers();
+        let cache = KvCache::new(model.store.cpu(), layers, kv_dim, capacity, model.dtype);
+        Run {
+            model,
+            cache: Arc::new(Mutex::new(cache)),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        let cache = self.cache.lock().expect("cache");
+        cache.len() == cache.capacity()
+    }
+
+    /// Reads the prompt in chunks; only its last token needs the head. Returns the logits after it.
+    fn read_prompt(&mut self, prompt: &[u32], chunk: usize) -> Vec<f32> {
+        let chunk = chunk.max(1);
+        let last = (prompt.len() - 1) / chunk * chunk;
+        for ids in prompt[..last].chunks(chunk) {
+            self.model.run(&self.batch(ids), false);
+            self.cache.lock().expect("cache").advance(ids.len());
+        }
+        self.step(&prompt[last..])
+    }
+
+    /// Reads tokens and returns the logits after the last.
+    fn step(&mut self, ids: &[u32]) -> Vec<f32> {
+        let logits = self.model.run(&self.batch(ids), true);
+        self.cache.lock().expect("cache").advance(ids.len());
+        logits.to_f32()
+    }
+
+    fn batch(&self, ids: &[u32]) -> Tokens {
+        let rows = [ids.len() as u32 - 1].into();
+        Tokens::cached(ids.to_vec(), &self.cache, rows, self.model.dtype)
+    }
+}
+
+/// `log softmax(logits)[token]`.
+fn log_probability(logits: &[f32], token: u32) -> f64 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let sum: f64 = logits.iter().map(|&l| (l as f64 - largest).exp()).sum();
+    logits[token as usize] as f64 - largest - sum.ln()
+}

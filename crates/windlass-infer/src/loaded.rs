@@ -1,0 +1,346 @@
+//! A model ready to compute: configuration, weights and tokenizer, opened from a folder.
+//!
+//! Everything that can be wrong with a folder is found here, before anything is computed. Where the folder comes from
+//! (a hub, a command line) is the caller's business.
+
+use crate::InferError;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
+use windlass_store::checkpoint::Checkpoints;
+use windlass_store::safetensors::{Dtype, Tensors};
+use windlass_store::{Store, load_weights};
+use windlass_tensor::{
+    Category, Cpu, DType, FileTensor, Packed, Tensor, UnitSpec, Weight, Weights,
+};
+
+/// A model with its weights and tokenizer.
+pub struct LoadedModel {
+    /// What the model computes.
+    pub config: DecoderConfig,
+    /// Its units and layers.
+    pub model: Model<Tokens>,
+    /// Its weights.
+    pub store: Store,
+    /// Its tokenizer, where the folder has one; see [`LoadedModel::tokenizer`].
+    pub tokenizer: Option<Tokenizer>,
+    /// Storage type of activations and of the weights that are not packed.
+    pub dtype: DType,
+    /// What the user should know: settings without effect, tensors without use.
+    pub notes: Vec<String>,
+    /// The folder that holds `config.json`.
+    pub folder: PathBuf,
+}
+
+/// How matrices are kept in memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Representation {
+    Dense,
+    Packed,
+}
+
+impl LoadedModel {
+    /// Opens a Hugging Face folder, a checkpoint, or a folder of checkpoints (its latest one).
+    ///
+    /// Without a `dtype` it is the file's own: `f32`, or `bf16` for files in 16 bits.
+    ///
+    /// # Errors
+    /// A path without a model, an unknown architecture, missing, damaged or misshapen weights, a tokenizer that is
+    /// damaged or has more tokens than the model.
+    pub fn open(cpu: &Cpu, path: &Path, dtype: Option<DType>) -> Result<Self, InferError> {
+        Self::open_as(cpu, path, dtype, Representation::Dense)
+    }
+
+    /// As [`LoadedModel::open`], with matrices packed to 8-bit integers as they are read, a unit at a time: about a
+    /// quarter of the memory of `f32`.
+    ///
+    /// # Errors
+    /// Those of [`LoadedModel::open`].
+    pub fn open_packed(cpu: &Cpu, path: &Path, dtype: Option<DType>) -> Result<Self, InferError> {
+        Self::open_as(cpu, path, dtype, Representation::Packed)
+    }
+
+    fn open_as(
+        cpu: &Cpu,
+        path: &Path,
+        dtype: Option<DType>,
+        representation: Representation,
+    ) -> Result<Self, InferError> {
+        let mut notes = Vec::new();
+        let folder = find_folder(path, &mut notes)?;
+        let config = DecoderConfig::load(&folder)?;
+        notes.extend(config.notes.iter().cloned());
+        let tokenizer = match Tokenizer::load(&folder) {
+            Ok(tokenizer) => Some(tokenizer),
+            Err(TokenizerError::Missing { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocabulary(config.vocab_size)?;
+        }
+        let tensors = Tensors::open(&folder)?;
+        let model = decoder(&config);
+        let dtype = match dtype {
+            Some(dtype) => dtype,
+            None => file_dtype(&tensors, &mut notes)?,
+        };
+        let reader = Reader {
+            cpu,
+            tensors: &tensors,
+            config: &config,
+            dtype,
+            representation,
+        };
+        let (weights, unused) = reader.read(&model)?;
+        sort_out_unused(&folder, &config, unused, &mut notes)?;
+        let store = Store::new(cpu, model.units(), weights);
+        Ok(LoadedModel {
+            config,
+            model,
+            store,
+            tokenizer,
+            dtype,
+            notes,
+            folder,
+        })
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Missing`] when the folder has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, InferError> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            let missing = TokenizerError::Missing {
+                folder: self.folder.clone(),
+                sentencepiece: self.folder.join("tokenizer.model").is_file(),
+            };
+            missing.into()
+        })
+    }
+
+    /// Takes the tokenizer of another place: a `tokenizer.json` or its folder.
+    ///
+    /// # Errors
+    /// When it cannot be loaded or has more tokens than the model.
+    pub fn set_tokenizer(&mut self, path: &Path) -> Result<(), InferError> {
+        let tokenizer = Tokenizer::load(path)?;
+        tokenizer.check_vocabulary(self.config.vocab_size)?;
+        self.tokenizer = Some(tokenizer);
+        Ok(())
+    }
+
+    /// The most tokens of a text.
+    pub fn context(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    /// The ids of a prompt, inside what the tokenizer puts around a text. An empty text becomes the token that begins
+    /// one (or that ends the one before, as GPT-2 has it).
+    ///
+    /// # Errors
+    /// No tokenizer; [`InferError::Empty`] when there is no such token.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, InferError> {
+        let tokenizer = self.tokenizer()?;
+        let mut ids = tokenizer.encode(text, true)?;
+        if ids.is_empty() {
+            let begin = tokenizer.bos().or(tokenizer.eos().first().copied());
+            ids.push(begin.ok_or(InferError::Empty {
+                what: "the prompt",
+                hint: "give some text: the tokenizer has no token that begins one",
+            })?);
+        }
+        Ok(ids)
+    }
+
+    /// Runs the layers on a batch without recording. `head` says whether the last layer runs too: without it only
+    /// caches are filled.
+    pub(crate) fn run(&self, batch: &Tokens, head: bool) -> Tensor {
+        let cpu = self.store.cpu();
+        let mut x = Tensor::empty(cpu, [0], DType::F32, Category::Activations);
+        let layers = self.model.layers();
+        let count = layers.len() - usize::from(!head);
+        for (unit, layer) in layers.take(count) {
+            self.store.prefetch(unit);
+            let weights = self.store.gather(unit);
+            let mut tape = windlass_tensor::Tape::inference(cpu);
+            let input = tape.input(x);
+            x = layer.forward(&weights, input, batch, &mut tape).tensor;
+        }
+        x
+    }
+
+    /// Checks that every id has an embedding.
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), InferError> {
+        let vocabulary = self.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocabulary) {
+            Some(&id) => Err(InferError::UnknownToken { id, vocabulary }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The folder with `config.json` that a path leads to.
+fn find_folder(path: &Path, notes: &mut Vec<String>) -> Result<PathBuf, InferError> {
+    let refuse = |problem: &str, hint: String| InferError::NoModel {
+        path: path.to_owned(),
+        problem: problem.to_owned(),
+        hint,
+    };
+    if !path.exists() {
+        let hint = "check the spelling of the path".to_owned();
+        return Err(refuse("no such folder", hint));
+    }
+    if !path.is_dir() {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).display();
+        let hint = format!("give the folder that holds config.json and the weights: {folder}");
+        return Err(refuse("is a file, not the folder of a model", hint));
+    }
+    if path.join("config.json").is_file() {
+        return Ok(path.to_owned());
+    }
+    if path.join("latest").is_file() {
+        if let Some(found) = Checkpoints::open(path).latest()? {
+            notes.extend(found.note);
+            return Ok(found.checkpoint.path().to_owned());
+        }
+    }
+    let inner = path.join("model");
+    if inner.join("config.json").is_file() {
+        return Ok(inner);
+    }
+    let hint = "a model folder holds config.json, model.safetensors and tokenizer.json; \
+                a checkpoint folder holds a file named latest";
+    Err(refuse("no config.json in this folder", hint.to_owned()))
+}
+
+/// The storage type that suits the largest tensor of a file.
+fn file_dtype(tensors: &Tensors, notes: &mut Vec<String>) -> Result<DType, InferError> {
+    let mut largest = (0, Dtype::F32);
+    for name in tensors.names() {
+        let view = tensors.get(name)?;
+        if view.elements() > largest.0 {
+            largest = (view.elements(), view.dtype);
+        }
+    }
+    if largest.1 == Dtype::F16 {
+        let note = "the F16 weights are rounded to bf16; --dtype f32 keeps every bit";
+        notes.push(note.to_owned());
+    }
+    Ok(match largest.1 {
+        Dtype::BF16 | Dtype::F16 => DType::Bf16,
+        _ => DType::F32,
+    })
+}
+
+/// What is needed to read the weights of a model.
+struct Reader<'a> {
+    cpu: &'a Cpu,
+    tensors: &'a Tensors,
+    config: &'a DecoderConfig,
+    dtype: DType,
+    representation: Representation,
+}
+
+impl Reader<'_> {
+    /// The weights of all units, and the names in the file that none of them asked for.
+    fn read(&self, model: &Model<Tokens>) -> Result<(Vec<Weights>, BTreeSet<String>), InferError> {
+        let map = self.config.naming.file_tensors(model);
+        let mut unused: BTreeSet<String> = self.tensors.names().map(String::from).collect();
+        let mut weights = Vec::new();
+        for (index, unit) in model.units().iter().enumerate() {
+            let mine = map.iter().filter(|file| file.parts[0].unit == index);
+            let mut mine: Vec<FileTensor> = mine.cloned().collect();
+            for part in mine.iter_mut().flat_map(|file| &mut file.parts) {
+                assert_eq!(part.unit, index, "a file's tensor belongs to one unit");
+                part.unit = 0;
+            }
+            let (unit, rest) = self.read_unit(unit, &mine)?;
+            let rest: BTreeSet<String> = rest.into_iter().collect();
+            unused.retain(|name| rest.contains(name));
+            weights.push(unit);
+        }
+        Ok((weights, unused))
+    }
+
+    fn read_unit(
+        &self,
+        unit: &UnitSpec,
+        map: &[FileTensor],
+    ) -> Result<(Weights, Vec<String>), InferError> {
+        let naming = self.config.naming;
+        // Packed weights are rounded once, from what the file says.
+        let dtype = match self.representation {
+            Representation::Dense => self.dtype,
+            Representation::Packed => DType::F32,
+        };
+        let (mut weights, unused) = load_weights(
+            self.cpu,
+            self.tensors,
+            std::slice::from_ref(unit),
+            map,
+            |name| naming.bare_name(name),
+            dtype,
+        )?;
+        let weights = weights.pop().unwrap_or_default();
+        if self.representation == Representation::Dense {
+            return Ok((weights, unused));
+        }
+        let packed = weights.iter().map(|weight| {
+            let tensor = weight.dense();
+            match tensor.rows() > 1 {
+                true => Weight::Packed(Packed::quantize(self.cpu, tensor)),
+                false => tensor.cast(self.cpu, self.dtype, Category::Weights).into(),
+            }
+        });
+        Ok((Weights::new(packed.collect()), unused))
+    }
+}
+
+/// Tensors that files carry and models do not need: causal masks, tables of angles, second copies.
+fn is_harmless(name: &str, config: &DecoderConfig) -> bool {
+    const SUFFIXES: [&str; 5] = [
+        ".attn.bias",
+        ".attn.masked_bias",
+        ".attention.bias",
+        ".attention.masked_bias",
+        "rotary_emb.inv_freq",
+    ];
+    let tied = config.tie_word_embeddings && ["lm_head.weight", "embed_out.weight"].contains(&name);
+    tied || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn sort_out_unused(
+    folder: &Path,
+    config: &DecoderConfig,
+    unused: BTreeSet<String>,
+    notes: &mut Vec<String>,
+) -> Result<(), InferError> {
+    const SHOWN: usize = 3;
+    let unused: Vec<String> = unused
+        .into_iter()
+        .filter(|name| !is_harmless(name, config))
+        .collect();
+    let biases: Vec<String> = unused
+        .iter()
+        .filter(|name| name.ends_with(".bias"))
+        .take(SHOWN)
+        .cloned()
+        .collect();
+    if !biases.is_empty() {
+        return Err(InferError::UnknownBias {
+            path: folder.to_owned(),
+            names: biases,
+        });
+    }
+    if !unused.is_empty() {
+        let more = if unused.len() > SHOWN { ", …" } else { "" };
+        notes.push(format!(
+            "{} tensors of the file are not used: {}{more}",
+            unused.len(),
+            unused[..unused.len().min(SHOWN)].join(", ")
+        ));
+    }
+    Ok(())
+}
