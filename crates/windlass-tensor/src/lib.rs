@@ -23,5 +23,6 @@ pub use weight::{Grads, Init, Param, ParamSpec, Weight, Weights};
 pub use windlass_kernels::DType;
 pub use windlass_kernels::activation::Activation;
 pub use windlass_kernels::attention::{AttentionShape, Segment};
+pub use half::bf16;
 pub use windlass_kernels as kernels;
 pub use windlass_kernels::memory::Category;

@@ -16,7 +16,7 @@ macro_rules! each_dtype {
                 $body
             }
             $crate::DType::Bf16 => {
-                type $E = half::bf16;
+                type $E = $crate::bf16;
                 $body
             }
             $crate::DType::F64 => {
