@@ -16,6 +16,6 @@ mod trainer;
 pub use engine::{Engine, EngineOptions, Loss, NonFinite, StepReport, run};
 pub use error::{Error, Result};
 pub use optimizer::Optimizer;
-pub use plan::{Plan, StepShape, plan};
-pub use save::{load_model, save_model};
+pub use plan::{Plan, StepShape, measure_step, plan};
+pub use save::load_model;
 pub use trainer::{End, Event, StepEvent, TrainOptions, Trainer};

@@ -48,15 +48,7 @@ pub fn plan(
     let mut engine = Engine::initialize(model, store, options);
     // The first step makes the gradients and the second one meets them beside its activations; nothing is new then.
     for _ in 0..2 {
-        let tokens = shape.micro_batch * shape.seq_len;
-        let batch = Batch {
-            ids: vec![0; tokens],
-            targets: vec![0; tokens],
-            positions: Vec::new(),
-            segments: vec![shape.seq_len; shape.micro_batch],
-            sequences: shape.micro_batch,
-        };
-        let loss = engine.forward(to_tokens(batch, config, dtype, 1.0, 1));
+        let loss = engine.forward(to_tokens(blank(shape), config, dtype, 1.0, 1));
         engine.backward(loss);
         engine.step(0.0).expect("a norm of nothing is finite");
     }
@@ -66,5 +58,41 @@ pub fn plan(
         parameters,
         memory,
         tokens_per_step,
+    }
+}
+
+/// Seconds of one training step at a shape, the better of two after a first one, on weights of its own.
+pub fn measure_step(
+    cpu: &Cpu,
+    config: &DecoderConfig,
+    dtype: DType,
+    options: EngineOptions,
+    shape: StepShape,
+) -> f64 {
+    let model = decoder(config);
+    let store = Store::init(cpu, model.units(), dtype, 0);
+    let mut engine = Engine::initialize(model, store, options);
+    let times = (0..3).map(|_| {
+        let start = std::time::Instant::now();
+        for _ in 0..shape.gradient_accumulation_steps {
+            let loss = engine.forward(to_tokens(blank(shape), config, dtype, 1.0, 1));
+            engine.backward(loss);
+        }
+        // Nothing here is learned: a step that is refused for its numbers has taken its time all the same.
+        let _ = engine.step(0.0);
+        start.elapsed().as_secs_f64()
+    });
+    times.skip(1).fold(f64::INFINITY, f64::min)
+}
+
+/// A batch of a shape, all zeros.
+fn blank(shape: StepShape) -> Batch {
+    let tokens = shape.micro_batch * shape.seq_len;
+    Batch {
+        ids: vec![0; tokens],
+        targets: vec![0; tokens],
+        positions: Vec::new(),
+        segments: vec![shape.seq_len; shape.micro_batch],
+        sequences: shape.micro_batch,
     }
 }

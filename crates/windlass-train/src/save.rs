@@ -88,7 +88,7 @@ fn config_json(config: &DecoderConfig, dtype: DType) -> Value {
 ///
 /// # Errors
 /// Whatever hinders writing.
-pub fn save_model(
+pub(crate) fn save_model(
     folder: &Path,
     engine: &Engine<Tokens>,
     config: &DecoderConfig,

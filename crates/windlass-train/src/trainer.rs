@@ -330,6 +330,14 @@ impl Trainer {
         Ok(sum / scored.max(1) as f64)
     }
 
+    /// Writes the model alone as a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Whatever hinders writing.
+    pub fn save_model(&self, folder: &std::path::Path) -> Result<()> {
+        save::save_model(folder, &self.engine, &self.config, &self.tokenizer)
+    }
+
     /// Writes a checkpoint: a Hugging Face folder with what a resumed run needs beside it.
     ///
     /// # Errors
