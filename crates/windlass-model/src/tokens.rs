@@ -2,7 +2,7 @@
 
 use crate::KvCache;
 use std::sync::{Arc, Mutex};
-use windlass_tensor::{DType, RouterStats, Segment};
+use windlass_tensor::{DType, IGNORED, RouterStats, Segment};
 
 /// Several sequences, one after another, without padding.
 #[derive(Clone)]
@@ -46,7 +46,26 @@ pub enum Goal {
 }
 
 impl Tokens {
-    /// Sequences of the given lengths; every position's target is the next id of its sequence.
+    /// Sequences of the given lengths, for training: the target of each position is the next id of its sequence, the
+    /// last position of a sequence has none, and the loss is the mean over the targets.
+    ///
+    /// # Panics
+    /// As [`Tokens::new`].
+    #[track_caller]
+    pub fn next_token(ids: Vec<u32>, lengths: &[usize], dtype: DType) -> Self {
+        let mut targets: Vec<i64> = ids.iter().skip(1).map(|&id| id as i64).collect();
+        targets.resize(ids.len(), IGNORED);
+        let mut end = 0;
+        for length in lengths {
+            end += length;
+            targets[end - 1] = IGNORED;
+        }
+        let denominator = targets.iter().filter(|&&t| t != IGNORED).count().max(1) as f64;
+        let goal = Goal::Loss { targets: targets.into(), denominator };
+        Self::new(ids, lengths, goal, dtype)
+    }
+
+    /// Sequences of the given lengths; positions begin at 0 in each.
     ///
     /// # Panics
     /// When the lengths do not add up to `ids.len()`.
