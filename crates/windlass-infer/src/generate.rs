@@ -47,6 +47,25 @@ impl Default for GenerateOptions {
     }
 }
 
+impl GenerateOptions {
+    /// Checks all options, which needs no model.
+    ///
+    /// # Errors
+    /// [`InferError::Setting`] names the first option at fault.
+    pub fn validate(&self) -> Result<(), InferError> {
+        self.sampling.validate()?;
+        self.stopper(Vec::new()).map(|_| ())
+    }
+
+    fn stopper(&self, eos_ids: Vec<u32>) -> Result<Stopper, InferError> {
+        Stopper::new(StopRules {
+            eos_ids,
+            max_tokens: self.max_tokens,
+            stop_strings: self.stop_strings.clone(),
+        })
+    }
+}
+
 /// What was generated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
@@ -77,29 +96,21 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// [`InferError::Setting`] names the option at fault; a model without a tokenizer.
     pub fn new(model: &'m LoadedModel, options: GenerateOptions) -> Result<Self, InferError> {
-        let tokenizer = model.tokenizer()?;
-        let sampler = Sampler::new(options.sampling.clone())?;
-        let generator = Generator {
+        options.validate()?;
+        Ok(Generator {
             model,
-            tokenizer,
+            tokenizer: model.tokenizer()?,
+            sampler: Sampler::new(options.sampling.clone())?,
             options,
-            sampler,
-        };
-        generator.stopper()?;
-        Ok(generator)
+        })
     }
 
     fn stopper(&self) -> Result<Stopper, InferError> {
-        let eos = self.tokenizer.eos();
-        Stopper::new(StopRules {
-            eos_ids: if self.options.stop_at_end {
-                eos.to_vec()
-            } else {
-                Vec::new()
-            },
-            max_tokens: self.options.max_tokens,
-            stop_strings: self.options.stop_strings.clone(),
-        })
+        let end = match self.options.stop_at_end {
+            true => self.tokenizer.eos(),
+            false => &[],
+        };
+        self.options.stopper(end.to_vec())
     }
 
     /// Continues a text; see [`Generator::generate`].

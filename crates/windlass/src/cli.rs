@@ -16,6 +16,7 @@ pub mod eval;
 pub mod generate;
 pub mod info;
 pub mod quickstart;
+pub mod source;
 pub mod train;
 
 /// A mistake in how the command was called: exit code 2.
@@ -136,4 +137,17 @@ impl Precision {
             Precision::Bf16 => DType::Bf16,
         }
     }
+}
+
+/// A whole text file.
+pub fn read_text(path: &std::path::Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|error| {
+        let hint = "check the spelling and the permissions of the path";
+        failure(format!("cannot read {}: {error}", path.display()), hint)
+    })?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let message = format!("{}: not UTF-8 text at byte {at}", path.display());
+        failure(message, "convert it: iconv -f latin1 -t utf-8")
+    })
 }

@@ -1,6 +1,7 @@
 //! Windlass: mechanical advantage for language models. The facade library and the command line.
 
 pub mod hub;
+pub mod prelude;
 pub mod progress;
 
 pub use {windlass_infer as infer, windlass_model as model, windlass_store as store};

@@ -1,10 +1,276 @@
-//! `windlass generate`.
+//! `windlass generate`: prompts in, text out as it comes.
+
+use super::source::{Source, misuse};
+use super::{failure, usage};
+use anyhow::Result;
+use serde_json::json;
+use std::io::{ErrorKind, Read, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+use windlass::infer::{GenerateOptions, Generation, Generator, SamplingParams, StopReason};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// Text to continue, several times for several texts; "-" reads standard input. Without any, the model begins a
+    /// text of its own
+    #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Vec<String>,
+    /// File with a text to continue
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Vec<PathBuf>,
+    /// The most tokens to generate for each prompt
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    max_tokens: usize,
+    /// Below 1 more predictable, above 1 more surprising; 0 is greedy
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.8,
+        allow_negative_numbers = true
+    )]
+    temperature: f64,
+    /// Choose among the K likeliest tokens only [default: all]
+    #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
+    top_k: usize,
+    /// Choose among the likeliest tokens whose probabilities sum to P
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.95,
+        allow_negative_numbers = true
+    )]
+    top_p: f64,
+    /// Choose among tokens at least P times as likely as the likeliest
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    min_p: f64,
+    /// Make tokens that were there before less likely (1: off)
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
+    repetition_penalty: f64,
+    /// Always take the likeliest token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
+    greedy: bool,
+    /// Decides all draws: the same prompt, flags and seed give the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Text that ends the generation, not shown; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Continue after tokens that end a text
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print a JSON object a prompt, when it is finished
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    fn options(&self) -> GenerateOptions {
+        let sampling = match self.greedy {
+            true => SamplingParams {
+                repetition_penalty: self.repetition_penalty,
+                ..SamplingParams::greedy()
+            },
+            false => SamplingParams {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+            },
+        };
+        GenerateOptions {
+            sampling,
+            max_tokens: self.max_tokens,
+            stop_strings: self.stop.clone(),
+            seed: self.seed,
+            stop_at_end: !self.ignore_eos,
+            ..Default::default()
+        }
+    }
+
+    fn prompts(&self) -> Result<Vec<String>> {
+        let mut prompts = Vec::new();
+        if self.prompt.iter().filter(|prompt| *prompt == "-").count() > 1 {
+            return Err(usage(
+                "--prompt - is given twice",
+                "standard input can be read once",
+            ));
+        }
+        for prompt in &self.prompt {
+            prompts.push(match prompt.as_str() {
+                "-" => read_stdin()?,
+                text => text.to_owned(),
+            });
+        }
+        for file in &self.prompt_file {
+            prompts.push(without_newline(super::read_text(file)?));
+        }
+        if prompts.is_empty() {
+            prompts.push(String::new());
+        }
+        Ok(prompts)
+    }
+}
+
+fn read_stdin() -> Result<String> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|error| {
+            failure(
+                format!("cannot read standard input: {error}"),
+                "pipe in text in UTF-8",
+            )
+        })?;
+    Ok(without_newline(text))
+}
+
+/// Editors and `echo` end a text with a line break that is no part of the prompt.
+fn without_newline(mut text: String) -> String {
+    for end in ['\n', '\r'] {
+        if text.ends_with(end) {
+            text.pop();
+        }
+    }
+    text
+}
 
 /// Runs the verb.
-pub fn run(_: Args) -> anyhow::Result<()> {
-    Err(super::failure("not in this build", "use another verb"))
+pub fn run(args: Args) -> Result<()> {
+    let options = args.options();
+    options.validate().map_err(misuse)?;
+    let prompts = args.prompts()?;
+    let model = args.source.open()?;
+    let mut generator = Generator::new(&model, options).map_err(misuse)?;
+    for (index, prompt) in prompts.iter().enumerate() {
+        if prompts.len() > 1 {
+            eprintln!("prompt {} of {}", index + 1, prompts.len());
+        }
+        let ids = model.encode(prompt)?;
+        let mut clock = Clock::start();
+        let generation = generator.generate(&ids, &mut |piece| {
+            clock.token();
+            if !args.json {
+                print(piece);
+            }
+        })?;
+        let speed = clock.stop(&generation);
+        if args.json {
+            print(&format!(
+                "{}\n",
+                report(prompt, &generation, &speed, &args.stop)
+            ));
+        } else {
+            print("\n");
+            eprintln!(
+                "{} + {} tokens, {} tokens/s",
+                generation.prompt_tokens,
+                generation.ids.len(),
+                speed
+                    .tokens_per_second
+                    .map_or("-".into(), |speed| format!("{speed:.1}")),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes to stdout at once. A reader that went away, such as `head`, ends the program without a complaint.
+fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        if error.kind() != ErrorKind::BrokenPipe {
+            eprintln!("error: cannot write to standard output: {error}");
+        }
+        std::process::exit(if error.kind() == ErrorKind::BrokenPipe {
+            0
+        } else {
+            1
+        });
+    }
+}
+
+/// Measures one generation.
+struct Clock {
+    start: Instant,
+    first: Option<Instant>,
+}
+
+/// How fast it went. Speeds are `None` where too little was done to tell.
+struct Speed {
+    prompt_seconds: f64,
+    seconds: f64,
+    prompt_tokens_per_second: Option<f64>,
+    tokens_per_second: Option<f64>,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Clock {
+            start: Instant::now(),
+            first: None,
+        }
+    }
+
+    /// A token was generated: the first one ends the reading of the prompt.
+    fn token(&mut self) {
+        self.first.get_or_insert_with(Instant::now);
+    }
+
+    fn stop(self, generation: &Generation) -> Speed {
+        let first = self.first.unwrap_or(self.start);
+        let (prompt_seconds, decode_seconds) = (
+            (first - self.start).as_secs_f64(),
+            first.elapsed().as_secs_f64(),
+        );
+        let speed = |tokens: usize, seconds: f64| {
+            (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
+        };
+        Speed {
+            prompt_seconds,
+            seconds: prompt_seconds + decode_seconds,
+            prompt_tokens_per_second: speed(generation.prompt_tokens, prompt_seconds),
+            tokens_per_second: speed(generation.ids.len() - 1, decode_seconds),
+        }
+    }
+}
+
+fn report(
+    prompt: &str,
+    generation: &Generation,
+    speed: &Speed,
+    stops: &[String],
+) -> serde_json::Value {
+    let (reason, stop_string) = match generation.stop {
+        StopReason::Eos => ("eos", None),
+        StopReason::StopString(index) => ("stop_string", stops.get(index)),
+        StopReason::MaxTokens => ("max_tokens", None),
+        StopReason::Context => ("context", None),
+    };
+    json!({
+        "prompt": prompt,
+        "text": generation.text,
+        "ids": generation.ids,
+        "stop_reason": reason,
+        "stop_string": stop_string,
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": generation.ids.len(),
+        "prompt_tokens_per_second": speed.prompt_tokens_per_second,
+        "tokens_per_second": speed.tokens_per_second,
+        "prompt_seconds": speed.prompt_seconds,
+        "seconds": speed.seconds,
+    })
 }

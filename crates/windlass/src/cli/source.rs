@@ -1,0 +1,78 @@
+//! Flags that say which model to compute with and how to keep it, and the model itself.
+
+use super::{Machine, Precision, usage};
+use anyhow::Result;
+use std::path::PathBuf;
+use std::time::Instant;
+use windlass::hub;
+use windlass::infer::{InferError, LoadedModel};
+
+/// A model to compute with.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Source {
+    /// Hugging Face folder, checkpoint, or hub id such as org/name[@revision]
+    #[arg(long, short, value_name = "PATH|ID")]
+    pub model: String,
+    /// Tokenizer instead of the model's own: a tokenizer.json or its folder
+    #[arg(long, value_name = "PATH")]
+    pub tokenizer: Option<PathBuf>,
+    /// Storage type of weights and activations [default: as in the file]
+    #[arg(long, value_enum)]
+    pub dtype: Option<Precision>,
+    /// Pack the weights while loading
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub load_in: Option<Packing>,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+/// How weights are packed while they are loaded.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// 8-bit integers, a scale for each 32
+    Q8,
+}
+
+impl Source {
+    /// Finds, fetches and loads the model; says on stderr what was loaded and what should be known about it.
+    pub fn open(&self) -> Result<LoadedModel> {
+        let cpu = self.machine.cpu()?;
+        let folder = hub::resolve(&self.model)?;
+        let start = Instant::now();
+        let dtype = self.dtype.map(Precision::dtype);
+        let mut model = match self.load_in {
+            None => LoadedModel::open(&cpu, &folder, dtype)?,
+            Some(Packing::Q8) => LoadedModel::open_packed(&cpu, &folder, dtype)?,
+        };
+        if let Some(tokenizer) = &self.tokenizer {
+            model.set_tokenizer(tokenizer)?;
+        }
+        model.tokenizer()?;
+        for note in &model.notes {
+            eprintln!("note: {note}");
+        }
+        let packed = if self.load_in.is_some() {
+            " with q8 weights"
+        } else {
+            ""
+        };
+        eprintln!(
+            "loaded {}: {}, {:.1} M parameters, {}{packed}, {} threads, {:.1} s",
+            model.folder.display(),
+            model.config.model_type,
+            model.model.num_params() as f64 / 1e6,
+            model.dtype.name(),
+            cpu.pool.threads(),
+            start.elapsed().as_secs_f64(),
+        );
+        Ok(model)
+    }
+}
+
+/// Settings out of range are mistakes in how the command was called.
+pub fn misuse(error: InferError) -> anyhow::Error {
+    match &error {
+        InferError::Setting { hint, .. } => usage(error.to_string(), *hint),
+        _ => error.into(),
+    }
+}
