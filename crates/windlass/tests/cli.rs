@@ -645,7 +645,7 @@ fn help_is_as_it_was() {
     let update = std::env::var_os("WINDLASS_UPDATE_SNAPSHOTS").is_some_and(|value| value == "1");
     for verb in HELP {
         let file = folder.join(format!("help-{}.txt", verb.join("-")));
-        let help = windlass(&[verb, &["--help"]].concat(), &[], "").ok();
+        let help = windlass(&[*verb, &["--help"]].concat(), &[], "").ok();
         if update {
             fs::create_dir_all(&folder).unwrap();
             fs::write(&file, &help).unwrap();
