@@ -14,9 +14,7 @@ use windlass::tensor::{Cpu, DType, Rng};
 use windlass::train::corpus::{self, Kind, Prompt, Score};
 use windlass::train::data::{Corpus, Packing, ReadOptions, Split, TokenizeOptions, tokenize};
 use windlass::train::schedule::{Decay, Schedule, Warmup};
-use windlass::train::{
-    EngineOptions, Optimizer, StepShape, TrainOptions, Trainer, measure_step,
-};
+use windlass::train::{EngineOptions, Optimizer, StepShape, TrainOptions, Trainer, measure_step};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
