@@ -47,6 +47,8 @@ pub enum QkNorm {
     Head,
     /// Over all heads together.
     Full,
+    /// Layer norm without bias over each head, with weights of the head's own (StableLM 2 12B).
+    EachHead,
 }
 
 /// What differs from layer to layer.
@@ -571,11 +573,7 @@ fn stablelm(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelError> {
         c.placement = Placement::ParallelShared;
     }
     if f.flag("qk_layernorm")?.unwrap_or(false) {
-        return Err(f.unsupported(
-            "qk_layernorm",
-            "true",
-            "a norm with weights of each head's own is not supported",
-        ));
+        c.qk_norm = QkNorm::EachHead;
     }
     rope(f, c, None, 10_000.0, 0.25)
 }
