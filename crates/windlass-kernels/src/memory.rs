@@ -121,7 +121,9 @@ impl Memory {
     pub fn alloc(&self, bytes: usize, category: Category) -> Buffer {
         let capacity = size_class(bytes);
         let mut state = self.0.state.lock().expect("memory pool");
-        let block = match state.take(capacity) {
+        let taken = state.take(capacity);
+        let fresh = taken.is_none();
+        let block = match taken {
             Some(block) => block,
             None => {
                 state.now.reserved += capacity;
@@ -140,6 +142,7 @@ impl Memory {
             block,
             bytes,
             category,
+            fresh,
             home: self.clone(),
         }
     }
@@ -199,6 +202,7 @@ pub struct Buffer {
     block: Block,
     bytes: usize,
     category: Category,
+    fresh: bool,
     home: Memory,
 }
 
@@ -216,6 +220,11 @@ impl Buffer {
     /// What the block is accounted under.
     pub fn category(&self) -> Category {
         self.category
+    }
+
+    /// Whether the block came from the system just now, so that all its bytes were zero.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
     }
 
     /// The pool that the block returns to.
@@ -259,11 +268,16 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let mut state = self.home.0.state.lock().expect("memory pool");
         state.now.by_category[self.category as usize] -= self.block.capacity;
-        state
-            .free
-            .entry(self.block.capacity)
-            .or_default()
-            .push(self.block);
+        // Gradients live while activations die and the other way round, in blocks of other sizes. They are zeroed for
+        // every step anyway, which the system does for mapped blocks: handing those back costs nothing more.
+        if self.category == Category::Gradients && self.block.capacity >= MAPPED_FROM {
+            state.now.reserved -= self.block.capacity;
+            // SAFETY: the buffer owned the block and is gone after this.
+            unsafe { system_free(self.block) };
+            return;
+        }
+        let free = state.free.entry(self.block.capacity).or_default();
+        free.push(self.block);
     }
 }
 
@@ -361,6 +375,14 @@ mod tests {
             assert_eq!(memory.now().of(Category::Activations), 0);
             drop(b);
         }
+        let gradients = memory.alloc(3_000_000, Category::Gradients);
+        assert!(gradients.as_slice::<f32>().iter().all(|v| *v == 1.5) || gradients.is_fresh());
+        let reserved = memory.now().reserved;
+        drop(gradients);
+        assert!(
+            memory.now().reserved < reserved,
+            "large gradients go back to the system"
+        );
         memory.trim();
         assert_eq!(memory.now(), Usage::default());
         assert!(memory.peak().in_use() >= 9_999_999);

@@ -74,9 +74,11 @@ impl Values<'_> {
     pub fn master(&self, range: std::ops::Range<usize>) -> Vec<f32> {
         match self {
             Values::F32(values) => values[range].to_vec(),
-            Values::Split { high, low } => {
-                high[range.clone()].iter().zip(&low[range]).map(|(&h, &l)| split::join(h, l)).collect()
-            }
+            Values::Split { high, low } => high[range.clone()]
+                .iter()
+                .zip(&low[range])
+                .map(|(&h, &l)| split::join(h, l))
+                .collect(),
         }
     }
 
@@ -116,21 +118,47 @@ impl Store {
     pub fn new(cpu: &Cpu, units: &[UnitSpec], weights: Vec<Weights>) -> Self {
         assert_eq!(units.len(), weights.len(), "units against lists of weights");
         let units = units.iter().zip(weights).map(|(spec, weights)| {
-            assert_eq!(spec.params.len(), weights.len(), "parameters of unit {}", spec.name);
+            assert_eq!(
+                spec.params.len(),
+                weights.len(),
+                "parameters of unit {}",
+                spec.name
+            );
             for (param, weight) in spec.params.iter().zip(weights.iter()) {
                 assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
             }
-            let trained: Vec<bool> = weights.iter().map(|w| matches!(w, Weight::Dense(_))).collect();
+            let trained: Vec<bool> = weights
+                .iter()
+                .map(|w| matches!(w, Weight::Dense(_)))
+                .collect();
             let grads = Some(Grads::new(trained.iter().copied()));
-            Unit { spec: spec.clone(), weights, trained, grads, state: Vec::new() }
+            Unit {
+                spec: spec.clone(),
+                weights,
+                trained,
+                grads,
+                state: Vec::new(),
+            }
         });
-        Store { cpu: cpu.clone(), units: units.collect() }
+        Store {
+            cpu: cpu.clone(),
+            units: units.collect(),
+        }
     }
 
     /// A store of freshly filled weights, rounded to `dtype`.
     pub fn init(cpu: &Cpu, units: &[UnitSpec], dtype: DType, seed: u64) -> Self {
-        let fill = |unit: &UnitSpec| unit.params.iter().map(|p| p.fill(cpu, seed, dtype).into()).collect();
-        Self::new(cpu, units, units.iter().map(|u| Weights::new(fill(u))).collect())
+        let fill = |unit: &UnitSpec| {
+            unit.params
+                .iter()
+                .map(|p| p.fill(cpu, seed, dtype).into())
+                .collect()
+        };
+        Self::new(
+            cpu,
+            units,
+            units.iter().map(|u| Weights::new(fill(u))).collect(),
+        )
     }
 
     /// Freezes the parameters that `trained` refuses, and gives the others `moments` zero moments and, in `bf16`, the low
@@ -139,13 +167,16 @@ impl Store {
         let cpu = self.cpu.clone();
         for unit in &mut self.units {
             unit.state.clear();
-            for (slot, (param, weight)) in unit.spec.params.iter().zip(unit.weights.iter()).enumerate() {
+            for (slot, (param, weight)) in
+                unit.spec.params.iter().zip(unit.weights.iter()).enumerate()
+            {
                 unit.trained[slot] = trained(param) && matches!(weight, Weight::Dense(_));
                 let mut state = State::default();
                 if let Weight::Dense(tensor) = weight
                     && unit.trained[slot]
                 {
-                    let zeros = || Tensor::zeros(&cpu, param.shape, DType::F32, Category::Optimizer);
+                    let zeros =
+                        || Tensor::zeros(&cpu, param.shape, DType::F32, Category::Optimizer);
                     state.moments = (0..moments).map(|_| zeros()).collect();
                     if tensor.dtype() == DType::Bf16 {
                         state.low = Some(zero_halves(&cpu, tensor.len()));
@@ -181,7 +212,10 @@ impl Store {
     /// When they are lent already.
     #[track_caller]
     pub fn grads(&mut self, unit: usize) -> Grads {
-        self.units[unit].grads.take().expect("gradients of a unit are lent once at a time")
+        self.units[unit]
+            .grads
+            .take()
+            .expect("gradients of a unit are lent once at a time")
     }
 
     /// Takes a unit's gradient sums: keeps what this rank owns of their mean (everything, here).
@@ -191,14 +225,17 @@ impl Store {
 
     /// The owner's view of every trained parameter, for the optimizer, checkpoints and norms.
     pub fn update(&mut self) -> impl Iterator<Item = Shard<'_>> {
-        self.units.iter_mut().enumerate().flat_map(|(unit, state)| state.shards(unit))
+        self.units
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(unit, state)| state.shards(unit))
     }
 
-    /// Sets all gradients to zero, keeping their memory.
+    /// Sets all gradients to zero, giving their memory back.
     pub fn clear_grads(&mut self) {
         for unit in &mut self.units {
             if let Some(grads) = &mut unit.grads {
-                grads.clear(&self.cpu);
+                grads.clear();
             }
         }
     }
@@ -207,27 +244,58 @@ impl Store {
     pub fn gradients(&self) -> impl Iterator<Item = (ParamId, &Tensor)> {
         self.units.iter().enumerate().flat_map(|(unit, u)| {
             let grads = u.grads.as_ref();
-            (0..u.spec.params.len())
-                .filter_map(move |slot| grads?.get(slot).map(|tensor| (ParamId { unit, slot }, tensor)))
+            (0..u.spec.params.len()).filter_map(move |slot| {
+                grads?
+                    .get(slot)
+                    .map(|tensor| (ParamId { unit, slot }, tensor))
+            })
         })
     }
 }
 
 impl Unit {
     fn shards(&mut self, unit: usize) -> impl Iterator<Item = Shard<'_>> {
-        let Unit { spec, weights, trained, grads, state } = self;
+        let Unit {
+            spec,
+            weights,
+            trained,
+            grads,
+            state,
+        } = self;
         let grads = grads.as_ref();
-        let parts = spec.params.iter().zip(weights.iter_mut()).zip(state.iter_mut()).enumerate();
-        parts.filter(|(slot, _)| trained[*slot]).filter_map(move |(slot, ((spec, weight), state))| {
-            let Weight::Dense(tensor) = weight else { return None };
-            let values = match &mut state.low {
-                Some(low) => Values::Split { high: tensor.as_mut_slice(), low: low.as_i16_mut() },
-                None => Values::F32(tensor.as_mut_slice()),
-            };
-            let grad = grads.and_then(|g| g.get(slot)).map(|g| g.as_slice::<f32>());
-            let moments = state.moments.iter_mut().map(|m| m.as_mut_slice::<f32>()).collect();
-            Some(Shard { id: ParamId { unit, slot }, spec, values, grad, moments })
-        })
+        let parts = spec
+            .params
+            .iter()
+            .zip(weights.iter_mut())
+            .zip(state.iter_mut())
+            .enumerate();
+        parts.filter(|(slot, _)| trained[*slot]).filter_map(
+            move |(slot, ((spec, weight), state))| {
+                let Weight::Dense(tensor) = weight else {
+                    return None;
+                };
+                let values = match &mut state.low {
+                    Some(low) => Values::Split {
+                        high: tensor.as_mut_slice(),
+                        low: low.as_i16_mut(),
+                    },
+                    None => Values::F32(tensor.as_mut_slice()),
+                };
+                let grad = grads.and_then(|g| g.get(slot)).map(|g| g.as_slice::<f32>());
+                let moments = state
+                    .moments
+                    .iter_mut()
+                    .map(|m| m.as_mut_slice::<f32>())
+                    .collect();
+                Some(Shard {
+                    id: ParamId { unit, slot },
+                    spec,
+                    values,
+                    grad,
+                    moments,
+                })
+            },
+        )
     }
 }
 

@@ -4,7 +4,9 @@ use crate::atomic::RealDisk;
 use crate::error::Result;
 use crate::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
 use std::path::Path;
-use windlass_tensor::{Category, Cpu, DType, FileTensor, ParamId, Tensor, UnitSpec, Weight, Weights, each_dtype};
+use windlass_tensor::{
+    Category, Cpu, DType, FileTensor, ParamId, Tensor, UnitSpec, Weight, Weights, each_dtype,
+};
 
 /// Reads the parameters of `units` from a file or folder of safetensors, converted to `dtype`.
 ///
@@ -21,7 +23,8 @@ pub fn load_weights(
     bare: impl for<'n> Fn(&'n str) -> Option<&'n str>,
     dtype: DType,
 ) -> Result<(Vec<Weights>, Vec<String>)> {
-    let mut weights: Vec<Vec<Option<Weight>>> = units.iter().map(|u| vec![None; u.params.len()]).collect();
+    let mut weights: Vec<Vec<Option<Weight>>> =
+        units.iter().map(|u| vec![None; u.params.len()]).collect();
     let mut used = std::collections::BTreeSet::new();
     for file in map {
         let name = match bare(&file.name) {
@@ -41,13 +44,29 @@ pub fn load_weights(
             }
         });
     }
-    let unused = tensors.names().filter(|name| !used.contains(name)).map(String::from).collect();
-    let complete = |unit: Vec<Option<Weight>>| unit.into_iter().map(|w| w.expect("a file tensor for each parameter"));
-    Ok((weights.into_iter().map(|unit| Weights::new(complete(unit).collect())).collect(), unused))
+    let unused = tensors
+        .names()
+        .filter(|name| !used.contains(name))
+        .map(String::from)
+        .collect();
+    let complete = |unit: Vec<Option<Weight>>| {
+        unit.into_iter()
+            .map(|w| w.expect("a file tensor for each parameter"))
+    };
+    Ok((
+        weights
+            .into_iter()
+            .map(|unit| Weights::new(complete(unit).collect()))
+            .collect(),
+        unused,
+    ))
 }
 
 fn rows_of(units: &[UnitSpec], parts: &[ParamId]) -> Vec<usize> {
-    parts.iter().map(|id| units[id.unit].params[id.slot].shape[0]).collect()
+    parts
+        .iter()
+        .map(|id| units[id.unit].params[id.slot].shape[0])
+        .collect()
 }
 
 /// Writes parameters as a folder of safetensors (sharded beyond `options.max_shard_bytes`), in the file's names and
@@ -68,7 +87,10 @@ pub fn save_weights(
         DType::Bf16 => Dtype::BF16,
         DType::F64 => Dtype::F64,
     };
-    let specs: Vec<Spec> = map.iter().map(|t| Spec::new(t.name.clone(), kind, t.shape.to_vec())).collect();
+    let specs: Vec<Spec> = map
+        .iter()
+        .map(|t| Spec::new(t.name.clone(), kind, t.shape.to_vec()))
+        .collect();
     write_folder(&RealDisk, folder, &specs, options, |index, writer| {
         let file = &map[index];
         let parts: Vec<Vec<f32>> = file.parts.iter().map(|id| values(*id)).collect();

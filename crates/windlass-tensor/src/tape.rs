@@ -4,6 +4,7 @@
 //! weights, never the weights. Values nobody saved are freed as soon as the forward code drops its [`Var`].
 
 use crate::{Cpu, DType, Grads, Shape, Tensor, Weights, each_dtype};
+use std::sync::Arc;
 use windlass_kernels::elementwise;
 use windlass_kernels::memory::Category;
 
@@ -13,6 +14,37 @@ pub struct Var {
     /// The value.
     pub tensor: Tensor,
     node: Option<usize>,
+    recipe: Option<Arc<dyn Recipe>>,
+}
+
+/// A value that is cheaper to compute again in the backward pass than to keep.
+pub trait Recipe: Send + Sync + std::fmt::Debug {
+    /// The value, computed again.
+    fn value(&self, cpu: &Cpu, weights: &Weights) -> Tensor;
+}
+
+/// What an op keeps of one of its inputs: the value or its recipe, and its place on the tape.
+pub struct Kept {
+    node: Option<usize>,
+    shape: Shape,
+    value: Value,
+}
+
+enum Value {
+    Tensor(Tensor),
+    Recipe(Arc<dyn Recipe>),
+}
+
+impl Kept {
+    /// The value's shape.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Place on the tape; `None` for a constant.
+    pub fn node(&self) -> Option<usize> {
+        self.node
+    }
 }
 
 impl Var {
@@ -24,6 +56,19 @@ impl Var {
     /// Place on the tape; `None` for a constant.
     pub fn node(&self) -> Option<usize> {
         self.node
+    }
+
+    /// What the backward pass needs to have this value: itself, or its recipe where it has one.
+    pub fn keep(&self) -> Kept {
+        let value = match &self.recipe {
+            Some(recipe) => Value::Recipe(recipe.clone()),
+            None => Value::Tensor(self.tensor.clone()),
+        };
+        Kept {
+            node: self.node,
+            shape: *self.tensor.shape(),
+            value,
+        }
     }
 }
 
@@ -103,12 +148,20 @@ impl Tape {
             self.nodes.push(None);
             self.nodes.len() - 1
         });
-        Var { tensor, node }
+        Var {
+            tensor,
+            node,
+            recipe: None,
+        }
     }
 
     /// A value that no gradient flows to.
     pub fn constant(&self, tensor: Tensor) -> Var {
-        Var { tensor, node: None }
+        Var {
+            tensor,
+            node: None,
+            recipe: None,
+        }
     }
 
     /// Makes the output of an op; `saved` is asked for the backward pass only when one will happen.
@@ -127,7 +180,20 @@ impl Tape {
         Var {
             tensor: output,
             node,
+            recipe: None,
         }
+    }
+
+    /// Tells how to compute a value again, so that ops which need it in their backward pass do not keep it.
+    pub fn with_recipe<R: Recipe + 'static>(
+        &self,
+        mut value: Var,
+        recipe: impl FnOnce() -> R,
+    ) -> Var {
+        if self.is_recording() {
+            value.recipe = Some(Arc::new(recipe()));
+        }
+        value
     }
 
     /// Makes the output of an op that has no backward pass.
@@ -143,6 +209,7 @@ impl Tape {
         Var {
             tensor: output,
             node: None,
+            recipe: None,
         }
     }
 
@@ -176,6 +243,7 @@ impl Recorded {
             weights,
             grads,
             flowing: Vec::new(),
+            again: None,
         };
         cx.flowing.resize_with(self.nodes.len(), || None);
         cx.flowing[output] = Some(dy);
@@ -198,12 +266,31 @@ pub struct Backprop<'a> {
     /// The unit's gradients.
     pub grads: &'a mut Grads,
     flowing: Vec<Option<Tensor>>,
+    /// The value computed again last: neighbors on the tape often share one.
+    again: Option<(Arc<dyn Recipe>, Tensor)>,
 }
 
 impl Backprop<'_> {
     /// The machine (a clone shares it).
     pub fn cpu(&self) -> Cpu {
         self.cpu.clone()
+    }
+
+    /// The value of an input that an op kept.
+    pub fn value(&mut self, kept: &Kept) -> Tensor {
+        let recipe = match &kept.value {
+            Value::Tensor(tensor) => return tensor.clone(),
+            Value::Recipe(recipe) => recipe,
+        };
+        match &self.again {
+            Some((last, tensor)) if Arc::ptr_eq(last, recipe) => tensor.clone(),
+            _ => {
+                self.again = None;
+                let tensor = recipe.value(&self.cpu, self.weights);
+                self.again = Some((recipe.clone(), tensor.clone()));
+                tensor
+            }
+        }
     }
 
     /// The buffer in which to put the gradient of the value at `node`, and whether it already holds a part of it to

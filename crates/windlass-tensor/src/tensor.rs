@@ -79,7 +79,10 @@ impl Tensor {
     /// A tensor of zeros.
     pub fn zeros(cpu: &Cpu, shape: impl Into<Shape>, dtype: DType, category: Category) -> Self {
         let mut tensor = Self::empty(cpu, shape, dtype, category);
-        each_dtype!(dtype, E => elementwise::fill(&cpu.pool, E::from_f64(0.0), tensor.as_mut_slice::<E>()));
+        if !tensor.data.is_fresh() {
+            each_dtype!(dtype, E =>
+                elementwise::fill(&cpu.pool, E::from_f64(0.0), tensor.as_mut_slice::<E>()));
+        }
         tensor
     }
 

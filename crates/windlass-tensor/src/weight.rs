@@ -150,12 +150,11 @@ impl Grads {
         }
     }
 
-    /// Sets every trained gradient to zero, keeping the memory.
-    pub fn clear(&mut self, cpu: &Cpu) {
+    /// Sets every trained gradient to zero, giving its memory back.
+    pub fn clear(&mut self) {
         for grad in &mut self.0 {
-            if let Grad::Sum(tensor) = grad {
-                each_dtype!(tensor.dtype(), E =>
-                    windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(0.0), tensor.as_mut_slice::<E>()));
+            if matches!(grad, Grad::Sum(_)) {
+                *grad = Grad::Zero;
             }
         }
     }

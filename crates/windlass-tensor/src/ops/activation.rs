@@ -1,7 +1,7 @@
 //! Activations, plain and gated.
 
-use crate::tape::{Backprop, Backward};
-use crate::{Activation, Tape, Tensor, Var, each_dtype};
+use crate::tape::{Backprop, Backward, Recipe};
+use crate::{Activation, Cpu, Tape, Tensor, Var, Weights, each_dtype};
 use windlass_kernels::activation;
 use windlass_kernels::memory::Category;
 
@@ -9,10 +9,13 @@ impl Tape {
     /// `y = act(x)`, element by element.
     pub fn activation(&mut self, kind: Activation, x: &Var) -> Var {
         let cpu = self.cpu().clone();
-        let mut y = Tensor::empty(&cpu, *x.shape(), x.tensor.dtype(), Category::Activations);
-        each_dtype!(x.tensor.dtype(), E =>
-            activation::activation(&cpu.pool, kind, x.tensor.as_slice::<E>(), y.as_mut_slice::<E>()));
-        self.record(y, x.node().is_some(), || Saved { kind, x: x.clone() })
+        let recipe = Activated {
+            kind,
+            x: x.tensor.clone(),
+        };
+        let y = recipe.compute(&cpu);
+        let y = self.record(y, x.node().is_some(), || Saved { kind, x: x.clone() });
+        self.with_recipe(y, || recipe)
     }
 
     /// `y = act(gate) * up`, element by element: SwiGLU and its kin.
@@ -23,21 +26,68 @@ impl Tape {
     pub fn gated(&mut self, kind: Activation, gate: &Var, up: &Var) -> Var {
         assert_eq!(gate.shape(), up.shape(), "gate against up");
         let cpu = self.cpu().clone();
-        let y = gated(&cpu, kind, &gate.tensor, &up.tensor);
+        let recipe = Gated {
+            kind,
+            gate: gate.tensor.clone(),
+            up: up.tensor.clone(),
+        };
+        let y = recipe.compute(&cpu);
         let flows = gate.node().is_some() || up.node().is_some();
-        self.record(y, flows, || SavedGated {
+        let y = self.record(y, flows, || SavedGated {
             kind,
             gate: gate.clone(),
             up: up.clone(),
-        })
+        });
+        self.with_recipe(y, || recipe)
     }
 }
 
-fn gated(cpu: &crate::Cpu, kind: Activation, gate: &Tensor, up: &Tensor) -> Tensor {
-    let mut y = Tensor::empty(cpu, *gate.shape(), gate.dtype(), Category::Activations);
-    each_dtype!(gate.dtype(), E => activation::gated(
-        &cpu.pool, kind, gate.as_slice::<E>(), up.as_slice::<E>(), y.as_mut_slice::<E>()));
-    y
+#[derive(Debug)]
+struct Activated {
+    kind: Activation,
+    x: Tensor,
+}
+
+impl Activated {
+    fn compute(&self, cpu: &Cpu) -> Tensor {
+        let mut y = Tensor::empty(cpu, *self.x.shape(), self.x.dtype(), Category::Activations);
+        each_dtype!(y.dtype(), E => activation::activation(
+            &cpu.pool, self.kind, self.x.as_slice::<E>(), y.as_mut_slice::<E>()));
+        y
+    }
+}
+
+impl Recipe for Activated {
+    fn value(&self, cpu: &Cpu, _: &Weights) -> Tensor {
+        self.compute(cpu)
+    }
+}
+
+#[derive(Debug)]
+struct Gated {
+    kind: Activation,
+    gate: Tensor,
+    up: Tensor,
+}
+
+impl Gated {
+    fn compute(&self, cpu: &Cpu) -> Tensor {
+        let mut y = Tensor::empty(
+            cpu,
+            *self.up.shape(),
+            self.up.dtype(),
+            Category::Activations,
+        );
+        each_dtype!(y.dtype(), E => activation::gated(
+            &cpu.pool, self.kind, self.gate.as_slice::<E>(), self.up.as_slice::<E>(), y.as_mut_slice::<E>()));
+        y
+    }
+}
+
+impl Recipe for Gated {
+    fn value(&self, cpu: &Cpu, _: &Weights) -> Tensor {
+        self.compute(cpu)
+    }
 }
 
 struct Saved {

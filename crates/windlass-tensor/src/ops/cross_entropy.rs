@@ -1,12 +1,12 @@
 //! Cross-entropy fused with the head projection: the logits of all tokens never exist at once.
 
 use super::linear::{mat, weight_gradient};
-use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use crate::tape::{Backprop, Backward};
 use crate::{Cpu, Grads, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::Element;
 use windlass_kernels::cross_entropy::cross_entropy_rows;
+use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use windlass_kernels::memory::Category;
 
 /// The target of a position that has no loss.

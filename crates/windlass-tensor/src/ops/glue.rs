@@ -86,7 +86,9 @@ impl Tape {
         let mut y = x.tensor.deep_clone(self.cpu(), Category::Activations);
         each_dtype!(y.dtype(), E => y.as_mut_slice::<E>().iter_mut().for_each(|v| *v = E::from_f64(v.to_f64() + c)));
         let x = x.node();
-        self.record(y, x.is_some(), || Glue(move |cx: &mut Backprop<'_>, dy: Tensor| cx.add(x, dy)))
+        self.record(y, x.is_some(), || {
+            Glue(move |cx: &mut Backprop<'_>, dy: Tensor| cx.add(x, dy))
+        })
     }
 
     /// `x` in another storage type; the gradient is rounded back.

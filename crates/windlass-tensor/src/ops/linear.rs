@@ -1,10 +1,10 @@
 //! `y = x Wᵀ + b + r`: the one place that looks at a weight's representation.
 
-use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
-use crate::tape::{Backprop, Backward};
+use crate::tape::{Backprop, Backward, Kept};
 use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::ops::Range;
 use windlass_kernels::elementwise::sum_rows;
+use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
 use windlass_kernels::memory::Category;
 use windlass_kernels::{DType, Element};
 
@@ -63,7 +63,7 @@ impl Tape {
         });
         let (bias, residual) = (bias.map(|b| b.slot), residual.and_then(Var::node));
         self.record(y, true, || Saved {
-            x: x.clone(),
+            x: x.keep(),
             w: w.slot,
             bias,
             residual,
@@ -97,7 +97,7 @@ fn unpack<E: Element>(cpu: &Cpu, packed: &Packed, rows: Range<usize>) -> Tensor 
 }
 
 struct Saved {
-    x: Var,
+    x: Kept,
     w: usize,
     bias: Option<usize>,
     residual: Option<usize>,
@@ -120,9 +120,10 @@ impl Backward for Saved {
             cx.put(self.x.node(), dx);
         }
         if cx.grads.wants(self.w) {
+            let x = cx.value(&self.x);
             each_dtype!(dy.dtype(), E => {
                 let dw = cx.grads.sum::<<E as Element>::Acc>(&cpu, self.w, weight.shape());
-                weight_gradient::<E>(&cpu, &dy, &self.x.tensor, dw);
+                weight_gradient::<E>(&cpu, &dy, &x, dw);
             });
         }
         if let Some(slot) = self.bias.filter(|&slot| cx.grads.wants(slot)) {
@@ -139,10 +140,7 @@ impl Backward for Saved {
 pub(super) fn weight_gradient<E: Element>(cpu: &Cpu, dy: &Tensor, x: &Tensor, dw: &mut [E::Acc]) {
     let (m, n, k) = (dy.rows(), dy.cols(), x.cols());
     debug_assert_eq!(DType::accumulator(E::DTYPE), <E::Acc as Element>::DTYPE);
-    let (a, b) = (
-        mat(dy.as_slice::<E>(), n),
-        mat(x.as_slice::<E>(), k),
-    );
+    let (a, b) = (mat(dy.as_slice::<E>(), n), mat(x.as_slice::<E>(), k));
     let epilogue = Epilogue {
         accumulate: true,
         ..Default::default()

@@ -1,7 +1,7 @@
 //! RMS norm and layer norm over the last axis.
 
-use crate::tape::{Backprop, Backward};
-use crate::{Cpu, Param, Tape, Tensor, Var, each_dtype};
+use crate::tape::{Backprop, Backward, Recipe};
+use crate::{Cpu, Param, Tape, Tensor, Var, Weights, each_dtype};
 use windlass_kernels::memory::Category;
 use windlass_kernels::{Element, norm};
 
@@ -24,25 +24,20 @@ impl Tape {
             x.shape(),
             weight.len()
         );
-        let rows = x.tensor.len() / weight.len();
-        let dtype = x.tensor.dtype();
-        let mut y = Tensor::empty(&cpu, *x.shape(), dtype, Category::Activations);
-        let mut inv_rms = Tensor::empty(&cpu, [rows], dtype.accumulator(), Category::Activations);
-        each_dtype!(dtype, E => norm::rms_norm(
-            &cpu.pool,
-            x.tensor.as_slice::<E>(),
-            weight.as_slice::<E>(),
-            offset,
+        let recipe = Rms {
+            x: x.tensor.clone(),
+            w: w.slot,
             eps,
-            y.as_mut_slice::<E>(),
-            inv_rms.as_mut_slice::<<E as Element>::Acc>(),
-        ));
-        self.record(y, true, || SavedRms {
+            offset,
+        };
+        let (y, inv_rms) = recipe.compute(&cpu, weight);
+        let y = self.record(y, true, || SavedRms {
             x: x.clone(),
             inv_rms,
             w: w.slot,
             offset,
-        })
+        });
+        self.with_recipe(y, || recipe)
     }
 
     /// `y = (x - mean) / sqrt(var + eps) * w + b` over the last `w.len()` elements of each row.
@@ -63,29 +58,99 @@ impl Tape {
             x.shape(),
             weight.len()
         );
-        let rows = x.tensor.len() / weight.len();
-        let dtype = x.tensor.dtype();
-        let mut y = Tensor::empty(&cpu, *x.shape(), dtype, Category::Activations);
-        let mut mean = Tensor::empty(&cpu, [rows], dtype.accumulator(), Category::Activations);
-        let mut inv_std = Tensor::empty(&cpu, [rows], dtype.accumulator(), Category::Activations);
-        each_dtype!(dtype, E => norm::layer_norm(
-            &cpu.pool,
-            x.tensor.as_slice::<E>(),
-            weight.as_slice::<E>(),
-            b.map(|b| b.weight.dense().as_slice::<E>()),
+        let recipe = LayerNorm {
+            x: x.tensor.clone(),
+            w: w.slot,
+            b: b.map(|b| b.slot),
             eps,
-            y.as_mut_slice::<E>(),
-            mean.as_mut_slice::<<E as Element>::Acc>(),
-            inv_std.as_mut_slice::<<E as Element>::Acc>(),
-        ));
-        let b = b.map(|b| b.slot);
-        self.record(y, true, || SavedLayer {
+        };
+        let bias = b.map(|b| b.weight.dense());
+        let (y, mean, inv_std) = recipe.compute(&cpu, weight, bias);
+        let b = recipe.b;
+        let y = self.record(y, true, || SavedLayer {
             x: x.clone(),
             mean,
             inv_std,
             w: w.slot,
             b,
-        })
+        });
+        self.with_recipe(y, || recipe)
+    }
+}
+
+#[derive(Debug)]
+struct Rms {
+    x: Tensor,
+    w: usize,
+    eps: f32,
+    offset: f32,
+}
+
+impl Rms {
+    /// The normed rows and their inverse root mean squares.
+    fn compute(&self, cpu: &Cpu, weight: &Tensor) -> (Tensor, Tensor) {
+        let (x, dtype) = (&self.x, self.x.dtype());
+        let rows = x.len() / weight.len();
+        let mut y = Tensor::empty(cpu, *x.shape(), dtype, Category::Activations);
+        let mut inv_rms = Tensor::empty(cpu, [rows], dtype.accumulator(), Category::Activations);
+        each_dtype!(dtype, E => norm::rms_norm(
+            &cpu.pool,
+            x.as_slice::<E>(),
+            weight.as_slice::<E>(),
+            self.offset,
+            self.eps,
+            y.as_mut_slice::<E>(),
+            inv_rms.as_mut_slice::<<E as Element>::Acc>(),
+        ));
+        (y, inv_rms)
+    }
+}
+
+impl Recipe for Rms {
+    fn value(&self, cpu: &Cpu, weights: &Weights) -> Tensor {
+        self.compute(cpu, weights.at(self.w).weight.dense()).0
+    }
+}
+
+#[derive(Debug)]
+struct LayerNorm {
+    x: Tensor,
+    w: usize,
+    b: Option<usize>,
+    eps: f32,
+}
+
+impl LayerNorm {
+    /// The normed rows, their means and their inverse standard deviations.
+    fn compute(
+        &self,
+        cpu: &Cpu,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> (Tensor, Tensor, Tensor) {
+        let (x, dtype) = (&self.x, self.x.dtype());
+        let rows = x.len() / weight.len();
+        let mut y = Tensor::empty(cpu, *x.shape(), dtype, Category::Activations);
+        let mut mean = Tensor::empty(cpu, [rows], dtype.accumulator(), Category::Activations);
+        let mut inv_std = Tensor::empty(cpu, [rows], dtype.accumulator(), Category::Activations);
+        each_dtype!(dtype, E => norm::layer_norm(
+            &cpu.pool,
+            x.as_slice::<E>(),
+            weight.as_slice::<E>(),
+            bias.map(|b| b.as_slice::<E>()),
+            self.eps,
+            y.as_mut_slice::<E>(),
+            mean.as_mut_slice::<<E as Element>::Acc>(),
+            inv_std.as_mut_slice::<<E as Element>::Acc>(),
+        ));
+        (y, mean, inv_std)
+    }
+}
+
+impl Recipe for LayerNorm {
+    fn value(&self, cpu: &Cpu, weights: &Weights) -> Tensor {
+        let bias = self.b.map(|b| weights.at(b).weight.dense());
+        self.compute(cpu, weights.at(self.w).weight.dense(), bias).0
     }
 }
 
