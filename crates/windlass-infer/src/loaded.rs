@@ -200,11 +200,11 @@ fn find_folder(path: &Path, notes: &mut Vec<String>) -> Result<PathBuf, InferErr
     if path.join("config.json").is_file() {
         return Ok(path.to_owned());
     }
-    if path.join("latest").is_file() {
-        if let Some(found) = Checkpoints::open(path).latest()? {
-            notes.extend(found.note);
-            return Ok(found.checkpoint.path().to_owned());
-        }
+    if path.join("latest").is_file()
+        && let Some(found) = Checkpoints::open(path).latest()?
+    {
+        notes.extend(found.note);
+        return Ok(found.checkpoint.path().to_owned());
     }
     let inner = path.join("model");
     if inner.join("config.json").is_file() {

@@ -576,6 +576,30 @@ fn checkpoints_open_like_models() {
 }
 
 #[test]
+fn hub_ids_open_from_the_cache() {
+    let fixture = Fixture::new();
+    let home = tempfile::tempdir().unwrap();
+    let repository = home.path().join("hub/models--org--tiny");
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let snapshot = repository.join("snapshots").join(commit);
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(repository.join("refs")).unwrap();
+    fs::write(repository.join("refs/main"), commit).unwrap();
+    for entry in fs::read_dir(fixture.path()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), snapshot.join(entry.file_name())).unwrap();
+    }
+    let home = [("HF_HOME", home.path().to_str().unwrap())];
+    let generate =
+        |model: &str| windlass(&["generate", "-m", model, "--max-tokens", "5"], &home, "").ok();
+    assert_eq!(generate("org/tiny"), generate(fixture.name()));
+    assert_eq!(
+        generate(&format!("org/tiny@{commit}")),
+        generate(fixture.name())
+    );
+}
+
+#[test]
 fn eval_reports_its_measures() {
     let fixture = Fixture::new();
     let model = fixture.name();
