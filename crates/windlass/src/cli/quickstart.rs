@@ -10,8 +10,8 @@ use std::time::Instant;
 use windlass::infer::{GenerateOptions, Generator, LoadedModel, SamplingParams};
 use windlass::model::{DecoderConfig, Tokenizer, decoder, preset_config};
 use windlass::store::Store;
-use windlass::tensor::{Cpu, DType, Rng};
-use windlass::train::corpus::{self, Kind, Prompt, Score};
+use windlass::tensor::{Cpu, DType};
+use windlass::train::corpus::{self, Prompt, Score};
 use windlass::train::data::{Corpus, Packing, ReadOptions, Split, TokenizeOptions, tokenize};
 use windlass::train::schedule::{Decay, Schedule, Warmup};
 use windlass::train::{EngineOptions, Optimizer, StepShape, TrainOptions, Trainer, measure_step};
@@ -37,7 +37,7 @@ pub struct Args {
 
 /// Sequences of a step: short ones, as the texts are.
 const SHAPE: StepShape = StepShape {
-    micro_batch: 16,
+    micro_batch: 8,
     seq_len: 128,
     gradient_accumulation_steps: 1,
 };
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
     let file = folder.join("corpus.txt");
     std::fs::write(&file, &text)?;
     eprintln!(
-        "corpus: {} of stories and sums, made from seed {} ({})",
+        "corpus: {} of stories and games, made from seed {} ({})",
         bytes(text.len()),
         args.seed,
         file.display()
@@ -86,12 +86,12 @@ pub fn run(args: Args) -> Result<()> {
     println!("held-out perplexity: {before:.1} before training, {after:.2} after");
     let prompts = corpus::prompts(args.seed, QUESTIONS);
     let score = examine(&model, &prompts)?;
-    println!("answers exactly right, on facts and sums never seen in training:");
+    println!("answers exactly right, on numbers and facts never seen in training:");
     for &(kind, right, asked) in &score.kinds {
         println!("  {kind:<22} {right:>3} of {asked}");
     }
     println!("  {:<22} {:.0} %", "all", 100.0 * score.total());
-    speak(&model, &prompts, args.seed)?;
+    speak(&model, args.seed)?;
     farewell(&saved, start);
     Ok(())
 }
@@ -197,10 +197,9 @@ fn examine(model: &LoadedModel, prompts: &[Prompt]) -> Result<Score> {
     Ok(Score::new(prompts, &answers))
 }
 
-/// Streams the continuation of a held-out story to the terminal.
-fn speak(model: &LoadedModel, prompts: &[Prompt], seed: u64) -> Result<()> {
-    let stories: Vec<&Prompt> = prompts.iter().filter(|p| p.kind != Kind::Sum).collect();
-    let prompt = stories[Rng::new(seed).below(stories.len() as u64) as usize];
+/// Streams a story to the terminal.
+fn speak(model: &LoadedModel, seed: u64) -> Result<()> {
+    let prompt = "Story:";
     let options = GenerateOptions {
         sampling: SamplingParams {
             temperature: 0.8,
@@ -210,9 +209,9 @@ fn speak(model: &LoadedModel, prompts: &[Prompt], seed: u64) -> Result<()> {
         seed,
         ..Default::default()
     };
-    println!("\n{}", prompt.text);
+    print!("\n{prompt}");
     let mut out = std::io::stdout();
-    Generator::new(model, options)?.generate_text(&prompt.text, &mut |piece| {
+    Generator::new(model, options)?.generate_text(prompt, &mut |piece| {
         // A closed pipe ends the show, not the program.
         let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
     })?;
@@ -230,7 +229,7 @@ fn farewell(model: &Path, start: Instant) {
     eprintln!("  windlass train my.txt --size 15m --out runs/mine     train on your texts");
     eprintln!("  windlass generate --model runs/mine --prompt \"...\"   let the result speak");
     eprintln!(
-        "  windlass generate --model {} --prompt \"Sums:\\n\"",
+        "  windlass generate --model {} --prompt \"The larger:\"",
         model.display()
     );
     eprintln!("  windlass eval perplexity --model runs/mine --file other.txt");
