@@ -61,7 +61,10 @@ impl Tokens {
             targets[end - 1] = IGNORED;
         }
         let denominator = targets.iter().filter(|&&t| t != IGNORED).count().max(1) as f64;
-        let goal = Goal::Loss { targets: targets.into(), denominator };
+        let goal = Goal::Loss {
+            targets: targets.into(),
+            denominator,
+        };
         Self::new(ids, lengths, goal, dtype)
     }
 
