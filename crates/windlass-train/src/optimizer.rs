@@ -66,6 +66,7 @@ impl Optimizer {
         let Some(grad) = shard.grad else { return };
         let decays = |weight_decay: f64| if shard.spec.decay { weight_decay } else { 0.0 };
         let mut moments = shard.moments.into_iter();
+        let mut moment = || moments.next().expect("a moment that the rule keeps");
         match *self {
             Optimizer::AdamW {
                 beta1,
@@ -73,49 +74,34 @@ impl Optimizer {
                 eps,
                 weight_decay,
             } => {
-                let weight_decay = decays(weight_decay);
                 let rule = optim::AdamW {
                     lr,
                     beta1,
                     beta2,
                     eps,
-                    weight_decay,
+                    weight_decay: decays(weight_decay),
                     step,
                     grad_scale,
                 };
-                let (m, v) = (
-                    moments.next().expect("first moment"),
-                    moments.next().expect("second moment"),
-                );
-                match shard.values {
-                    Values::F32(p) => optim::adamw(pool, p, grad, m, v, &rule),
-                    Values::Split { high, low } => {
-                        optim::adamw_split(pool, high, low, grad, m, v, &rule)
-                    }
-                }
+                let (m, v) = (moment(), moment());
+                apply_adamw(pool, shard.values, grad, m, v, &rule);
             }
             Optimizer::Sgd {
                 momentum,
                 nesterov,
                 weight_decay,
             } => {
-                let weight_decay = decays(weight_decay);
                 let rule = optim::Sgd {
                     lr,
                     momentum,
                     dampening: 0.0,
                     nesterov,
-                    weight_decay,
+                    weight_decay: decays(weight_decay),
                     step,
                     grad_scale,
                 };
                 let buffer = moments.next().unwrap_or_default();
-                match shard.values {
-                    Values::F32(p) => optim::sgd(pool, p, grad, buffer, &rule),
-                    Values::Split { high, low } => {
-                        optim::sgd_split(pool, high, low, grad, buffer, &rule)
-                    }
-                }
+                apply_sgd(pool, shard.values, grad, buffer, &rule);
             }
             Optimizer::Lion {
                 beta1,
@@ -129,14 +115,36 @@ impl Optimizer {
                     weight_decay: decays(weight_decay),
                     grad_scale,
                 };
-                let m = moments.next().expect("momentum");
-                match shard.values {
-                    Values::F32(p) => optim::lion(pool, p, grad, m, &rule),
-                    Values::Split { high, low } => {
-                        optim::lion_split(pool, high, low, grad, m, &rule)
-                    }
-                }
+                apply_lion(pool, shard.values, grad, moment(), &rule);
             }
         }
+    }
+}
+
+fn apply_adamw(
+    pool: &Pool,
+    values: Values<'_>,
+    grad: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    rule: &optim::AdamW,
+) {
+    match values {
+        Values::F32(p) => optim::adamw(pool, p, grad, m, v, rule),
+        Values::Split { high, low } => optim::adamw_split(pool, high, low, grad, m, v, rule),
+    }
+}
+
+fn apply_sgd(pool: &Pool, values: Values<'_>, grad: &[f32], buffer: &mut [f32], rule: &optim::Sgd) {
+    match values {
+        Values::F32(p) => optim::sgd(pool, p, grad, buffer, rule),
+        Values::Split { high, low } => optim::sgd_split(pool, high, low, grad, buffer, rule),
+    }
+}
+
+fn apply_lion(pool: &Pool, values: Values<'_>, grad: &[f32], m: &mut [f32], rule: &optim::Lion) {
+    match values {
+        Values::F32(p) => optim::lion(pool, p, grad, m, rule),
+        Values::Split { high, low } => optim::lion_split(pool, high, low, grad, m, rule),
     }
 }

@@ -16,6 +16,7 @@ pub mod eval;
 pub mod generate;
 pub mod info;
 pub mod quickstart;
+pub mod recipe;
 pub mod source;
 pub mod train;
 

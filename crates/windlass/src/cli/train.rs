@@ -1,7 +1,8 @@
 //! `windlass train`: a model from scratch or from a Hugging Face folder, on the user's own texts.
 
 use super::drive::{self, bytes, machine_memory};
-use super::{Machine, Precision, failure, usage};
+use super::recipe::Recipe;
+use super::{Machine, failure, usage};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use std::num::NonZeroUsize;
@@ -16,10 +17,7 @@ use windlass::tensor::Cpu;
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
 };
-use windlass::train::schedule::{Decay, Schedule, Warmup};
-use windlass::train::{
-    EngineOptions, Optimizer, Plan, StepShape, TrainOptions, Trainer, load_model, plan,
-};
+use windlass::train::{EngineOptions, Plan, StepShape, TrainOptions, Trainer, load_model, plan};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -110,127 +108,12 @@ pub struct Args {
     machine: Machine,
 }
 
-/// How weights move.
-#[derive(clap::Args)]
-struct Recipe {
-    /// Storage type of weights and activations
-    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
-    dtype: Precision,
-    /// Update rule
-    #[arg(long, value_enum, default_value_t = Rule::Adamw)]
-    optimizer: Rule,
-    /// Highest learning rate
-    #[arg(long, default_value_t = 6e-4)]
-    lr: f64,
-    /// Lowest learning rate, as a part of the highest
-    #[arg(long, default_value_t = 0.1)]
-    min_lr_ratio: f64,
-    /// Warm-up: steps, or a fraction of all steps when below 1
-    #[arg(long, default_value_t = 0.03)]
-    warmup: f64,
-    /// How the learning rate falls after the warm-up
-    #[arg(long, value_enum, default_value_t = Fall::Cosine)]
-    schedule: Fall,
-    /// Decay of weights (not of biases and norms)
-    #[arg(long, default_value_t = 0.1)]
-    weight_decay: f64,
-    /// Decay of the mean gradient (momentum of sgd)
-    #[arg(long, default_value_t = 0.9)]
-    beta1: f64,
-    /// Decay of the mean squared gradient
-    #[arg(long, default_value_t = 0.95)]
-    beta2: f64,
-    /// Largest global gradient norm; 0 does not clip
-    #[arg(long, default_value_t = 1.0)]
-    clip: f64,
-    /// Keep only the input of each layer for the backward pass and run the layer again there
-    #[arg(long)]
-    checkpoint_activations: bool,
-}
-
 #[derive(ValueEnum, Clone, Copy)]
 enum Pack {
     /// Each document sees itself alone
     Documents,
     /// A sequence is one stretch of text
     Stream,
-}
-
-#[derive(ValueEnum, Clone, Copy)]
-enum Rule {
-    Adamw,
-    Sgd,
-    Lion,
-}
-
-#[derive(ValueEnum, Clone, Copy)]
-enum Fall {
-    Cosine,
-    Linear,
-    Constant,
-}
-
-impl Recipe {
-    fn engine(&self) -> Result<EngineOptions> {
-        for (flag, value) in [("--beta1", self.beta1), ("--beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return Err(usage(
-                    format!("{flag} {value}"),
-                    "it must be at least 0 and below 1",
-                ));
-            }
-        }
-        for (flag, value) in [("--weight-decay", self.weight_decay), ("--clip", self.clip)] {
-            if !(value >= 0.0 && value.is_finite()) {
-                return Err(usage(
-                    format!("{flag} {value}"),
-                    "it must be 0 or a positive number",
-                ));
-            }
-        }
-        let (beta1, beta2, weight_decay) = (self.beta1, self.beta2, self.weight_decay);
-        Ok(EngineOptions {
-            optimizer: match self.optimizer {
-                Rule::Adamw => Optimizer::AdamW {
-                    beta1,
-                    beta2,
-                    eps: 1e-8,
-                    weight_decay,
-                },
-                Rule::Sgd => Optimizer::Sgd {
-                    momentum: beta1,
-                    nesterov: false,
-                    weight_decay,
-                },
-                Rule::Lion => Optimizer::Lion {
-                    beta1,
-                    beta2,
-                    weight_decay,
-                },
-            },
-            gradient_clipping: (self.clip > 0.0).then_some(self.clip),
-            activation_checkpointing: self.checkpoint_activations,
-        })
-    }
-
-    fn schedule(&self, steps: u64) -> Result<Schedule> {
-        let warmup = match self.warmup {
-            w if w < 1.0 => Warmup::Fraction(w),
-            w => Warmup::Steps(w as u64),
-        };
-        let decay = match self.schedule {
-            Fall::Cosine => Decay::Cosine,
-            Fall::Linear => Decay::Linear,
-            Fall::Constant => Decay::Constant,
-        };
-        Ok(Schedule::new(
-            self.lr,
-            self.min_lr_ratio,
-            warmup,
-            steps,
-            decay,
-        )?)
-    }
 }
 
 /// Runs the verb.
@@ -266,14 +149,7 @@ pub fn run(args: Args) -> Result<()> {
     for note in &config.notes {
         eprintln!("note: {note}");
     }
-    let seq_len = args
-        .seq_len
-        .unwrap_or(512.min(config.max_position_embeddings));
-    let shape = StepShape {
-        micro_batch: args.batch,
-        seq_len,
-        gradient_accumulation_steps: args.accumulate,
-    };
+    let shape = shape(&args, &config);
     let plan = plan(&config, args.recipe.dtype.dtype(), engine, shape);
     describe(&config, &plan);
     fits(&plan)?;
@@ -282,12 +158,51 @@ pub fn run(args: Args) -> Result<()> {
     }
     let tokenized = tokens(&args, &corpus, &tokenizer)?;
     let split = Split::new(&Arc::new(tokenized.file), args.held_out, args.seed)?;
-    let per_step = (shape.micro_batch * seq_len * shape.gradient_accumulation_steps) as f64;
+    let options = options(&args, engine, shape, split.train.tokens())?;
+    let steps = options.steps;
+    let store = weights(&cpu, &config, origin.as_deref(), &options)?;
+    let mut trainer = Trainer::new(
+        config,
+        tokenizer,
+        store,
+        split.train,
+        split.held_out,
+        options,
+        resume.as_ref(),
+    )?;
+    drive::train(&mut trainer, steps)?;
+    eprintln!(
+        "next: windlass generate --model {} --prompt \"...\"",
+        args.out.display()
+    );
+    Ok(())
+}
+
+/// A micro-batch and how many make a step.
+fn shape(args: &Args, config: &DecoderConfig) -> StepShape {
+    let seq_len = args
+        .seq_len
+        .unwrap_or(512.min(config.max_position_embeddings));
+    StepShape {
+        micro_batch: args.batch,
+        seq_len,
+        gradient_accumulation_steps: args.accumulate,
+    }
+}
+
+/// How the run trains on `tokens` tokens.
+fn options(
+    args: &Args,
+    engine: EngineOptions,
+    shape: StepShape,
+    tokens: u64,
+) -> Result<TrainOptions> {
+    let per_step = (shape.micro_batch * shape.seq_len * shape.gradient_accumulation_steps) as f64;
     let steps = match args.steps {
         Some(steps) => steps,
-        None => (args.epochs.unwrap_or(1.0) * split.train.tokens() as f64 / per_step).ceil() as u64,
+        None => (args.epochs.unwrap_or(1.0) * tokens as f64 / per_step).ceil() as u64,
     };
-    let options = TrainOptions {
+    Ok(TrainOptions {
         dtype: args.recipe.dtype.dtype(),
         engine,
         shape,
@@ -305,23 +220,7 @@ pub fn run(args: Args) -> Result<()> {
             .then(|| Duration::from_secs_f64(args.save_minutes * 60.0)),
         keep: Some(args.keep),
         out: args.out.clone(),
-    };
-    let store = weights(&cpu, &config, origin.as_deref(), &options)?;
-    let mut trainer = Trainer::new(
-        config,
-        tokenizer,
-        store,
-        split.train,
-        split.held_out,
-        options,
-        resume.as_ref(),
-    )?;
-    drive::train(&mut trainer, steps)?;
-    eprintln!(
-        "next: windlass generate --model {} --prompt \"...\"",
-        args.out.display()
-    );
-    Ok(())
+    })
 }
 
 /// The latest checkpoint of a run that is to be continued.

@@ -8,6 +8,7 @@ use std::time::Instant;
 use windlass::model::{DecoderConfig, Goal, Tokens, decoder};
 use windlass::store::Store;
 use windlass::tensor::kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_kernel_name};
+use windlass::tensor::kernels::memory::Usage;
 use windlass::tensor::{Category, Cpu, DType, Rng, Tensor, each_dtype};
 use windlass::train::{Engine, EngineOptions, StepShape, plan};
 
@@ -229,13 +230,18 @@ fn report(
     );
     println!("backward     {:.3} s", best[2]);
     println!("optimizer    {:.3} s", best[3]);
+    report_memory(&measured, plan.memory.reserved);
+}
+
+/// Memory by category, and beside the plan and what the system says.
+fn report_memory(measured: &Usage, planned: usize) {
     for category in Category::ALL {
         println!("{:<12} {}", category.name(), bytes(measured.of(category)));
     }
     println!(
         "memory       {} ({} planned)",
         bytes(measured.reserved),
-        bytes(plan.memory.reserved)
+        bytes(planned)
     );
     if let Some(resident) = resident_peak() {
         println!(
