@@ -86,7 +86,7 @@ pub fn run(args: Args) -> Result<()> {
     println!("held-out perplexity: {before:.1} before training, {after:.2} after");
     let prompts = corpus::prompts(args.seed, QUESTIONS);
     let score = examine(&model, &prompts)?;
-    println!("answers exactly right, on numbers and facts never seen in training:");
+    println!("answers exactly right, on numbers and lists never seen in training:");
     for &(kind, right, asked) in &score.kinds {
         println!("  {kind:<22} {right:>3} of {asked}");
     }
