@@ -167,6 +167,7 @@ impl Trainer {
             engine.set_global_steps(progress.step);
             tokens_seen = progress.tokens_seen;
         }
+        std::fs::create_dir_all(&options.out).map_err(|e| Error::io("create", &options.out, e))?;
         let last_step = resume.map(|c| c.step());
         let metrics = Metrics::open(&options.out, last_step)?;
         let events = EventWriter::create(&options.out, wall_time(), last_step)?;

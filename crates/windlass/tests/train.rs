@@ -1,0 +1,250 @@
+//! `windlass train` from outside: killed and resumed, interrupted, planned, refused, on every kind of file.
+
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use windlass::store::checkpoint::Checkpoints;
+use windlass::tensor::Rng;
+
+/// A folder with a text and the configuration of a tiny model.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = json!({
+            "model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+        });
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let bench = Bench { folder };
+        bench.file("text.txt", &stories(30).join("\n##\n"));
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn file(&self, name: &str, content: &str) -> PathBuf {
+        fs::write(self.path(name), content).unwrap();
+        self.path(name)
+    }
+
+    /// Training of the tiny model on `data` into the folder `out`, with more flags.
+    fn command(&self, data: &str, out: &str, flags: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_windlass"));
+        command.env_remove("WINDLASS_KERNELS").arg("train");
+        command
+            .arg(self.path(data))
+            .arg("--out")
+            .arg(self.path(out));
+        command.arg("--config").arg(self.path("config.json"));
+        let small = "--vocab-size 300 --batch 2 --seq-len 32 --threads 1";
+        command.args(small.split(' ')).args(flags);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, data: &str, out: &str, flags: &[&str]) -> (Option<i32>, String) {
+        let Output { status, stderr, .. } = self.command(data, out, flags).output().unwrap();
+        (status.code(), String::from_utf8(stderr).unwrap())
+    }
+}
+
+fn stories(count: usize) -> Vec<String> {
+    let words = ["rope", "crank", "load", "lifts", "turns", "slow", "heavy"];
+    let mut rng = Rng::new(11);
+    let mut story = || {
+        (0..40)
+            .map(|_| *rng.choose(&words))
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    (0..count).map(|_| story()).collect()
+}
+
+/// Weights, moments and place of a run after `step`.
+fn state(out: &Path, step: u64) -> [Vec<u8>; 3] {
+    let checkpoint = Checkpoints::open(out).get(step).unwrap();
+    [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
+    .map(|name| checkpoint.bytes(name).unwrap())
+}
+
+/// The step that `latest` names; 0 before the first checkpoint.
+fn named(out: &Path) -> u64 {
+    let name = fs::read_to_string(out.join("latest")).unwrap_or_default();
+    let digits = name.trim().trim_start_matches("step-");
+    digits.parse().unwrap_or(0)
+}
+
+/// Kills a run some time after it has saved `step`; false if it ended before.
+fn kill_after(mut child: Child, out: &Path, step: u64, wait: Duration) -> bool {
+    while named(out) < step && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(wait);
+    let ended = child.try_wait().unwrap();
+    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    ended.is_none()
+}
+
+#[test]
+fn a_killed_run_ends_where_an_undisturbed_one_does() {
+    let bench = Bench::new();
+    let steps = 24;
+    let flags = ["--steps", "24", "--save-every", "1", "--eval-every", "5"];
+    let (code, said) = bench.run("text.txt", "whole", &flags);
+    assert_eq!(code, Some(0), "{said}");
+
+    let out = bench.path("killed");
+    let mut rng = Rng::new(3);
+    let (mut kills, mut places) = (0, Vec::new());
+    while named(&out) < steps - 4 {
+        let resume = Checkpoints::open(&out).latest().unwrap();
+        places.push(resume.as_ref().map_or(0, |found| found.checkpoint.step()));
+        let mut command = bench.command("text.txt", "killed", &flags);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(resume.map(|_| "--resume"));
+        let (saved, wait) = (named(&out) + rng.below(4), rng.below(25));
+        let child = command.spawn().unwrap();
+        kills += u32::from(kill_after(child, &out, saved, Duration::from_millis(wait)));
+    }
+    println!("killed {kills} times, started at {places:?}");
+    assert!(kills >= 3, "{kills} kills, started at {places:?}");
+    let mut rest = flags.to_vec();
+    rest.push("--resume");
+    let (code, said) = bench.run("text.txt", "killed", &rest);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(state(&out, steps) == state(&bench.path("whole"), steps));
+    let kept = Checkpoints::open(&out).steps().unwrap();
+    assert_eq!(kept.last(), Some(&steps));
+    assert!(kept.len() <= 2, "{kept:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_saves_and_ends_well() {
+    let bench = Bench::new();
+    let mut child = bench
+        .command("text.txt", "run", &["--steps", "10000000"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let metrics = bench.path("run/metrics.jsonl");
+    let begin = Instant::now();
+    while fs::metadata(&metrics).map_or(0, |m| m.len()) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(120), "no step");
+        assert_eq!(child.try_wait().unwrap(), None);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let id = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &id])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let found = Checkpoints::open(bench.path("run"))
+        .latest()
+        .unwrap()
+        .unwrap();
+    let last = fs::read_to_string(&metrics).unwrap();
+    let last: serde_json::Value = serde_json::from_str(last.lines().last().unwrap()).unwrap();
+    assert_eq!(last["step"], found.checkpoint.step());
+}
+
+#[test]
+fn a_plan_writes_nothing_and_an_old_run_is_not_overwritten() {
+    let bench = Bench::new();
+    let (code, said) = bench.run("text.txt", "run", &["--plan"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("parameters") && said.contains("memory: "),
+        "{said}"
+    );
+    assert!(!bench.path("run").exists());
+
+    let (code, said) = bench.run("text.txt", "run", &["--resume"]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("hint: leave --resume out"), "{said}");
+    let (code, said) = bench.run("text.txt", "run", &["--steps", "2"]);
+    assert_eq!(code, Some(0), "{said}");
+    let before = state(&bench.path("run"), 2);
+    let (code, said) = bench.run("text.txt", "run", &["--steps", "3"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        said.contains("another run") && said.contains("--resume"),
+        "{said}"
+    );
+    assert!(state(&bench.path("run"), 2) == before);
+    let (code, said) = bench.run(
+        "text.txt",
+        "run",
+        &["--steps", "3", "--resume", "--seed", "7"],
+    );
+    assert_eq!(code, Some(1));
+    assert!(
+        said.contains("cannot resume") && said.contains("hint: "),
+        "{said}"
+    );
+}
+
+#[test]
+fn every_kind_of_file_is_learned_from() {
+    let bench = Bench::new();
+    let stories = stories(30);
+    let records: Vec<_> = stories
+        .iter()
+        .map(|s| json!({"id": 1, "story": s}))
+        .collect();
+    let lines: Vec<String> = records.iter().map(|r| r.to_string()).collect();
+    bench.file("data.jsonl", &lines.join("\n"));
+    bench.file("data.json", &json!(records).to_string());
+    parquet(&bench.path("data.parquet"), &stories);
+    for data in ["data.jsonl", "data.json", "data.parquet"] {
+        let out = format!("run-{data}");
+        let (code, said) = bench.run(data, &out, &["--field", "story", "--steps", "2"]);
+        assert_eq!(code, Some(0), "{data}: {said}");
+        assert!(said.contains("of 30 documents"), "{data}: {said}");
+        assert_eq!(Checkpoints::open(bench.path(&out)).steps().unwrap(), [2]);
+    }
+    let first = state(&bench.path("run-data.jsonl"), 2);
+    for other in ["run-data.json", "run-data.parquet"] {
+        assert!(state(&bench.path(other), 2) == first, "{other}");
+    }
+    let (code, said) = bench.run("data.jsonl", "other", &["--field", "text"]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("story"), "the fields that exist: {said}");
+}
+
+/// A Parquet file with the column `story`.
+fn parquet(path: &Path, stories: &[String]) {
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    let schema = "message table { required byte_array story (UTF8); }";
+    let schema = parquet::schema::parser::parse_message_type(schema).unwrap();
+    let file = fs::File::create(path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema.into(), Default::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    let values: Vec<ByteArray> = stories.iter().map(|s| s.as_str().into()).collect();
+    let typed = column.typed::<ByteArrayType>();
+    typed.write_batch(&values, None, None).unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    writer.close().unwrap();
+}
