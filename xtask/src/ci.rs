@@ -57,7 +57,11 @@ pub fn run(root: &Path) -> anyhow::Result<bool> {
     step("tidy", &mut || Ok(outcome(tidy::run(root)?, "see above")));
     step("tests", &mut || tests(root, &mut totals));
     step("documentation", &mut || {
-        let mut doc = command(root, "cargo", &["doc", "--release", "--workspace", "--no-deps"]);
+        let mut doc = command(
+            root,
+            "cargo",
+            &["doc", "--release", "--workspace", "--no-deps"],
+        );
         status(doc.env("RUSTDOCFLAGS", "-D warnings"))
     });
     step("fuzzing", &mut || fuzz(root));

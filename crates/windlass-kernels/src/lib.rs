@@ -1,6 +1,6 @@
 //! CPU kernels of Windlass: slices in, slices out.
 //!
-//! Every kernel exists first as a safe scalar function in [`reference`] — the specification — and then as SIMD
+//! Every kernel exists first as a safe scalar function in [`mod@reference`] — the specification — and then as SIMD
 //! versions behind one table of function pointers ([`dispatch`]), chosen once. Work is split over rows and columns,
 //! never over the inner dimension in a thread-dependent way, so results do not depend on the number of threads.
 //!

@@ -144,7 +144,6 @@ impl<B> Engine<B> {
                 loss.value = y.tensor.item();
                 let seed = y.tensor.cast(&cpu, y.tensor.dtype(), Category::Activations);
                 loss.dx = recorded.backward(&weights, ones(&cpu, seed), &mut grads);
-                drop(weights);
                 finish_unit(&self.model, &mut self.store, &mut loss.held, index, grads);
                 break;
             }
@@ -195,7 +194,6 @@ impl<B> Engine<B> {
                 }
             };
             dx = recorded.backward(&weights, dy, &mut grads);
-            drop(weights);
             finish_unit(&self.model, &mut self.store, &mut held, index, grads);
         }
         for (unit, grads) in held {

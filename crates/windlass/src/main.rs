@@ -18,7 +18,7 @@ enum Command {
     /// Train a small model on a built-in corpus in about a minute, score it, save it and let it speak
     Quickstart(cli::quickstart::Args),
     /// Train a model from scratch or from a Hugging Face folder
-    Train(cli::train::Args),
+    Train(Box<cli::train::Args>),
     /// Continue prompts with a model
     Generate(cli::generate::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Quickstart(args) => cli::quickstart::run(args),
-        Command::Train(args) => cli::train::run(args),
+        Command::Train(args) => cli::train::run(*args),
         Command::Generate(args) => cli::generate::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Bench(args) => cli::bench::run(args),

@@ -81,7 +81,7 @@ pub(super) fn base(model_type: &'static str, f: &Fields<'_>) -> Result<DecoderCo
 fn head_dim(f: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize, ModelError> {
     match f.int("head_dim")?.filter(|&d| d > 0) {
         Some(d) => Ok(d),
-        None if hidden_size % heads == 0 => Ok(hidden_size / heads),
+        None if hidden_size.is_multiple_of(heads) => Ok(hidden_size / heads),
         None => {
             let message = format!("hidden_size {hidden_size} is not a multiple of it");
             Err(f.error(

@@ -42,7 +42,7 @@ impl Tape {
         let flows = [q, k, v].iter().any(|x| x.node().is_some());
         let saved_out = (self.is_recording() && flows).then(|| out.clone());
         self.record(out, flows, || Saved {
-            shape: shape.clone(),
+            shape: *shape,
             segments: segments.clone(),
             q: q.clone(),
             k: k.clone(),

@@ -146,7 +146,7 @@ impl Corpus {
     }
 
     /// Reads the documents, long ones in pieces of about `size` bytes cut at a
-    /// [`split_point`](windlass_model::tokenizer::split_point), or whole without a `size`.
+    /// [`split_point`], or whole without a `size`.
     pub fn pieces(&self, size: Option<usize>) -> Pieces<'_> {
         Pieces {
             corpus: self,
