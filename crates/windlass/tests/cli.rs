@@ -656,6 +656,11 @@ fn info_names_the_kernels() {
 
 /// The verbs whose help is kept under `tests/snapshots`; `WINDLASS_UPDATE_SNAPSHOTS=1` writes the files anew.
 const HELP: &[&[&str]] = &[
+    &["quickstart"],
+    &["train"],
+    &["bench"],
+    &["bench", "train"],
+    &["bench", "kernels"],
     &["generate"],
     &["eval"],
     &["eval", "perplexity"],
