@@ -194,41 +194,51 @@ macro_rules! kernels {
         { scalar: $($scalar:ident)::+, simd: $($simd:ident)::+ })*) => {$(
         $(#[$meta])*
         $vis fn $name<$E: $crate::Element>(level: $crate::dispatch::Level) -> unsafe fn($($ty),*) -> $ret {
-            #[allow(unused_imports, reason = "which one is used depends on the architecture")]
-            use $crate::{DType, dispatch::Level};
+            use $crate::DType;
             type Pointer<$E> = unsafe fn($($ty),*) -> $ret;
             #[cfg(target_arch = "x86_64")]
-            {
-                use $crate::simd::{Avx2, Avx512, SimdElement};
+            #[inline(always)]
+            fn choose<$E: $crate::simd::SimdElement>(level: $crate::dispatch::Level) -> Pointer<$E> {
+                use $crate::{dispatch::Level, simd::{Avx2, Avx512}};
                 #[target_feature(enable = "avx2,fma")]
-                unsafe fn avx2<$E: SimdElement>($($arg: $ty),*) -> $ret {
+                unsafe fn avx2<$E: $crate::simd::SimdElement>($($arg: $ty),*) -> $ret {
                     // SAFETY: the features are enabled here; the rest is the caller's promise.
                     unsafe { $($simd)::+::<Avx2, $E>($($arg),*) }
                 }
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-                unsafe fn avx512<$E: SimdElement>($($arg: $ty),*) -> $ret {
+                unsafe fn avx512<$E: $crate::simd::SimdElement>($($arg: $ty),*) -> $ret {
                     // SAFETY: as above.
                     unsafe { $($simd)::+::<Avx512, $E>($($arg),*) }
                 }
-                // SAFETY (all four): `DTYPE` identifies the sealed type, so source and target are the same type.
-                match (E::DTYPE, level) {
-                    (DType::F64, _) | (_, Level::Scalar) => {}
-                    (DType::F32, Level::Avx2) => {
-                        return unsafe { std::mem::transmute::<Pointer<f32>, Pointer<$E>>(avx2::<f32>) };
-                    }
-                    (DType::Bf16, Level::Avx2) => {
-                        return unsafe { std::mem::transmute::<Pointer<half::bf16>, Pointer<$E>>(avx2::<half::bf16>) };
-                    }
-                    (DType::F32, Level::Avx512 | Level::Amx) => {
-                        return unsafe { std::mem::transmute::<Pointer<f32>, Pointer<$E>>(avx512::<f32>) };
-                    }
-                    (DType::Bf16, Level::Avx512 | Level::Amx) => {
-                        return unsafe { std::mem::transmute::<Pointer<half::bf16>, Pointer<$E>>(avx512::<half::bf16>) };
-                    }
+                match level {
+                    Level::Scalar => $($scalar)::+::<$E>,
+                    Level::Avx2 => avx2::<$E>,
+                    Level::Avx512 | Level::Amx => avx512::<$E>,
                 }
             }
-            let _ = level;
-            $($scalar)::+::<$E>
+            #[cfg(not(target_arch = "x86_64"))]
+            fn choose<$E: $crate::Element>(_: $crate::dispatch::Level) -> Pointer<$E> {
+                $($scalar)::+::<$E>
+            }
+            // Neither generic nor inlined: bodies are compiled here once, not again in every crate that calls them.
+            #[inline(never)]
+            fn f32s(level: $crate::dispatch::Level) -> Pointer<f32> {
+                choose::<f32>(level)
+            }
+            #[inline(never)]
+            fn bf16s(level: $crate::dispatch::Level) -> Pointer<half::bf16> {
+                choose::<half::bf16>(level)
+            }
+            #[inline(never)]
+            fn f64s() -> Pointer<f64> {
+                $($scalar)::+::<f64>
+            }
+            // SAFETY (all): `DTYPE` identifies the sealed type, so source and target are the same type.
+            match E::DTYPE {
+                DType::F64 => unsafe { std::mem::transmute::<Pointer<f64>, Pointer<$E>>(f64s()) },
+                DType::F32 => unsafe { std::mem::transmute::<Pointer<f32>, Pointer<$E>>(f32s(level)) },
+                DType::Bf16 => unsafe { std::mem::transmute::<Pointer<half::bf16>, Pointer<$E>>(bf16s(level)) },
+            }
         }
     )*};
 }
