@@ -161,8 +161,10 @@ impl LoadedModel {
         let layers = self.model.layers();
         let count = layers.len() - usize::from(!head);
         for (unit, layer) in layers.take(count) {
-            self.store.prefetch(unit);
-            let weights = self.store.gather(unit);
+            let weights = self
+                .store
+                .gather(unit)
+                .expect("weights that lie in memory are gathered without fail");
             let mut tape = windlass_tensor::Tape::inference(cpu);
             let input = tape.input(x);
             x = layer.forward(&weights, input, batch, &mut tape).tensor;

@@ -230,7 +230,7 @@ fn logits(model: &LoadedModel, ids: &[u32]) -> Tensor {
         let mut tape = Tape::inference(cpu);
         let input = tape.input(x);
         x = layer
-            .forward(&model.store.gather(unit), input, &batch, &mut tape)
+            .forward(&model.store.gather(unit).unwrap(), input, &batch, &mut tape)
             .tensor;
     }
     x

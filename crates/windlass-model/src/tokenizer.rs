@@ -123,7 +123,7 @@ impl TokenizerError {
 }
 
 /// A tokenizer with its special ids and the files it came from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     vocab_size: usize,

@@ -172,6 +172,11 @@ impl Checkpoints {
         Ok(Writer::new(self, step, temp))
     }
 
+    /// Joins the checkpoint of `step` that another rank began, to write some of its files.
+    pub fn join(&self, step: u64) -> Writer<'_> {
+        Writer::joined(self, step, self.hidden(step))
+    }
+
     fn verified(&self, step: u64) -> Result<CheckpointDir> {
         let checkpoint = self.get(step)?;
         checkpoint.verify()?;

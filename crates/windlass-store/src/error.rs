@@ -60,6 +60,9 @@ pub enum Error {
         /// What the file has.
         found: String,
     },
+    /// The ranks could not work together.
+    #[error(transparent)]
+    Comm(#[from] windlass_comm::Error),
     /// The checkpoint that a run would continue from already exists under this step.
     #[error("{} already holds a complete checkpoint", path.display())]
     CheckpointExists {
@@ -73,6 +76,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         let text = match self {
             Error::Io { action, source, .. } => return io_hint(action, source),
+            Error::Comm(error) => return error.hint(),
             Error::Corrupt { .. } => {
                 "the file is damaged or incomplete: compare its size and checksum with the source and fetch it again"
             }

@@ -14,5 +14,7 @@ mod store;
 mod transfer;
 
 pub use error::{Error, Result};
-pub use store::{Gathered, Shard, Store, Values};
-pub use transfer::{elements, load_weights, save_weights};
+pub use store::{
+    Array, ArrayKind, BLOCK, Gathered, Placement, Shard, Stage, StateEntry, Store, Values, Wire, partition,
+};
+pub use transfer::{Loader, elements, load_weights, save_weights};

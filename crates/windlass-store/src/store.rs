@@ -1,116 +1,62 @@
 //! Where parameters live while a program runs, behind four verbs.
 //!
 //! `prefetch` and `gather` serve the forward and backward passes, `reduce` takes gradients, `update` hands the owner its
-//! shards. This store keeps everything whole in memory; the borrow checker sees to it that nobody updates what is being
-//! computed with: a [`Gathered`] borrows the store, `reduce` and `update` need it alone.
+//! shards. What is partitioned over the ranks of a group is a [`Placement`]; nothing outside this module knows. The
+//! borrow checker sees to it that nobody updates what is being computed with: a [`Gathered`] borrows the store, `reduce`
+//! and `update` need it alone.
+//!
+//! Sums over ranks are taken in rank order and a parameter is cut into the same parts in every stage, so the bits of a
+//! run do not depend on the placement.
 
-use half::bf16;
-use windlass_tensor::kernels::memory::{Buffer, Category};
-use windlass_tensor::kernels::split;
+mod owner;
+mod placement;
+mod slot;
+mod whole;
+
+pub use owner::{Array, ArrayKind, Shard, StateEntry, Values};
+pub use placement::{BLOCK, Placement, Stage, Wire, partition};
+
+use crate::error::Result;
+use slot::{Residence, Slot};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+use windlass_comm::Group;
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, UnitSpec, Weight, Weights};
 
 /// The parameters of a model with, for training, their gradients and optimizer state.
 pub struct Store {
     cpu: Cpu,
+    group: Arc<Group>,
+    placement: Placement,
     units: Vec<Unit>,
+    /// Whether the micro-batch at hand is the last one of its step.
+    boundary: bool,
 }
 
 struct Unit {
     spec: UnitSpec,
-    weights: Weights,
-    trained: Vec<bool>,
-    /// `None` while lent to a backward pass.
-    grads: Option<Grads>,
-    state: Vec<State>,
-}
-
-/// The optimizer's part of one parameter.
-#[derive(Default)]
-struct State {
-    /// Low halves of `f32` masters whose high halves are the `bf16` weights.
-    low: Option<Buffer>,
-    moments: Vec<Tensor>,
+    slots: Vec<Slot>,
+    /// This rank's gradient sums; `None` while lent to a backward pass.
+    local: Option<Grads>,
 }
 
 /// A unit's full weights; they stay as they are until the guard drops.
-pub struct Gathered<'a>(&'a Weights);
+pub struct Gathered<'a> {
+    weights: Weights,
+    /// The store is not updated meanwhile.
+    _store: PhantomData<&'a Store>,
+}
 
 impl std::ops::Deref for Gathered<'_> {
     type Target = Weights;
     fn deref(&self) -> &Weights {
-        self.0
+        &self.weights
     }
-}
-
-/// The values that an optimizer updates.
-pub enum Values<'a> {
-    /// Parameters in `f32`: the weights themselves.
-    F32(&'a mut [f32]),
-    /// Parameters in `bf16` with `f32` masters: `high` is the master rounded (half up), `low` what is missing, so
-    /// that both together are the master to the bit, in four bytes instead of six.
-    Split {
-        /// The weights that forward passes read.
-        high: &'a mut [bf16],
-        /// `master bits = (high bits << 16) + low`.
-        low: &'a mut [i16],
-    },
-}
-
-impl Values<'_> {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        match self {
-            Values::F32(values) => values.len(),
-            Values::Split { high, .. } => high.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Copies the master values of `range` out, exactly.
-    pub fn master(&self, range: std::ops::Range<usize>) -> Vec<f32> {
-        match self {
-            Values::F32(values) => values[range].to_vec(),
-            Values::Split { high, low } => high[range.clone()]
-                .iter()
-                .zip(&low[range])
-                .map(|(&h, &l)| split::join(h, l))
-                .collect(),
-        }
-    }
-
-    /// Sets the values from `start` on from masters.
-    pub fn set_master(&mut self, start: usize, masters: &[f32]) {
-        match self {
-            Values::F32(values) => values[start..start + masters.len()].copy_from_slice(masters),
-            Values::Split { high, low } => {
-                for (i, &master) in masters.iter().enumerate() {
-                    (high[start + i], low[start + i]) = split::split(master);
-                }
-            }
-        }
-    }
-}
-
-/// What the owner of a parameter sees at update time.
-pub struct Shard<'a> {
-    /// Which parameter.
-    pub id: ParamId,
-    /// Its declaration.
-    pub spec: &'a ParamSpec,
-    /// Its values.
-    pub values: Values<'a>,
-    /// The mean gradient, `None` when nothing was reduced since the last clearing.
-    pub grad: Option<&'a [f32]>,
-    /// The optimizer's moments, each as long as the values.
-    pub moments: Vec<&'a mut [f32]>,
 }
 
 impl Store {
-    /// A store of the given weights, without optimizer state.
+    /// A store of the given weights, whole and on one rank, without optimizer state.
     ///
     /// # Panics
     /// When weights and units do not match in number or shape.
@@ -124,68 +70,69 @@ impl Store {
                 "parameters of unit {}",
                 spec.name
             );
-            for (param, weight) in spec.params.iter().zip(weights.iter()) {
+            let slots = spec.params.iter().zip(weights.iter()).map(|(param, weight)| {
                 assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
-            }
-            let trained: Vec<bool> = weights
-                .iter()
-                .map(|w| matches!(w, Weight::Dense(_)))
-                .collect();
-            let grads = Some(Grads::new(trained.iter().copied()));
-            Unit {
-                spec: spec.clone(),
-                weights,
-                trained,
-                grads,
-                state: Vec::new(),
-            }
+                let shards = partition(param.shape.len(), 1);
+                Slot::new(shards, 0, Residence::Whole(weight.clone()))
+            });
+            Unit::new(spec, slots.collect())
         });
         Store {
             cpu: cpu.clone(),
+            group: Arc::new(Group::solo()),
+            placement: Placement::default(),
             units: units.collect(),
+            boundary: true,
         }
     }
 
-    /// A store of freshly filled weights, rounded to `dtype`.
-    pub fn init(cpu: &Cpu, units: &[UnitSpec], dtype: DType, seed: u64) -> Self {
-        let fill = |unit: &UnitSpec| {
-            unit.params
-                .iter()
-                .map(|p| p.fill(cpu, seed, dtype).into())
-                .collect()
-        };
-        Self::new(
-            cpu,
-            units,
-            units.iter().map(|u| Weights::new(fill(u))).collect(),
-        )
-    }
-
-    /// Freezes the parameters that `trained` refuses, and gives the others `moments` zero moments and, in `bf16`, the low
-    /// halves of their masters (zero: the masters start as the weights are).
-    pub fn train(&mut self, moments: usize, trained: impl Fn(&ParamSpec) -> bool) {
-        let cpu = self.cpu.clone();
-        for unit in &mut self.units {
-            unit.state.clear();
-            for (slot, (param, weight)) in
-                unit.spec.params.iter().zip(unit.weights.iter()).enumerate()
-            {
-                unit.trained[slot] = trained(param) && matches!(weight, Weight::Dense(_));
-                let mut state = State::default();
-                if let Weight::Dense(tensor) = weight
-                    && unit.trained[slot]
-                {
-                    let zeros =
-                        || Tensor::zeros(&cpu, param.shape, DType::F32, Category::Optimizer);
-                    state.moments = (0..moments).map(|_| zeros()).collect();
-                    if tensor.dtype() == DType::Bf16 {
-                        state.low = Some(zero_halves(&cpu, tensor.len()));
-                    }
-                }
-                unit.state.push(state);
+    /// A store on one rank of `group`. `fill` gives the elements of a range of a parameter as a vector: it is asked for
+    /// the whole of what this rank will keep whole, and for no more than its part of what is partitioned.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub fn build<E>(
+        cpu: &Cpu,
+        group: Group,
+        placement: Placement,
+        units: &[UnitSpec],
+        mut fill: impl FnMut(ParamId, &ParamSpec, Range<usize>) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
+        let (rank, ranks) = (group.rank(), group.size());
+        let mut held = Vec::with_capacity(units.len());
+        for (unit, spec) in units.iter().enumerate() {
+            let mut slots = Vec::with_capacity(spec.params.len());
+            for (slot, param) in spec.params.iter().enumerate() {
+                let (id, len) = (ParamId { unit, slot }, param.shape.len());
+                let shards = partition(len, ranks);
+                let whole = ranks == 1
+                    || placement.stage < Stage::Parameters
+                    || len <= placement.persistence_threshold;
+                let residence = if whole {
+                    Residence::Whole(fill(id, param, 0..len)?.reshape(param.shape).into())
+                } else {
+                    Residence::Part(fill(id, param, shards[rank].clone())?)
+                };
+                slots.push(Slot::new(shards, rank, residence));
             }
-            unit.grads = Some(Grads::new(unit.trained.iter().copied()));
+            held.push(Unit::new(spec, slots));
         }
+        Ok(Store {
+            cpu: cpu.clone(),
+            group: Arc::new(group),
+            placement,
+            units: held,
+            boundary: true,
+        })
+    }
+
+    /// A store of freshly filled weights, rounded to `dtype`, whole and on one rank.
+    pub fn init(cpu: &Cpu, units: &[UnitSpec], dtype: DType, seed: u64) -> Self {
+        let fill = |_, param: &ParamSpec, range| {
+            Ok::<_, std::convert::Infallible>(param.fill_range(cpu, seed, dtype, range))
+        };
+        let store = Self::build(cpu, Group::solo(), Placement::default(), units, fill);
+        store.unwrap_or_else(|never| match never {})
     }
 
     /// The units.
@@ -198,12 +145,46 @@ impl Store {
         &self.cpu
     }
 
-    /// Hint: the unit's weights will be gathered soon. Never blocks. Everything is in memory here: nothing to do.
+    /// The ranks that share the store.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// What is partitioned over them.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// The storage type of the dense weights.
+    pub fn dtype(&self) -> DType {
+        let dense = |slot: &Slot| slot.dtype();
+        let mut slots = self.units.iter().flat_map(|unit| &unit.slots);
+        slots.find_map(dense).unwrap_or(DType::F32)
+    }
+
+    /// Hint: the unit's weights will be gathered soon. Never blocks.
     pub fn prefetch(&self, _unit: usize) {}
 
-    /// The unit's full weights, until the guard drops.
-    pub fn gather(&self, unit: usize) -> Gathered<'_> {
-        Gathered(&self.units[unit].weights)
+    /// The unit's full weights, until the guard drops. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn gather(&self, unit: usize) -> Result<Gathered<'_>> {
+        let Unit { spec, slots, .. } = &self.units[unit];
+        let gather = |(param, slot): (&ParamSpec, &Slot)| match &slot.residence {
+            Residence::Whole(weight) => Ok(weight.clone()),
+            Residence::Part(part) => self.gather_param(param, slot, part).map(Weight::from),
+        };
+        let weights: Result<Vec<Weight>> = spec.params.iter().zip(slots).map(gather).collect();
+        Ok(Gathered {
+            weights: Weights::new(weights?),
+            _store: PhantomData,
+        })
+    }
+
+    /// Says whether the gradients reduced from now on belong to the last micro-batch of a step.
+    pub fn set_boundary(&mut self, boundary: bool) {
+        self.boundary = boundary;
     }
 
     /// Lends the unit's gradient sums to a backward pass; [`Store::reduce`] takes them back.
@@ -213,96 +194,79 @@ impl Store {
     #[track_caller]
     pub fn grads(&mut self, unit: usize) -> Grads {
         self.units[unit]
-            .grads
+            .local
             .take()
             .expect("gradients of a unit are lent once at a time")
     }
 
-    /// Takes a unit's gradient sums: keeps what this rank owns of their mean (everything, here).
-    pub fn reduce(&mut self, unit: usize, grads: Grads) {
-        self.units[unit].grads = Some(grads);
-    }
-
-    /// The owner's view of every trained parameter, for the optimizer, checkpoints and norms.
-    pub fn update(&mut self) -> impl Iterator<Item = Shard<'_>> {
-        self.units
-            .iter_mut()
-            .enumerate()
-            .flat_map(|(unit, state)| state.shards(unit))
+    /// Takes a unit's gradient sums, adds those of all ranks and keeps what this rank owns of them. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn reduce(&mut self, unit: usize, mut grads: Grads) -> Result<()> {
+        let later = self.placement.reduce_once && !self.boundary;
+        if self.group.size() > 1 && !later {
+            for slot in 0..grads.len() {
+                if grads.wants(slot) {
+                    let sum = grads.take(slot);
+                    self.reduce_param(ParamId { unit, slot }, sum)?;
+                }
+            }
+        }
+        self.units[unit].local = Some(grads);
+        Ok(())
     }
 
     /// Sets all gradients to zero, giving their memory back.
     pub fn clear_grads(&mut self) {
         for unit in &mut self.units {
-            if let Some(grads) = &mut unit.grads {
+            unit.slots.iter_mut().for_each(|slot| slot.grad = None);
+            if let Some(grads) = &mut unit.local {
                 grads.clear();
             }
         }
     }
 
-    /// The gradient sums of every trained parameter that received any.
-    pub fn gradients(&self) -> impl Iterator<Item = (ParamId, &Tensor)> {
-        self.units.iter().enumerate().flat_map(|(unit, u)| {
-            let grads = u.grads.as_ref();
-            (0..u.spec.params.len()).filter_map(move |slot| {
-                grads?
-                    .get(slot)
-                    .map(|tensor| (ParamId { unit, slot }, tensor))
-            })
-        })
+    /// The sum of the squares of the reduced gradients over all ranks: each rank adds up what it reduces, in fixed
+    /// blocks, and the sums are added in rank order. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn grad_squares(&self) -> Result<f64> {
+        use windlass_tensor::each_dtype;
+        use windlass_tensor::kernels::reduce::sum_squares;
+        let mut own = 0.0;
+        for unit in &self.units {
+            for (index, slot) in unit.slots.iter().enumerate() {
+                let Some((grad, range)) = unit.reduced(index, slot) else {
+                    continue;
+                };
+                own += each_dtype!(grad.dtype(), E =>
+                    sum_squares(&self.cpu.pool, &grad.as_slice::<E>()[range]));
+            }
+        }
+        let all = self.group.collect("gradient norm", &[own])?;
+        Ok(all.iter().sum())
     }
 }
 
 impl Unit {
-    fn shards(&mut self, unit: usize) -> impl Iterator<Item = Shard<'_>> {
-        let Unit {
-            spec,
-            weights,
-            trained,
-            grads,
-            state,
-        } = self;
-        let grads = grads.as_ref();
-        let parts = spec
-            .params
-            .iter()
-            .zip(weights.iter_mut())
-            .zip(state.iter_mut())
-            .enumerate();
-        parts.filter(|(slot, _)| trained[*slot]).filter_map(
-            move |(slot, ((spec, weight), state))| {
-                let Weight::Dense(tensor) = weight else {
-                    return None;
-                };
-                let values = match &mut state.low {
-                    Some(low) => Values::Split {
-                        high: tensor.as_mut_slice(),
-                        low: low.as_i16_mut(),
-                    },
-                    None => Values::F32(tensor.as_mut_slice()),
-                };
-                let grad = grads.and_then(|g| g.get(slot)).map(|g| g.as_slice::<f32>());
-                let moments = state
-                    .moments
-                    .iter_mut()
-                    .map(|m| m.as_mut_slice::<f32>())
-                    .collect();
-                Some(Shard {
-                    id: ParamId { unit, slot },
-                    spec,
-                    values,
-                    grad,
-                    moments,
-                })
-            },
-        )
+    fn new(spec: &UnitSpec, slots: Vec<Slot>) -> Self {
+        let local = Some(Grads::new(slots.iter().map(|slot| slot.trained)));
+        Unit {
+            spec: spec.clone(),
+            slots,
+            local,
+        }
     }
-}
 
-fn zero_halves(cpu: &Cpu, len: usize) -> Buffer {
-    let mut low = cpu.memory.alloc(2 * len, Category::Optimizer);
-    if !cpu.pool.is_dry() {
-        low.as_i16_mut().fill(0);
+    /// The reduced gradient of a slot with the range of it that this rank reduces.
+    fn reduced<'a>(&'a self, index: usize, slot: &'a Slot) -> Option<(&'a Tensor, Range<usize>)> {
+        if slot.ranks() == 1 {
+            let grad = self.local.as_ref()?.get(index)?;
+            return Some((grad, 0..grad.len()));
+        }
+        let start = slot.shard().start - slot.owned.start;
+        Some((slot.grad.as_ref()?, start..start + slot.shard().len()))
     }
-    low
 }

@@ -109,6 +109,31 @@ impl Tensor {
         tensor
     }
 
+    /// A tensor over bytes that exist already.
+    ///
+    /// # Panics
+    /// When the buffer is too short.
+    #[track_caller]
+    pub fn from_buffer(buffer: Buffer, shape: impl Into<Shape>, dtype: DType) -> Self {
+        let shape = shape.into();
+        assert!(
+            buffer.bytes() >= shape.len() * dtype.size(),
+            "a buffer of {} bytes against {dtype} {shape}",
+            buffer.bytes()
+        );
+        Tensor {
+            shape,
+            dtype,
+            offset: 0,
+            data: Arc::new(buffer),
+        }
+    }
+
+    /// The bytes, if no other tensor shares them and they are all this tensor's.
+    pub fn into_buffer(self) -> Option<Buffer> {
+        (self.offset == 0).then(|| Arc::into_inner(self.data))?
+    }
+
     /// The shape.
     pub fn shape(&self) -> &Shape {
         &self.shape

@@ -1,6 +1,7 @@
 //! Weights by representation, borrowed by slot; gradients by slot.
 
 use crate::packed::Packed;
+use std::ops::Range;
 use crate::{Cpu, Shape, Tensor, each_dtype};
 use windlass_kernels::memory::Category;
 use windlass_kernels::{DType, Element};
@@ -150,6 +151,17 @@ impl Grads {
         }
     }
 
+    /// Takes the gradient of a slot out, if anything was added; the slot is zero again.
+    pub fn take(&mut self, slot: usize) -> Option<Tensor> {
+        match std::mem::replace(self.0.get_mut(slot)?, Grad::Zero) {
+            Grad::Sum(tensor) => Some(tensor),
+            other => {
+                self.0[slot] = other;
+                None
+            }
+        }
+    }
+
     /// Sets every trained gradient to zero, giving its memory back.
     pub fn clear(&mut self) {
         for grad in &mut self.0 {
@@ -217,40 +229,63 @@ impl ParamSpec {
 
     /// A tensor filled as declared, from a stream of its own: the name and `seed` decide the values, nothing else does.
     pub fn fill(&self, cpu: &Cpu, seed: u64, dtype: DType) -> Tensor {
-        let mut tensor = Tensor::empty(cpu, self.shape, dtype, Category::Weights);
+        self.fill_range(cpu, seed, dtype, 0..self.shape.len())
+            .reshape(self.shape)
+    }
+
+    /// The elements `range` of [`ParamSpec::fill`], as a vector, without making the others.
+    ///
+    /// # Panics
+    /// When the range is not within the parameter.
+    #[track_caller]
+    pub fn fill_range(&self, cpu: &Cpu, seed: u64, dtype: DType, range: Range<usize>) -> Tensor {
+        assert!(
+            range.end <= self.shape.len(),
+            "elements {range:?} of {} {}",
+            self.name,
+            self.shape
+        );
+        let mut tensor = Tensor::empty(cpu, [range.len()], dtype, Category::Weights);
         each_dtype!(dtype, E => {
             let out = tensor.as_mut_slice::<E>();
             match self.init {
                 Init::Zeros => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(0.0), out),
                 Init::Ones => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(1.0), out),
                 Init::Normal(_) if cpu.pool.is_dry() => {}
-                Init::Normal(std) => fill_normal(cpu.pool.threads(), seed ^ fnv1a(&self.name), std as f64, out),
+                Init::Normal(std) => {
+                    fill_normal(cpu.pool.threads(), seed ^ fnv1a(&self.name), std as f64, range.start, out)
+                }
             }
         });
         tensor
     }
 }
 
-/// Normal values, a stream for each block of fixed size, so that the values do not depend on the number of threads.
-fn fill_normal<E: Element>(threads: usize, seed: u64, std: f64, out: &mut [E]) {
+/// Normal values from element `start` on, a stream for each block of fixed size, so that the values depend neither on
+/// the number of threads nor on which part is made.
+fn fill_normal<E: Element>(threads: usize, seed: u64, std: f64, start: usize, out: &mut [E]) {
     const BLOCK: usize = 1 << 14;
-    let blocks = out.len().div_ceil(BLOCK);
-    let share = blocks.div_ceil(threads.max(1)).max(1);
+    let fill = move |first: usize, mut values: &mut [E]| {
+        let mut at = first;
+        while !values.is_empty() {
+            let (block, skip) = (at / BLOCK, at % BLOCK);
+            let count = (BLOCK - skip).min(values.len());
+            let mut rng = crate::Rng::stream(seed, block as u64);
+            (0..skip).for_each(|_| _ = rng.normal());
+            let (part, rest) = values.split_at_mut(count);
+            part.iter_mut()
+                .for_each(|v| *v = E::from_f64(rng.normal() * std));
+            values = rest;
+            at += count;
+        }
+    };
+    let share = out.len().div_ceil(threads.max(1)).next_multiple_of(BLOCK);
+    if out.len() <= BLOCK {
+        return fill(start, out);
+    }
     std::thread::scope(|scope| {
-        for (part, values) in out.chunks_mut(share * BLOCK).enumerate() {
-            let mut fill = move || {
-                for (block, values) in values.chunks_mut(BLOCK).enumerate() {
-                    let mut rng = crate::Rng::stream(seed, (part * share + block) as u64);
-                    values
-                        .iter_mut()
-                        .for_each(|v| *v = E::from_f64(rng.normal() * std));
-                }
-            };
-            if blocks > 1 {
-                scope.spawn(fill);
-            } else {
-                fill()
-            }
+        for (part, values) in out.chunks_mut(share).enumerate() {
+            scope.spawn(move || fill(start + part * share, values));
         }
     });
 }

@@ -101,9 +101,9 @@ fn main() -> Result<(), Failure> {
     let mut engine = Engine::initialize(decoder(&config), store, options);
     let (mut losses, mut norms, began) = (Vec::new(), Vec::new(), Instant::now());
     for (step, starts) in data.starts.iter().enumerate() {
-        let loss = engine.forward(data.batch(starts, context, storage));
+        let loss = engine.forward(data.batch(starts, context, storage))?;
         losses.push(loss.value());
-        engine.backward(loss);
+        engine.backward(loss)?;
         norms.push(engine.step(schedule.lr(step as u64))?.grad_norm);
         if step % 25 == 0 || step + 1 == data.starts.len() {
             let seconds = began.elapsed().as_secs_f64();

@@ -154,6 +154,16 @@ pub enum Error {
         /// The last checkpoint.
         checkpoint: Option<PathBuf>,
     },
+    /// Another rank failed in something that all do together.
+    #[error("rank {rank} could not {what}: {message}")]
+    Peer {
+        /// The rank.
+        rank: usize,
+        /// What was done.
+        what: &'static str,
+        /// Its message.
+        message: String,
+    },
     /// A setting is outside its range.
     #[error("{setting} is {value}, but must be {range}")]
     Setting {
@@ -220,7 +230,9 @@ impl Error {
             Self::NonFinite { .. } => {
                 "lower the learning rate, lengthen the warm-up or train in f32; resume from the last checkpoint".into()
             }
-            Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } => return None,
+            Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } | Self::Peer { .. } => {
+                return None;
+            }
         };
         Some(hint)
     }

@@ -13,7 +13,7 @@ mod save;
 pub mod schedule;
 mod trainer;
 
-pub use engine::{Engine, EngineOptions, Loss, NonFinite, StepReport, run};
+pub use engine::{Engine, EngineOptions, Loss, Losses, StepReport, idle, run};
 pub use error::{Error, Result};
 pub use optimizer::Optimizer;
 pub use plan::{Plan, StepShape, measure_step, plan};

@@ -11,15 +11,15 @@ use serde_json::{Value, json};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
-use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
-use windlass_store::safetensors::{Dtype, Options, Spec, Tensors};
-use windlass_store::{Shard, Store, Values, load_weights, save_weights};
-use windlass_tensor::{Cpu, DType, ParamId, UnitSpec};
+use windlass_comm::Group;
+use windlass_store::atomic::{RealDisk, write_atomic};
+use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
+use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors, write_folder};
+use windlass_store::{ArrayKind, Gathered, Loader, Placement, StateEntry, Store};
+use windlass_tensor::{Cpu, DType, FileTensor, ParamId, UnitSpec, Weights};
 
 /// Where the run stands.
 pub(crate) const STATE_FILE: &str = "trainer_state.json";
-/// Moments, and the low halves of the masters.
-const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
 /// Where a run stands, with the settings that decide what comes next.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,12 +30,24 @@ pub(crate) struct Progress {
     pub(crate) dtype: String,
     pub(crate) optimizer: Optimizer,
     pub(crate) shape: StepShape,
+    /// Ranks that saved, each its own optimizer state.
+    #[serde(default = "one")]
+    pub(crate) ranks: usize,
     pub(crate) packing: Packing,
+}
+
+fn one() -> usize {
+    1
 }
 
 impl Progress {
     /// Whether a run with `options` continues this one.
-    pub(crate) fn check(&self, options: &TrainOptions) -> Result<()> {
+    pub(crate) fn check(&self, options: &TrainOptions, ranks: usize) -> Result<()> {
+        // How a step's sequences are shared out may change; which ones they are may not.
+        let batch = |shape: StepShape, ranks: usize| {
+            let sequences = shape.micro_batch * shape.gradient_accumulation_steps * ranks;
+            format!("{sequences} sequences of {} tokens a step", shape.seq_len)
+        };
         let pairs = [
             (
                 "the storage type",
@@ -49,8 +61,8 @@ impl Progress {
             ),
             (
                 "the batch",
-                format!("{:?}", self.shape),
-                format!("{:?}", options.shape),
+                batch(self.shape, self.ranks),
+                batch(options.shape, ranks),
             ),
             (
                 "the packing",
@@ -95,152 +107,293 @@ pub(crate) fn save_model(
     tokenizer: &Tokenizer,
 ) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let (units, store) = (engine.model().units(), engine.store());
-    let dtype = storage_type(store);
-    let map = config.naming.file_tensors(engine.model());
-    save_weights(folder, units, &map, dtype, &Options::default(), |id| {
-        values(store, id)
+    let dtype = engine.store().dtype();
+    let files = FileTensors::new(engine, config);
+    let mut units = Units::new(engine.store());
+    write_folder(&RealDisk, folder, &files.specs, &Options::default(), |index, out| {
+        out.values(&files.values(index, &mut units)?)
     })?;
     let text = serde_json::to_vec_pretty(&config_json(config, dtype)).expect("a JSON value");
-    windlass_store::atomic::write_atomic(
-        &windlass_store::atomic::RealDisk,
-        &folder.join("config.json"),
-        &text,
-    )?;
+    write_atomic(&RealDisk, &folder.join("config.json"), &text)?;
     Ok(tokenizer.save(folder)?)
 }
 
-fn storage_type(store: &Store) -> DType {
-    store.gather(0).at(0).weight.dense().dtype()
+/// Gathers the units of a store in order, each once, whoever needs which: gathering is collective, and a rank writes
+/// some of the tensors only.
+struct Units<'s> {
+    store: &'s Store,
+    next: usize,
+    last: Option<(usize, Gathered<'s>)>,
 }
 
-fn values(store: &Store, id: ParamId) -> Vec<f32> {
-    windlass_store::elements(store.gather(id.unit).at(id.slot).weight)
+impl<'s> Units<'s> {
+    fn new(store: &'s Store) -> Self {
+        Units {
+            store,
+            next: 0,
+            last: None,
+        }
+    }
+
+    /// A unit's weights; units must be asked for in order.
+    fn at(&mut self, unit: usize) -> windlass_store::Result<&Weights> {
+        while self.next <= unit {
+            self.last = None;
+            self.last = Some((self.next, self.store.gather(self.next)?));
+            self.next += 1;
+        }
+        match &self.last {
+            Some((at, weights)) if *at == unit => Ok(weights),
+            _ => unreachable!("units are written in order"),
+        }
+    }
+
+    /// Takes part in gathering what is left.
+    fn finish(mut self) -> windlass_store::Result<()> {
+        match self.store.units().len() {
+            0 => Ok(()),
+            units => self.at(units - 1).map(|_| ()),
+        }
+    }
 }
 
-/// Writes a checkpoint and makes it the latest.
+/// The tensors of the file format in the order of their units.
+struct FileTensors {
+    map: Vec<FileTensor>,
+    specs: Vec<Spec>,
+    units: Vec<UnitSpec>,
+}
+
+impl FileTensors {
+    fn new(engine: &Engine<Tokens>, config: &DecoderConfig) -> Self {
+        let mut map = config.naming.file_tensors(engine.model());
+        map.sort_by_key(|t| t.parts[0].unit);
+        let kind = match engine.store().dtype() {
+            DType::Bf16 => Dtype::BF16,
+            DType::F64 => Dtype::F64,
+            _ => Dtype::F32,
+        };
+        let spec = |t: &FileTensor| Spec::new(t.name.clone(), kind, t.shape.to_vec());
+        FileTensors {
+            specs: map.iter().map(spec).collect(),
+            map,
+            units: engine.model().units().to_vec(),
+        }
+    }
+
+    /// The elements of a file's tensor.
+    fn values(&self, index: usize, units: &mut Units<'_>) -> windlass_store::Result<Vec<f32>> {
+        let file = &self.map[index];
+        let weights = units.at(file.parts[0].unit)?;
+        let part = |id: &ParamId| windlass_store::elements(weights.at(id.slot).weight);
+        let parts: Vec<Vec<f32>> = file.parts.iter().map(part).collect();
+        let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+        let rows = |id: &ParamId| self.units[id.unit].params[id.slot].shape[0];
+        let rows: Vec<usize> = file.parts.iter().map(rows).collect();
+        Ok(file.join(&parts, &rows))
+    }
+
+    /// Which tensors each rank writes: those of every `ranks`-th unit.
+    fn shards(&self, ranks: usize) -> Vec<Vec<usize>> {
+        let of = |rank| {
+            let mine = |i: &usize| self.map[*i].parts[0].unit % ranks == rank;
+            (0..self.map.len()).filter(mine).collect::<Vec<_>>()
+        };
+        (0..ranks).map(of).filter(|s| !s.is_empty()).collect()
+    }
+}
+
+/// Writes a checkpoint and makes it the latest. Each rank writes a part of the weights and its own optimizer state.
+/// Collective; on every rank but the first, the checkpoint is opened again from the disk.
 pub(crate) fn save(
     checkpoints: &Checkpoints,
-    engine: &mut Engine<Tokens>,
+    engine: &Engine<Tokens>,
     config: &DecoderConfig,
     tokenizer: &Tokenizer,
     progress: &Progress,
     keep: Option<NonZeroUsize>,
 ) -> Result<CheckpointDir> {
-    let mut writer = checkpoints.begin(progress.step)?;
-    let dtype = storage_type(engine.store());
-    let units: Vec<UnitSpec> = engine.model().units().to_vec();
-    let map = config.naming.file_tensors(engine.model());
-    let kind = if dtype == DType::Bf16 {
-        Dtype::BF16
-    } else {
-        Dtype::F32
+    let (store, group) = (engine.store(), engine.store().group());
+    let first = group.rank() == 0;
+    let begun = match first {
+        true => checkpoints.begin(progress.step).map(Some),
+        false => Ok(None),
     };
-    let specs: Vec<Spec> = map
-        .iter()
-        .map(|t| Spec::new(t.name.clone(), kind, t.shape.to_vec()))
-        .collect();
-    let rows = |id: &ParamId| units[id.unit].params[id.slot].shape[0];
-    writer.weights(&specs, &Options::default(), |index, out| {
-        let parts: Vec<Vec<f32>> = map[index]
-            .parts
-            .iter()
-            .map(|id| values(engine.store(), *id))
-            .collect();
-        let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
-        let rows: Vec<usize> = map[index].parts.iter().map(rows).collect();
-        out.values(&map[index].join(&parts, &rows))
-    })?;
-    let shards: Vec<Shard<'_>> = engine.store_mut().update().collect();
-    let entries: Vec<(usize, State)> = shards
-        .iter()
-        .enumerate()
-        .flat_map(|(i, shard)| states(shard).map(move |state| (i, state)))
-        .collect();
-    let specs: Vec<Spec> = entries
-        .iter()
-        .map(|(i, state)| state.spec(&shards[*i]))
-        .collect();
-    writer.tensors(OPTIMIZER_FILE, &specs, &Default::default(), |index, out| {
-        let (shard, state) = (&shards[entries[index].0], entries[index].1);
-        match (state, &shard.values) {
-            (State::Moment(n), _) => out.values(&*shard.moments[n]),
-            (State::Low, Values::Split { low, .. }) => low.chunks(1 << 15).try_for_each(|low| {
-                out.bytes(
-                    &low.iter()
-                        .flat_map(|v| v.to_le_bytes())
-                        .collect::<Vec<u8>>(),
-                )
-            }),
-            (State::Low, Values::F32(_)) => unreachable!("only split parameters have low halves"),
+    together(group, "begin a checkpoint", begun.as_ref().err())?;
+    let mut writer = match begun? {
+        Some(writer) => writer,
+        None => checkpoints.join(progress.step),
+    };
+    let written = write_part(&mut writer, engine, config);
+    let written = written.and_then(|()| match first {
+        true => write_head(&mut writer, config, tokenizer, progress, store.dtype()),
+        false => Ok(()),
+    });
+    together(group, "write a checkpoint", written.as_ref().err())?;
+    written?;
+    if !first {
+        exchange(group, "checkpoint files", &writer.leave())?;
+        together(group, "commit a checkpoint", None::<&Error>)?;
+        return Ok(checkpoints.get(progress.step)?);
+    }
+    let committed = exchange(group, "checkpoint files", &[]).and_then(|lists| {
+        for list in lists.iter().filter(|list| !list.is_empty()) {
+            writer.adopt(list)?;
         }
+        Ok(writer.commit(keep)?)
+    });
+    together(group, "commit a checkpoint", committed.as_ref().err())?;
+    committed
+}
+
+/// Writes this rank's part of the weights and its optimizer state.
+fn write_part(writer: &mut Writer<'_>, engine: &Engine<Tokens>, config: &DecoderConfig) -> Result<()> {
+    let store = engine.store();
+    let (rank, ranks) = (store.group().rank(), store.group().size());
+    let files = FileTensors::new(engine, config);
+    let mut units = Units::new(store);
+    let mut fill = |index: usize, out: &mut TensorWriter| out.values(&files.values(index, &mut units)?);
+    let written = match ranks {
+        1 => writer.weights(&files.specs, &Options::default(), &mut fill),
+        _ => write_shard(writer, &files, (rank, ranks), &mut fill),
+    };
+    // Other ranks wait for this one's part in gathering, whatever happened to its disk.
+    units.finish()?;
+    written?;
+    let entries: Vec<StateEntry> = store.state();
+    let entries: Vec<&StateEntry> = entries.iter().filter(|e| !e.range.is_empty()).collect();
+    let specs: Vec<Spec> = entries.iter().map(|e| state_spec(e)).collect();
+    let name = optimizer_file(rank, ranks);
+    writer.tensors(&name, &specs, &Default::default(), |index, out| {
+        store.read_state(entries[index], &mut |bytes| out.bytes(bytes))
     })?;
-    drop(shards);
+    Ok(())
+}
+
+/// Writes one rank's file of weights, if it has one, and on the first rank the index over all.
+fn write_shard(
+    writer: &mut Writer<'_>,
+    files: &FileTensors,
+    (rank, ranks): (usize, usize),
+    fill: &mut dyn FnMut(usize, &mut TensorWriter) -> windlass_store::Result<()>,
+) -> windlass_store::Result<()> {
+    let shards = files.shards(ranks);
+    let metadata = Options::default().metadata;
+    if rank < shards.len() {
+        writer.weights_shard(&files.specs, &shards, rank, &metadata, fill)?;
+    }
+    match rank {
+        0 => writer.weights_index(&files.specs, &shards),
+        _ => Ok(()),
+    }
+}
+
+/// Writes what there is once.
+fn write_head(
+    writer: &mut Writer<'_>,
+    config: &DecoderConfig,
+    tokenizer: &Tokenizer,
+    progress: &Progress,
+    dtype: DType,
+) -> Result<()> {
     for (name, content) in tokenizer.files() {
         writer.bytes(name, content)?;
     }
     writer.json("config.json", &config_json(config, dtype))?;
     writer.json(STATE_FILE, progress)?;
-    Ok(writer.commit(keep)?)
+    Ok(())
 }
 
-/// A tensor of a parameter in the optimizer's file.
-#[derive(Clone, Copy)]
-enum State {
-    Moment(usize),
-    Low,
-}
-
-impl State {
-    fn spec(self, shard: &Shard<'_>) -> Spec {
-        let (suffix, dtype) = match self {
-            State::Moment(n) => (format!("moment.{n}"), Dtype::F32),
-            State::Low => ("low".into(), Dtype::I16),
-        };
-        Spec::new(
-            format!("{}.{suffix}", shard.spec.name),
-            dtype,
-            shard.spec.shape.to_vec(),
-        )
+/// The file of a rank's optimizer state.
+fn optimizer_file(rank: usize, ranks: usize) -> String {
+    match ranks {
+        1 => "optimizer.safetensors".into(),
+        _ => format!("optimizer-{:05}-of-{ranks:05}.safetensors", rank + 1),
     }
 }
 
-fn states(shard: &Shard<'_>) -> impl Iterator<Item = State> + use<> {
-    let low = matches!(shard.values, Values::Split { .. }).then_some(State::Low);
-    (0..shard.moments.len()).map(State::Moment).chain(low)
+fn state_spec(entry: &StateEntry) -> Spec {
+    let dtype = match entry.kind {
+        ArrayKind::Low => Dtype::I16,
+        ArrayKind::Moment => Dtype::F32,
+    };
+    Spec::new(entry.name.clone(), dtype, vec![entry.range.len()])
 }
 
-/// Reads the moments and low halves of a checkpoint into a store whose weights are the checkpoint's.
-pub(crate) fn load_optimizer(checkpoint: &CheckpointDir, store: &mut Store) -> Result<()> {
-    let tensors = checkpoint.tensors(OPTIMIZER_FILE)?;
-    for mut shard in store.update() {
-        for state in states(&shard) {
-            let spec = state.spec(&shard);
-            let view = tensors.get(&spec.name)?;
-            view.expect_shape(&spec.shape)?;
-            match (state, &mut shard.values) {
-                (State::Moment(n), _) => view.read_into(0..view.rows(), &mut *shard.moments[n])?,
-                (State::Low, Values::Split { low, .. }) => {
-                    low.iter_mut()
-                        .zip(view.bytes.chunks_exact(2))
-                        .for_each(|(v, b)| *v = i16::from_le_bytes([b[0], b[1]]));
-                }
-                (State::Low, Values::F32(_)) => {
-                    unreachable!("only split parameters have low halves")
-                }
+/// Reads the optimizer state of a checkpoint, saved by any number of ranks, into a store whose weights are the
+/// checkpoint's.
+pub(crate) fn load_optimizer(
+    checkpoint: &CheckpointDir,
+    ranks: usize,
+    store: &mut Store,
+) -> Result<()> {
+    let files = (0..ranks).map(|rank| checkpoint.tensors(&optimizer_file(rank, ranks)));
+    let files = files.collect::<windlass_store::Result<Vec<_>>>()?;
+    let lens: Vec<Vec<usize>> = store
+        .units()
+        .map(|unit| unit.params.iter().map(|p| p.shape.len()).collect())
+        .collect();
+    for entry in store.state() {
+        let shards = windlass_store::partition(lens[entry.id.unit][entry.id.slot], ranks);
+        for (file, shard) in files.iter().zip(shards) {
+            if shard.is_empty() {
+                continue;
             }
+            let view = file.get(&entry.name)?;
+            view.expect_shape(&[shard.len()])?;
+            store.write_state(&entry, shard.start, view.bytes);
         }
     }
     Ok(())
 }
 
-/// Reads the weights of a Hugging Face folder (or checkpoint) into a store. Returns the names of tensors that the
+/// Lets all ranks know whether one of them failed: the others then fail with its message.
+fn together(
+    group: &Group,
+    what: &'static str,
+    error: Option<&impl std::fmt::Display>,
+) -> Result<()> {
+    let message = error.map_or(String::new(), |e| format!("{e}"));
+    let messages = exchange(group, what, message.as_bytes())?;
+    let failed = messages.iter().position(|m| !m.is_empty());
+    match failed {
+        Some(rank) if message.is_empty() => Err(Error::Peer {
+            rank,
+            what,
+            message: String::from_utf8_lossy(&messages[rank]).into_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The bytes of every rank, in rank order.
+fn exchange(group: &Group, tag: &str, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let comm = |e: windlass_comm::Error| Error::Store(e.into());
+    let lens = group.collect(tag, &[mine.len() as u64]).map_err(comm)?;
+    let mut at = 0;
+    let shards: Vec<_> = lens
+        .iter()
+        .map(|&len| {
+            at += len as usize;
+            at - len as usize..at
+        })
+        .collect();
+    let mut all = vec![0u8; at];
+    all[shards[group.rank()].clone()].copy_from_slice(mine);
+    group.all_gather(tag, &shards, &mut all).map_err(comm)?;
+    Ok(shards.into_iter().map(|s| all[s].to_vec()).collect())
+}
+
+/// Reads the weights of a Hugging Face folder (or checkpoint) into a rank's store: of what is partitioned, only the
+/// rank's part. Returns the names of tensors that the
 /// model has no use for.
 ///
 /// # Errors
 /// Missing or damaged files, other shapes than the configuration says.
 pub fn load_model(
     cpu: &Cpu,
+    group: Group,
+    placement: Placement,
     folder: &Path,
     config: &DecoderConfig,
     dtype: DType,
@@ -249,13 +402,12 @@ pub fn load_model(
     let map = config.naming.file_tensors(&model);
     let tensors = Tensors::open(folder)?;
     let naming = config.naming;
-    let (weights, unused) = load_weights(
-        cpu,
-        &tensors,
-        model.units(),
-        &map,
-        |name| naming.bare_name(name),
-        dtype,
-    )?;
-    Ok((Store::new(cpu, model.units(), weights), unused))
+    let mut loader = Loader::new(cpu, &tensors, model.units(), &map, |name| {
+        naming.bare_name(name)
+    });
+    let store = Store::build(cpu, group, placement, model.units(), |id, _, range| {
+        loader.read(id, range, dtype)
+    })?;
+    let unused = loader.unused();
+    Ok((store, unused))
 }

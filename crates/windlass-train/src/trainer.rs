@@ -1,7 +1,7 @@
 //! The training loop: data through the engine, schedule, evaluation, checkpoints, metrics.
 
 use crate::data::{Batch, Evaluation, Packing, Sampler, View};
-use crate::engine::{Engine, EngineOptions, run};
+use crate::engine::{Engine, EngineOptions, Losses, idle, run};
 use crate::error::{Error, Result};
 use crate::monitor::{EventWriter, Metrics};
 use crate::plan::StepShape;
@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder};
 use windlass_store::Store;
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
@@ -99,8 +100,8 @@ pub struct Trainer {
     held_out: Option<View>,
     options: TrainOptions,
     checkpoints: Checkpoints,
-    metrics: Metrics,
-    events: EventWriter,
+    /// On the first rank.
+    monitors: Option<(Metrics, EventWriter)>,
     tokens_seen: u64,
     last_checkpoint: Option<PathBuf>,
 }
@@ -133,8 +134,9 @@ pub(crate) fn to_tokens(
 }
 
 impl Trainer {
-    /// A run over `train`, measured on `held_out`, from the weights in `store`. With `resume`, step, data order and
-    /// optimizer state are those of the checkpoint (the weights in `store` must be its weights).
+    /// A run over `train`, measured on `held_out`, from the weights in `store`, together with the other ranks of its
+    /// group. With `resume`, step, data order and optimizer state are those of the checkpoint (the weights in `store`
+    /// must be its weights), which any number of ranks may have saved.
     ///
     /// # Errors
     /// Data shorter than a sequence, a sequence longer than the model's context, unwritable folders, a checkpoint of
@@ -155,22 +157,34 @@ impl Trainer {
             });
         }
         tokenizer.check_vocabulary(config.vocab_size)?;
+        let (rank, ranks) = (store.group().rank(), store.group().size());
         let mut sampler =
-            Sampler::new(train, options.shape.seq_len, options.packing, options.seed)?;
-        let mut engine = Engine::initialize(decoder(&config), store, options.engine);
+            Sampler::new(train, options.shape.seq_len, options.packing, options.seed)?
+                .shard(rank, ranks);
+        let engine_options = EngineOptions {
+            gradient_accumulation_steps: options.shape.gradient_accumulation_steps,
+            losses: Losses::Sum,
+            ..options.engine
+        };
+        let mut engine = Engine::initialize(decoder(&config), store, engine_options);
         let mut tokens_seen = 0;
         if let Some(checkpoint) = resume {
             let progress: Progress = checkpoint.json(save::STATE_FILE)?;
-            progress.check(&options)?;
-            save::load_optimizer(checkpoint, engine.store_mut())?;
+            progress.check(&options, ranks)?;
+            save::load_optimizer(checkpoint, progress.ranks, engine.store_mut())?;
             sampler.resume(&progress.sampler)?;
             engine.set_global_steps(progress.step);
             tokens_seen = progress.tokens_seen;
         }
         std::fs::create_dir_all(&options.out).map_err(|e| Error::io("create", &options.out, e))?;
         let last_step = resume.map(|c| c.step());
-        let metrics = Metrics::open(&options.out, last_step)?;
-        let events = EventWriter::create(&options.out, wall_time(), last_step)?;
+        let monitors = match rank {
+            0 => Some((
+                Metrics::open(&options.out, last_step)?,
+                EventWriter::create(&options.out, wall_time(), last_step)?,
+            )),
+            _ => None,
+        };
         Ok(Trainer {
             engine,
             config,
@@ -179,8 +193,7 @@ impl Trainer {
             held_out,
             checkpoints: Checkpoints::open(&options.out),
             options,
-            metrics,
-            events,
+            monitors,
             tokens_seen,
             last_checkpoint: resume.map(|c| c.path().to_owned()),
         })
@@ -221,11 +234,11 @@ impl Trainer {
                     loss,
                 });
             }
-            let interrupted = stop.load(Ordering::Relaxed);
             let timed = self
                 .options
                 .save_after
                 .is_some_and(|after| saved_at.1.elapsed() >= after);
+            let (interrupted, timed) = self.agree(stop.load(Ordering::Relaxed), timed)?;
             if (done || interrupted || timed || due(self.options.save_every))
                 && saved_at.0 != event.step
             {
@@ -240,6 +253,24 @@ impl Trainer {
         Ok(End::Finished)
     }
 
+    /// The ranks of the run.
+    fn group(&self) -> &Group {
+        self.engine.store().group()
+    }
+
+    /// The values of all ranks, in rank order.
+    fn all(&self, tag: &str, own: &[f64]) -> Result<Vec<f64>> {
+        let all = self.group().collect(tag, own);
+        all.map_err(|e| Error::Store(e.into()))
+    }
+
+    /// What is done when any rank was told to stop, or the first one's clock says so.
+    fn agree(&self, interrupted: bool, timed: bool) -> Result<(bool, bool)> {
+        let flags = self.all("stop", &[f64::from(interrupted), f64::from(timed)])?;
+        let interrupted = flags.iter().step_by(2).any(|&flag| flag > 0.0);
+        Ok((interrupted, flags[1] > 0.0))
+    }
+
     /// One optimizer step.
     fn step(&mut self) -> Result<StepEvent> {
         let start = Instant::now();
@@ -248,24 +279,34 @@ impl Trainer {
         let batches: Vec<Batch> = (0..count)
             .map(|_| self.sampler.next_batch(shape.micro_batch))
             .collect();
-        let denominator = batches.iter().map(Batch::scored).sum::<usize>().max(1) as f64;
-        let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
+        let own = [
+            batches.iter().map(Batch::scored).sum::<usize>() as f64,
+            batches.iter().map(|b| b.ids.len()).sum::<usize>() as f64,
+        ];
+        let all = self.all("tokens of a step", &own)?;
+        let denominator = all.iter().step_by(2).sum::<f64>().max(1.0);
+        let tokens = all.iter().skip(1).step_by(2).sum::<f64>() as usize;
+        let count = count * self.group().size();
         let step = self.engine.global_steps() + 1;
         let mut mean = 0.0;
         for batch in batches {
             let batch = to_tokens(batch, &self.config, self.options.dtype, denominator, count);
-            let loss = self.engine.forward(batch);
+            let loss = self.engine.forward(batch)?;
             mean += loss.value();
-            if !mean.is_finite() {
-                return Err(self.non_finite(step, "loss", mean));
-            }
-            self.engine.backward(loss);
+            self.engine.backward(loss)?;
+        }
+        let mean: f64 = self.all("loss", &[mean])?.iter().sum();
+        if !mean.is_finite() {
+            return Err(self.non_finite(step, "loss", mean));
         }
         let lr = self.options.schedule.lr(step - 1);
         let report = self
             .engine
             .step(lr)
-            .map_err(|e| self.non_finite(e.step, "gradient norm", e.grad_norm))?;
+            .map_err(|e| match e {
+                Error::NonFinite { value, what, .. } => self.non_finite(step, what, value),
+                other => other,
+            })?;
         self.tokens_seen += tokens as u64;
         let seconds = start.elapsed().as_secs_f64();
         let values = [
@@ -296,8 +337,11 @@ impl Trainer {
     }
 
     fn write(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
-        self.metrics.write(step, values)?;
-        self.events.write(step, wall_time(), values)
+        let Some((metrics, events)) = &mut self.monitors else {
+            return Ok(());
+        };
+        metrics.write(step, values)?;
+        events.write(step, wall_time(), values)
     }
 
     /// Mean loss of the held-out tokens, in nats.
@@ -314,21 +358,34 @@ impl Trainer {
         let batches =
             Evaluation::new(view, shape.seq_len, self.options.packing, shape.micro_batch)?;
         let limit = self.options.eval_sequences.unwrap_or(u64::MAX);
+        let (rank, ranks) = (self.group().rank(), self.group().size());
+        let (model, store) = (self.engine.model(), self.engine.store());
         let (mut sum, mut scored, mut sequences) = (0.0, 0, 0);
-        for batch in batches {
-            if sequences >= limit {
-                break;
-            }
-            sequences += batch.sequences as u64;
+        let mut batches = batches
+            .take_while(|batch| {
+                sequences += batch.sequences as u64;
+                sequences - (batch.sequences as u64) < limit
+            })
+            .peekable();
+        // Each rank computes every `ranks`-th batch; in the last round some have none, and gather all the same.
+        while batches.peek().is_some() {
+            let round: Vec<Batch> = batches.by_ref().take(ranks).collect();
+            let Some(batch) = round.into_iter().nth(rank) else {
+                idle(model, store)?;
+                continue;
+            };
             scored += batch.scored();
             let goal = Goal::TokenLosses {
                 targets: batch.targets.into(),
             };
             let tokens = Tokens::new(batch.ids, &batch.segments, goal, self.options.dtype);
-            let losses = run(self.engine.model(), self.engine.store(), &tokens);
-            sum += losses.to_f64().iter().sum::<f64>();
+            sum += run(model, store, &tokens)?.to_f64().iter().sum::<f64>();
         }
-        Ok(sum / scored.max(1) as f64)
+        let all = self.all("evaluation", &[sum, scored as f64])?;
+        let (sum, scored) = all
+            .chunks(2)
+            .fold((0.0, 0.0), |(s, n), own| (s + own[0], n + own[1]));
+        Ok(sum / scored.max(1.0))
     }
 
     /// Writes the model alone as a Hugging Face folder.
@@ -351,11 +408,12 @@ impl Trainer {
             dtype: self.options.dtype.name().into(),
             optimizer: self.options.engine.optimizer,
             shape: self.options.shape,
+            ranks: self.group().size(),
             packing: self.options.packing,
         };
         let checkpoint = save::save(
             &self.checkpoints,
-            &mut self.engine,
+            &self.engine,
             &self.config,
             &self.tokenizer,
             &progress,

@@ -8,7 +8,7 @@ use windlass_store::atomic::RealDisk;
 use windlass_store::safetensors::Tensors;
 use windlass_store::{Store, llama2c, load_weights};
 use windlass_tensor::{Category, Cpu, DType, Tape, Tensor};
-use windlass_train::{Engine, EngineOptions, run};
+use windlass_train::{Engine, EngineOptions, Losses, run};
 
 /// Sequences and tokens of each in the known batch.
 const BATCH: (usize, usize) = (4, 96);
@@ -101,6 +101,7 @@ impl Golden {
     fn engine(&self, cpu: &Cpu, dtype: DType, activation_checkpointing: bool) -> Engine<Tokens> {
         let options = EngineOptions {
             activation_checkpointing,
+            losses: Losses::Sum,
             ..Default::default()
         };
         Engine::initialize(self.model(), self.store(cpu, dtype), options)
@@ -119,24 +120,20 @@ fn store(cpu: &Cpu, folder: &Path, config: &DecoderConfig, dtype: DType) -> Stor
 
 /// Names and gradients.
 fn gradients(engine: &Engine<Tokens>) -> Vec<(String, Vec<f64>)> {
-    let units = engine.model().units();
-    let named = engine.store().gradients();
+    let store = engine.store();
+    let named = store.params();
     named
-        .map(|(id, g)| (units[id.unit].params[id.slot].name.clone(), g.to_f64()))
+        .filter_map(|(id, spec)| Some((spec.name.clone(), store.gradient(id).unwrap()?.to_f64())))
         .collect()
 }
 
 /// Names and masters of the parameters.
 fn parameters(engine: &mut Engine<Tokens>) -> Vec<(String, Vec<f32>)> {
-    let shards = engine.store_mut().update();
-    shards
-        .map(|shard| {
-            (
-                shard.spec.name.clone(),
-                shard.values.master(0..shard.values.len()),
-            )
-        })
-        .collect()
+    let mut parameters = Vec::new();
+    engine.store_mut().visit(&mut |shard| {
+        parameters.push((shard.spec.name.clone(), shard.values.to_vec()));
+    });
+    parameters
 }
 
 /// Largest difference relative to the largest element.
@@ -175,7 +172,7 @@ fn logits_and_hidden_states() {
         let mut tape = Tape::inference(&cpu);
         let value = tape.input(x);
         x = layer
-            .forward(&store.gather(unit), value, &batch, &mut tape)
+            .forward(&store.gather(unit).unwrap(), value, &batch, &mut tape)
             .tensor;
         if (1..layers - 1).contains(&index) {
             close(
@@ -189,7 +186,7 @@ fn logits_and_hidden_states() {
     close("logits", &x.to_f64(), &golden.floats("logits"), 1e-5);
     assert_eq!(
         x.to_f64(),
-        run(&model, &store, &batch).to_f64(),
+        run(&model, &store, &batch).unwrap().to_f64(),
         "layer by layer and at once"
     );
 }
@@ -200,14 +197,14 @@ fn gradients_and_ten_updates() {
     let cpu = Cpu::new(2);
     let mut engine = golden.engine(&cpu, DType::F32, false);
     for (k, &(want, norm)) in golden.curve.iter().enumerate() {
-        let loss = engine.forward(golden.batch(DType::F32));
+        let loss = engine.forward(golden.batch(DType::F32)).unwrap();
         close(
             &format!("loss before update {k}"),
             &[loss.value()],
             &[want],
             1e-5,
         );
-        engine.backward(loss);
+        engine.backward(loss).unwrap();
         if k == 0 {
             let gradients = gradients(&engine);
             assert_eq!(gradients.len(), 47);
@@ -245,7 +242,7 @@ fn ten_updates_in_bf16() {
     let Some(golden) = Golden::open() else { return };
     let mut engine = golden.engine(&Cpu::new(2), DType::Bf16, false);
     for (k, &(want, _)) in golden.curve.iter().enumerate() {
-        let loss = engine.forward(golden.batch(DType::Bf16));
+        let loss = engine.forward(golden.batch(DType::Bf16)).unwrap();
         let d = (loss.value() - want).abs() / golden.curve[0].0;
         println!(
             "bf16: loss {:.4} before update {k}, {want:.4} in f64",
@@ -256,7 +253,7 @@ fn ten_updates_in_bf16() {
             "loss {} before update {k}, {want} in f64",
             loss.value()
         );
-        engine.backward(loss);
+        engine.backward(loss).unwrap();
         engine.step(1e-3).unwrap();
     }
 }
@@ -298,6 +295,7 @@ fn greedy_tokens() {
                 &store,
                 &Tokens::cached(last, &cache, [0].into(), dtype),
             )
+            .unwrap()
             .to_f64();
             cache.lock().unwrap().advance(1);
             let best = logits
@@ -339,9 +337,9 @@ fn trace(
     for step in 0..3 {
         let mut total = 0.0;
         for start in (0..8).step_by(micro) {
-            let loss = engine.forward(golden.tokens(48, start..start + micro, dtype));
+            let loss = engine.forward(golden.tokens(48, start..start + micro, dtype)).unwrap();
             total += loss.value();
-            engine.backward(loss);
+            engine.backward(loss).unwrap();
         }
         if step == 0 {
             trace.gradients = gradients(&engine);
@@ -383,7 +381,7 @@ fn accumulated_micro_batches_are_one_batch() {
                 unreachable!()
             };
             batch.goal = Goal::TokenLosses { targets };
-            run(&model, &store, &batch).to_f64()
+            run(&model, &store, &batch).unwrap().to_f64()
         });
         batches.flatten().collect()
     };

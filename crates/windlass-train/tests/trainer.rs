@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_config};
-use windlass_store::Store;
+use windlass_comm::Group;
+use windlass_store::{Placement, Store};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass_tensor::{Cpu, DType, Rng, RouterStats};
 use windlass_train::data::{
@@ -14,7 +15,7 @@ use windlass_train::data::{
 };
 use windlass_train::schedule::{Decay, Schedule, Warmup};
 use windlass_train::{
-    End, Engine, EngineOptions, Error, Event, Optimizer, StepShape, TrainOptions, Trainer,
+    End, Engine, EngineOptions, Error, Event, Losses, Optimizer, StepShape, TrainOptions, Trainer,
     load_model, plan,
 };
 
@@ -112,7 +113,8 @@ impl Bench {
         let store = match &checkpoint {
             Some(c) => {
                 let config = DecoderConfig::load(c.path()).unwrap();
-                load_model(&cpu, c.path(), &config, options.dtype)?.0
+                let (group, whole) = (Group::solo(), Placement::default());
+                load_model(&cpu, group, whole, c.path(), &config, options.dtype)?.0
             }
             None => Store::init(&cpu, decoder(&self.config).units(), options.dtype, 3),
         };
@@ -435,8 +437,8 @@ fn measured(
                 .map_or(0.0, |e| e.router_aux_loss_coef);
             batch.router =
                 (coefficient > 0.0).then(|| (Arc::new(RouterStats::default()), coefficient));
-            let loss = engine.forward(batch);
-            engine.backward(loss);
+            let loss = engine.forward(batch).unwrap();
+            engine.backward(loss).unwrap();
         }
         engine.step(1e-4).unwrap();
     }
@@ -467,6 +469,8 @@ fn the_plan_is_what_a_run_takes() {
             optimizer,
             gradient_clipping: Some(1.0),
             activation_checkpointing,
+            losses: Losses::Sum,
+            ..Default::default()
         };
         let shape = StepShape {
             micro_batch,

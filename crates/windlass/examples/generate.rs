@@ -56,7 +56,7 @@ fn a_saved_model_continues_a_prompt() {
     let folder = tempfile::tempdir().unwrap();
     let map = config.naming.file_tensors(&model);
     let (units, values) = (model.units(), |id: windlass::tensor::ParamId| {
-        windlass::store::elements(store.gather(id.unit).at(id.slot).weight)
+        windlass::store::elements(store.gather(id.unit).unwrap().at(id.slot).weight)
     });
     windlass::store::save_weights(
         folder.path(),

@@ -39,7 +39,7 @@ impl Layer<Points> for MeanSquare {
 }
 
 /// Learns `y = x0 * x1` on random points; returns the first and the last loss.
-fn train() -> (f64, f64) {
+fn train() -> Result<(f64, f64), windlass::train::Error> {
     let cpu = Cpu::new(2);
     let linear = |name: &str, rows: usize, cols: usize| {
         vec![
@@ -63,21 +63,22 @@ fn train() -> (f64, f64) {
         let loss = engine.forward(Points {
             x: Tensor::from_slice(&cpu, &x, [64, 2], Category::Activations),
             y: Tensor::from_slice(&cpu, &y, [64, 1], Category::Activations),
-        });
+        })?;
         losses.push(loss.value());
-        engine.backward(loss);
-        engine.step(1e-2).expect("finite gradients");
+        engine.backward(loss)?;
+        engine.step(1e-2)?;
     }
-    (losses[0], losses[losses.len() - 1])
+    Ok((losses[0], losses[losses.len() - 1]))
 }
 
-fn main() {
-    let (first, last) = train();
+fn main() -> Result<(), windlass::train::Error> {
+    let (first, last) = train()?;
     println!("loss {first:.4} -> {last:.4}");
+    Ok(())
 }
 
 #[test]
 fn the_model_learns() {
-    let (first, last) = train();
+    let (first, last) = train().unwrap();
     assert!(last < first / 20.0, "loss {first} -> {last}");
 }

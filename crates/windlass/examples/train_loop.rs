@@ -20,9 +20,9 @@ fn train(texts: &[&str], steps: usize) -> Result<(f64, f64), Failure> {
     for step in 0..steps {
         let ids = tokenizer.encode(texts[step % texts.len()], false)?;
         let length = ids.len();
-        let loss = engine.forward(Tokens::next_token(ids, &[length], DType::F32));
+        let loss = engine.forward(Tokens::next_token(ids, &[length], DType::F32))?;
         losses.push(loss.value());
-        engine.backward(loss);
+        engine.backward(loss)?;
         engine.step(2e-3)?;
     }
     Ok((losses[0], losses[steps - 1]))

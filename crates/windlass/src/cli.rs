@@ -19,6 +19,7 @@ pub mod quickstart;
 pub mod recipe;
 pub mod source;
 pub mod train;
+mod world;
 
 /// A mistake in how the command was called: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +108,11 @@ pub struct Machine {
 impl Machine {
     /// The machine as asked for.
     pub fn cpu(&self) -> Result<Cpu> {
+        Ok(Cpu::new(self.cpu_threads()?))
+    }
+
+    /// Its number of threads.
+    pub fn cpu_threads(&self) -> Result<usize> {
         Level::from_env()
             .map_err(|message| usage(message, "unset WINDLASS_KERNELS to use the best one"))?;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -117,7 +123,7 @@ impl Machine {
                 format!("this machine has {cores} cores"),
             ));
         }
-        Ok(Cpu::new(threads))
+        Ok(threads)
     }
 }
 

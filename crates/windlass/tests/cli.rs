@@ -91,7 +91,7 @@ impl Fixture {
             &map,
             DType::F32,
             &Default::default(),
-            |id| elements(store.gather(id.unit).at(id.slot).weight),
+            |id| elements(store.gather(id.unit).unwrap().at(id.slot).weight),
         )
         .unwrap();
         let texts = vec![TEXT; 20];

@@ -23,6 +23,7 @@ pub struct Writer<'c> {
     step: u64,
     temp: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    /// Whether the folder is no longer this writer's to remove.
     committed: bool,
 }
 
@@ -36,6 +37,13 @@ impl<'c> Writer<'c> {
             files: BTreeMap::new(),
             committed: false,
         }
+    }
+
+    /// Starts writing beside another writer, to whom the folder belongs.
+    pub(super) fn joined(home: &'c Checkpoints, step: u64, temp: PathBuf) -> Self {
+        let mut writer = Self::new(home, step, temp);
+        writer.committed = true;
+        writer
     }
 }
 
@@ -105,15 +113,63 @@ impl Writer<'_> {
         mut fill: impl FnMut(usize, &mut TensorWriter) -> Result<()>,
     ) -> Result<()> {
         let shards = plan_shards(specs, options.max_shard_bytes);
-        for (i, order) in shards.iter().enumerate() {
-            let name = shard_name(i, shards.len());
-            self.file(&name, |path, file| {
-                write_tensors(file, path, specs, order, &options.metadata, &mut fill)
-            })?;
+        for shard in 0..shards.len() {
+            self.weights_shard(specs, &shards, shard, &options.metadata, &mut fill)?;
         }
+        self.weights_index(specs, &shards)
+    }
+
+    /// Adds one of the files of a model's weights: the tensors `shards[shard]` of `specs`.
+    ///
+    /// # Errors
+    /// As [`Writer::weights`].
+    ///
+    /// # Panics
+    /// As [`Writer::bytes`].
+    #[track_caller]
+    pub fn weights_shard(
+        &mut self,
+        specs: &[Spec],
+        shards: &[Vec<usize>],
+        shard: usize,
+        metadata: &BTreeMap<String, String>,
+        mut fill: impl FnMut(usize, &mut TensorWriter) -> Result<()>,
+    ) -> Result<()> {
+        let name = shard_name(shard, shards.len());
+        self.file(&name, |path, file| {
+            write_tensors(file, path, specs, &shards[shard], metadata, &mut fill)
+        })
+    }
+
+    /// Adds the index over the files of a model's weights, where there are several.
+    ///
+    /// # Errors
+    /// As [`Writer::bytes`].
+    #[track_caller]
+    pub fn weights_index(&mut self, specs: &[Spec], shards: &[Vec<usize>]) -> Result<()> {
         if shards.len() > 1 {
-            self.bytes(INDEX_FILE, &encode_index(specs, &shards))?;
+            self.bytes(INDEX_FILE, &encode_index(specs, shards))?;
         }
+        Ok(())
+    }
+
+    /// Ends the part of a rank that joined ([`Checkpoints::join`]): the list of what it wrote, for
+    /// [`Writer::adopt`] on the rank that began.
+    pub fn leave(mut self) -> Vec<u8> {
+        self.committed = true;
+        let files: Vec<&FileEntry> = self.files.values().collect();
+        serde_json::to_vec(&files).expect("a list of names, sizes and hashes")
+    }
+
+    /// Takes over the files that another rank wrote.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for anything but the list of [`Writer::leave`].
+    pub fn adopt(&mut self, files: &[u8]) -> Result<()> {
+        let files: Vec<FileEntry> = serde_json::from_slice(files)
+            .map_err(|e| Error::corrupt(&self.temp, format!("list of files: {e}")))?;
+        self.files
+            .extend(files.into_iter().map(|file| (file.name.clone(), file)));
         Ok(())
     }
 

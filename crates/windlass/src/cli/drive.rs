@@ -23,11 +23,16 @@ fn listen() -> Result<()> {
     Ok(())
 }
 
-/// Runs a trainer to its end behind a progress bar. Ctrl-C saves a checkpoint and ends the program well.
+/// Runs a trainer to its end, behind a progress bar on the rank that `shows` it. Ctrl-C saves a checkpoint and ends the
+/// program well.
 ///
 /// # Errors
 /// Those of the run.
-pub fn train(trainer: &mut Trainer, steps: u64) -> Result<()> {
+pub fn train(trainer: &mut Trainer, steps: u64, shows: bool) -> Result<()> {
+    if !shows {
+        trainer.run(&STOP, &mut |_| ())?;
+        return Ok(());
+    }
     listen()?;
     let memory = trainer.cpu().memory.clone();
     let mut bar = Progress::new(steps, "training");

@@ -76,7 +76,7 @@ pub fn run(args: Args) -> Result<()> {
         cpu.pool.threads()
     );
     let before = trainer.0.evaluate()?.exp();
-    drive::train(&mut trainer.0, trainer.1)?;
+    drive::train(&mut trainer.0, trainer.1, true)?;
     let after = trainer.0.evaluate()?.exp();
     let saved = folder.join("model");
     trainer.0.save_model(&saved)?;

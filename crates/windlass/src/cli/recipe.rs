@@ -99,6 +99,7 @@ impl Recipe {
             },
             gradient_clipping: (self.clip > 0.0).then_some(self.clip),
             activation_checkpointing: self.checkpoint_activations,
+            ..EngineOptions::default()
         })
     }
 

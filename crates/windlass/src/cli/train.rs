@@ -2,6 +2,7 @@
 
 use super::drive::{self, bytes, machine_memory};
 use super::recipe::Recipe;
+use super::world::World;
 use super::{Machine, failure, usage};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -11,7 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
 use windlass::progress::Progress;
-use windlass::store::Store;
+use windlass::comm::Group;
+use windlass::store::{Placement, Stage, Store};
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass::tensor::Cpu;
 use windlass::train::data::{
@@ -105,6 +107,11 @@ pub struct Args {
     #[arg(long, default_value = "2")]
     keep: NonZeroUsize,
     #[command(flatten)]
+    world: World,
+    /// What the ranks share out among them: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
+    #[arg(long, value_name = "STAGE", default_value_t = 0)]
+    zero_stage: u8,
+    #[command(flatten)]
     machine: Machine,
 }
 
@@ -124,7 +131,7 @@ pub fn run(args: Args) -> Result<()> {
             "they must be positive",
         ));
     }
-    let cpu = args.machine.cpu()?;
+    args.machine.cpu_threads()?;
     let engine = args.recipe.engine()?;
     let model = args
         .model
@@ -159,23 +166,85 @@ pub fn run(args: Args) -> Result<()> {
     let tokenized = tokens(&args, &corpus, &tokenizer)?;
     let split = Split::new(&Arc::new(tokenized.file), args.held_out, args.seed)?;
     let options = options(&args, engine, shape, split.train.tokens())?;
-    let steps = options.steps;
-    let store = weights(&cpu, &config, origin.as_deref(), &options)?;
-    let mut trainer = Trainer::new(
+    let job = Job {
+        placement: placement(&args)?,
+        origin,
+        resume,
         config,
         tokenizer,
-        store,
-        split.train,
-        split.held_out,
+        split,
         options,
-        resume.as_ref(),
-    )?;
-    drive::train(&mut trainer, steps)?;
+    };
+    args.world
+        .run(&args.machine, |group, cpu| job.run(group, &cpu))?;
     eprintln!(
         "next: windlass generate --model {} --prompt \"...\"",
         args.out.display()
     );
     Ok(())
+}
+
+/// What all ranks train.
+struct Job {
+    placement: Placement,
+    origin: Option<PathBuf>,
+    resume: Option<CheckpointDir>,
+    config: DecoderConfig,
+    tokenizer: Tokenizer,
+    split: Split,
+    options: TrainOptions,
+}
+
+impl Job {
+    /// One rank's part.
+    fn run(&self, group: Group, cpu: &Cpu) -> Result<()> {
+        let first = group.rank() == 0;
+        let store = self.store(group, cpu, first)?;
+        let mut trainer = Trainer::new(
+            self.config.clone(),
+            self.tokenizer.clone(),
+            store,
+            self.split.train.clone(),
+            self.split.held_out.clone(),
+            self.options.clone(),
+            self.resume.as_ref(),
+        )?;
+        drive::train(&mut trainer, self.options.steps, first)
+    }
+
+    /// The parameters, read or made where this rank keeps them.
+    fn store(&self, group: Group, cpu: &Cpu, first: bool) -> Result<Store> {
+        let (dtype, model) = (self.options.dtype, decoder(&self.config));
+        let Some(folder) = &self.origin else {
+            let seed = self.options.seed;
+            return Store::build(cpu, group, self.placement, model.units(), |_, param, range| {
+                Ok(param.fill_range(cpu, seed, dtype, range))
+            });
+        };
+        let (store, unused) = load_model(cpu, group, self.placement, folder, &self.config, dtype)?;
+        if first && !unused.is_empty() {
+            eprintln!(
+                "note: {} tensors of the file have no use in the model, such as {}",
+                unused.len(),
+                unused[0]
+            );
+        }
+        Ok(store)
+    }
+}
+
+/// What is partitioned over the ranks.
+fn placement(args: &Args) -> Result<Placement> {
+    let stage = Stage::from_number(args.zero_stage).ok_or_else(|| {
+        usage(
+            format!("--zero-stage {}", args.zero_stage),
+            "the stages are 0, 1, 2 and 3",
+        )
+    })?;
+    Ok(Placement {
+        stage,
+        ..Placement::default()
+    })
 }
 
 /// A micro-batch and how many make a step.
@@ -321,31 +390,6 @@ fn tokens(args: &Args, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Tokeniz
         description.tokens, description.documents
     ));
     Ok(tokenized)
-}
-
-fn weights(
-    cpu: &Cpu,
-    config: &DecoderConfig,
-    origin: Option<&Path>,
-    options: &TrainOptions,
-) -> Result<Store> {
-    let Some(folder) = origin else {
-        return Ok(Store::init(
-            cpu,
-            decoder(config).units(),
-            options.dtype,
-            options.seed,
-        ));
-    };
-    let (store, unused) = load_model(cpu, folder, config, options.dtype)?;
-    if !unused.is_empty() {
-        eprintln!(
-            "note: {} tensors of the file have no use in the model, such as {}",
-            unused.len(),
-            unused[0]
-        );
-    }
-    Ok(store)
 }
 
 /// Prints what the run needs.

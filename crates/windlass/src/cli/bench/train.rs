@@ -104,9 +104,9 @@ pub fn run(args: Args) -> Result<()> {
     for step in 0..args.steps + 1 {
         let batch = random_batch(&mut rng, &config, &args, dtype);
         let start = Instant::now();
-        let loss = engine.forward(batch);
+        let loss = engine.forward(batch)?;
         let forward = start.elapsed().as_secs_f64();
-        engine.backward(loss);
+        engine.backward(loss)?;
         let backward = start.elapsed().as_secs_f64() - forward;
         engine.step(3e-4)?;
         let total = start.elapsed().as_secs_f64();

@@ -1,0 +1,110 @@
+//! Where the parts of a training run live: partitioned over ranks or whole on each.
+
+use std::ops::Range;
+
+/// What is partitioned over the ranks: the stages of ZeRO (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward
+/// Training Trillion Parameter Models"), each including the ones before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// Nothing: every rank holds everything (data parallelism).
+    #[default]
+    Replicated,
+    /// Stage 1: optimizer state.
+    Optimizer,
+    /// Stage 2: and gradients.
+    Gradients,
+    /// Stage 3: and parameters.
+    Parameters,
+}
+
+impl Stage {
+    /// The stage of a number from 0 to 3.
+    pub fn from_number(stage: u8) -> Option<Self> {
+        [
+            Stage::Replicated,
+            Stage::Optimizer,
+            Stage::Gradients,
+            Stage::Parameters,
+        ]
+        .get(stage as usize)
+        .copied()
+    }
+
+    /// Its number.
+    pub fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+/// How gradients travel between ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// In the accumulation type.
+    #[default]
+    Exact,
+    /// Rounded to `bf16` before they are sent; sums are kept in `f32`.
+    Bf16,
+}
+
+/// Where a run's parts live.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Placement {
+    /// What is partitioned.
+    pub stage: Stage,
+    /// Parameters of at most so many elements stay whole on each rank in stage 3
+    /// (`stage3_param_persistence_threshold`).
+    pub persistence_threshold: usize,
+    /// Most elements of one collective (`reduce_bucket_size`, `allgather_bucket_size`).
+    pub bucket: usize,
+    /// How gradients travel.
+    pub wire: Wire,
+    /// Whether gradients of several micro-batches are summed on each rank and reduced once a step, which sends less;
+    /// otherwise each micro-batch is reduced at once, which gives the same bits in all stages. Needs a stage below
+    /// [`Stage::Gradients`].
+    pub reduce_once: bool,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Placement {
+            stage: Stage::Replicated,
+            persistence_threshold: 100_000,
+            bucket: 500_000_000,
+            wire: Wire::Exact,
+            reduce_once: false,
+        }
+    }
+}
+
+/// Elements of the smallest piece of a parameter that has an owner of its own: the block of 8-bit optimizer state.
+pub const BLOCK: usize = 256;
+
+/// The parts of `len` elements that each of `ranks` ranks owns: contiguous, in rank order, cut at multiples of
+/// [`BLOCK`]; some are empty where there are fewer blocks than ranks.
+pub fn partition(len: usize, ranks: usize) -> Vec<Range<usize>> {
+    let blocks = len.div_ceil(BLOCK);
+    let cut = |rank: usize| (rank * blocks / ranks * BLOCK).min(len);
+    (0..ranks).map(|rank| cut(rank)..cut(rank + 1)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_everything_once() {
+        for len in [0, 1, 255, 256, 257, 1000, 4096, 70_001] {
+            for ranks in [1, 2, 3, 4, 7] {
+                let parts = partition(len, ranks);
+                assert_eq!(parts.len(), ranks);
+                assert_eq!((parts[0].start, parts[ranks - 1].end), (0, len));
+                for pair in parts.windows(2) {
+                    assert_eq!(pair[0].end, pair[1].start, "{len} over {ranks}");
+                    assert!(pair[0].end % BLOCK == 0 || pair[0].end == len);
+                }
+                let most = parts.iter().map(|p| p.len()).max().unwrap();
+                assert!(most <= len / ranks + BLOCK, "{len} over {ranks}: {most}");
+            }
+        }
+    }
+}

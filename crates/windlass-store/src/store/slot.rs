@@ -1,0 +1,169 @@
+//! One parameter as a rank keeps it, and its collectives.
+
+use super::owner::Array;
+use super::{Store, Wire};
+use crate::error::Result;
+use std::ops::Range;
+use windlass_tensor::kernels::Element;
+use windlass_tensor::kernels::memory::Category;
+use windlass_tensor::{DType, ParamId, ParamSpec, Tensor, Weight, bf16, each_dtype};
+
+/// Where a parameter's elements are.
+pub(super) enum Residence {
+    /// All of them, here.
+    Whole(Weight),
+    /// This rank's shard, as a vector.
+    Part(Tensor),
+}
+
+/// One parameter.
+pub(super) struct Slot {
+    /// The part of each rank.
+    pub(super) shards: Vec<Range<usize>>,
+    rank: usize,
+    /// The elements that this rank updates: its shard, or all in stage 0.
+    pub(super) owned: Range<usize>,
+    pub(super) residence: Residence,
+    pub(super) trained: bool,
+    /// The sum over ranks of the gradients of `owned`, with more than one rank.
+    pub(super) grad: Option<Tensor>,
+    /// Master values and moments of `owned`.
+    pub(super) state: Vec<Array>,
+}
+
+impl Slot {
+    pub(super) fn new(shards: Vec<Range<usize>>, rank: usize, residence: Residence) -> Self {
+        let trained = matches!(
+            residence,
+            Residence::Part(_) | Residence::Whole(Weight::Dense(_))
+        );
+        Slot {
+            owned: shards[rank].clone(),
+            shards,
+            rank,
+            residence,
+            trained,
+            grad: None,
+            state: Vec::new(),
+        }
+    }
+
+    pub(super) fn ranks(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// The elements whose gradient this rank sums up.
+    pub(super) fn shard(&self) -> &Range<usize> {
+        &self.shards[self.rank]
+    }
+
+    /// The storage type of a dense parameter.
+    pub(super) fn dtype(&self) -> Option<DType> {
+        match &self.residence {
+            Residence::Whole(Weight::Dense(tensor)) | Residence::Part(tensor) => {
+                Some(tensor.dtype())
+            }
+            Residence::Whole(Weight::Packed(_)) => None,
+        }
+    }
+}
+
+/// Cuts the parts of all ranks into runs of at most `bucket` elements: for each run its start and the part of each rank
+/// in it, counted from that start.
+pub(super) fn buckets(
+    shards: &[Range<usize>],
+    bucket: usize,
+) -> impl Iterator<Item = (Range<usize>, Vec<Range<usize>>)> {
+    let len = shards.last().map_or(0, |s| s.end);
+    let bucket = bucket.max(1);
+    (0..len.div_ceil(bucket)).map(move |index| {
+        let run = index * bucket..len.min((index + 1) * bucket);
+        let cut = |at: usize| at.clamp(run.start, run.end) - run.start;
+        let parts = shards.iter().map(|s| cut(s.start)..cut(s.end)).collect();
+        (run, parts)
+    })
+}
+
+impl Store {
+    /// The whole parameter, from the parts of all ranks.
+    pub(super) fn gather_param(
+        &self,
+        param: &ParamSpec,
+        slot: &Slot,
+        part: &Tensor,
+    ) -> Result<Tensor> {
+        let dtype = part.dtype();
+        let mut whole = Tensor::empty(&self.cpu, param.shape, dtype, Category::Workspace);
+        let tag = format!("gather {}", param.name);
+        each_dtype!(dtype, E => {
+            let out = whole.as_mut_slice::<E>();
+            out[slot.shard().clone()].copy_from_slice(part.as_slice::<E>());
+            self.share::<E>(&tag, slot, out)?;
+        });
+        Ok(whole)
+    }
+
+    /// Gives all ranks all shards of a parameter's elements, in place.
+    pub(super) fn share<E: windlass_comm::Datum>(
+        &self,
+        tag: &str,
+        slot: &Slot,
+        data: &mut [E],
+    ) -> Result<()> {
+        for (run, parts) in buckets(&slot.shards, self.placement.bucket) {
+            self.group.all_gather(tag, &parts, &mut data[run])?;
+        }
+        Ok(())
+    }
+
+    /// Adds the ranks' gradients of a parameter to what this rank keeps of their sum.
+    pub(super) fn reduce_param(&mut self, id: ParamId, sum: Option<Tensor>) -> Result<()> {
+        let unit = &mut self.units[id.unit];
+        let (param, slot) = (&unit.spec.params[id.slot], &mut unit.slots[id.slot]);
+        let dtype = slot.dtype().expect("a trained slot").accumulator();
+        let zeros = |len: usize| Tensor::zeros(&self.cpu, [len], dtype, Category::Gradients);
+        let sum = sum.unwrap_or_else(|| zeros(param.shape.len()));
+        let accumulate = slot.grad.is_some();
+        let mut kept = slot.grad.take().unwrap_or_else(|| zeros(slot.owned.len()));
+        let start = slot.shard().start - slot.owned.start;
+        let mine = start..start + slot.shard().len();
+        let tag = format!("reduce {}", param.name);
+        if self.wire() == Wire::Bf16 && dtype == DType::F32 {
+            let sent = sum.cast(&self.cpu, DType::Bf16, Category::Workspace);
+            let out = &mut kept.as_mut_slice::<f32>()[mine];
+            self.sum_shards(&tag, id, sent.as_slice::<bf16>(), out, accumulate)?;
+        } else {
+            each_dtype!(dtype, E => {
+                type Acc = <E as Element>::Acc;
+                let out = &mut kept.as_mut_slice::<Acc>()[mine];
+                self.sum_shards(&tag, id, sum.as_slice::<Acc>(), out, accumulate)?;
+            });
+        }
+        self.units[id.unit].slots[id.slot].grad = Some(kept);
+        Ok(())
+    }
+
+    fn wire(&self) -> Wire {
+        self.placement.wire
+    }
+
+    fn sum_shards<T: windlass_comm::Real>(
+        &self,
+        tag: &str,
+        id: ParamId,
+        data: &[T],
+        out: &mut [T::Sum],
+        accumulate: bool,
+    ) -> Result<()> {
+        let slot = &self.units[id.unit].slots[id.slot];
+        let mut done = 0;
+        for (run, parts) in buckets(&slot.shards, self.placement.bucket) {
+            let mine = parts[self.group.rank()].len();
+            let out = &mut out[done..done + mine];
+            self.group
+                .reduce_scatter(tag, &parts, &data[run], out, accumulate)?;
+            done += mine;
+        }
+        Ok(())
+    }
+}

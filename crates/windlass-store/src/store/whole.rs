@@ -1,0 +1,134 @@
+//! Whole parameters, gradients and optimizer state, from the parts of all ranks: for reports, tests and edits.
+
+use super::slot::Residence;
+use super::{Shard, Store, Values};
+use crate::error::Result;
+use std::ops::Range;
+use windlass_tensor::kernels::memory::Category;
+use windlass_tensor::kernels::split;
+use windlass_tensor::{DType, ParamId, ParamSpec, Tensor, Weight, bf16, each_dtype};
+
+impl Store {
+    /// The parameter of a name.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.units.iter().enumerate().find_map(|(unit, held)| {
+            let slot = held.spec.params.iter().position(|p| p.name == name)?;
+            Some(ParamId { unit, slot })
+        })
+    }
+
+    /// The parameters in order, each with its declaration.
+    pub fn params(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
+        self.units.iter().enumerate().flat_map(|(unit, held)| {
+            let params = held.spec.params.iter().enumerate();
+            params.map(move |(slot, spec)| (ParamId { unit, slot }, spec))
+        })
+    }
+
+    /// The gradient of a parameter, summed over the batches and ranks so far; `None` where nothing was added.
+    /// Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn gradient(&self, id: ParamId) -> Result<Option<Tensor>> {
+        let unit = &self.units[id.unit];
+        let (param, slot) = (&unit.spec.params[id.slot], &unit.slots[id.slot]);
+        if slot.ranks() == 1 {
+            let grad = unit.local.as_ref().and_then(|grads| grads.get(id.slot));
+            return Ok(grad.cloned());
+        }
+        let Some(kept) = &slot.grad else {
+            return Ok(None);
+        };
+        let mut whole = Tensor::empty(&self.cpu, param.shape, kept.dtype(), Category::Workspace);
+        let tag = format!("gradient of {}", param.name);
+        let start = slot.shard().start - slot.owned.start;
+        each_dtype!(kept.dtype(), E => {
+            let out = whole.as_mut_slice::<E>();
+            let own = &kept.as_slice::<E>()[start..start + slot.shard().len()];
+            out[slot.shard().clone()].copy_from_slice(own);
+            self.share::<E>(&tag, slot, out)?;
+        });
+        Ok(Some(whole))
+    }
+
+    /// The values of a parameter at full precision: the `f32` masters where there are some. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn master(&mut self, id: ParamId) -> Result<Vec<f32>> {
+        self.whole(id, "master of", |shard, at| shard.values.master(at))
+    }
+
+    /// Moment `n` of a trained parameter. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    ///
+    /// # Panics
+    /// When the optimizer keeps no such moment.
+    #[track_caller]
+    pub fn moment(&mut self, id: ParamId, n: usize) -> Result<Vec<f32>> {
+        self.whole(id, "moment of", |shard, at| shard.moments[n][at].to_vec())
+    }
+
+    /// Sets a trained parameter to `values` on all ranks, which must give the same ones. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    ///
+    /// # Panics
+    /// When the number of values differs from the parameter's.
+    #[track_caller]
+    pub fn set_master(&mut self, id: ParamId, values: &[f32]) -> Result<()> {
+        let len = self.units[id.unit].spec.params[id.slot].shape.len();
+        assert_eq!(values.len(), len, "values against elements");
+        self.visit(&mut |mut shard| {
+            if shard.id == id {
+                shard.values.set_master(0, &values[shard.range.clone()]);
+            }
+        });
+        // Where weights are whole but state is partitioned, this rank's copy of the others' part is set as well.
+        let slot = &mut self.units[id.unit].slots[id.slot];
+        if let Residence::Whole(Weight::Dense(tensor)) = &mut slot.residence {
+            match tensor.dtype() {
+                DType::Bf16 => {
+                    let out = tensor.as_mut_slice::<bf16>();
+                    let rounded = values.iter().map(|&v| split::split(v).0);
+                    out.iter_mut().zip(rounded).for_each(|(o, v)| *o = v);
+                }
+                DType::F32 => tensor.as_mut_slice::<f32>().copy_from_slice(values),
+                other => panic!("parameters in {other} are not trained"),
+            }
+        }
+        self.group.barrier("set a parameter")?;
+        Ok(())
+    }
+
+    fn whole(
+        &mut self,
+        id: ParamId,
+        what: &str,
+        part: impl Fn(&Shard<'_>, Range<usize>) -> Vec<f32>,
+    ) -> Result<Vec<f32>> {
+        let unit = &self.units[id.unit];
+        let mut all = vec![0.0; unit.spec.params[id.slot].shape.len()];
+        let tag = format!("{what} {}", unit.spec.params[id.slot].name);
+        let mine = unit.slots[id.slot].shard().clone();
+        self.visit(&mut |shard| {
+            if shard.id == id && !mine.is_empty() {
+                let start = mine.start - shard.range.start;
+                all[mine.clone()].copy_from_slice(&part(&shard, start..start + mine.len()));
+            }
+        });
+        self.share(&tag, &self.units[id.unit].slots[id.slot], &mut all)?;
+        Ok(all)
+    }
+}
+
+impl Values<'_> {
+    /// All master values.
+    pub fn to_vec(&self) -> Vec<f32> {
+        self.master(0..self.len())
+    }
+}
