@@ -70,11 +70,15 @@ impl Store {
                 "parameters of unit {}",
                 spec.name
             );
-            let slots = spec.params.iter().zip(weights.iter()).map(|(param, weight)| {
-                assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
-                let shards = partition(param.shape.len(), 1);
-                Slot::new(shards, 0, Residence::Whole(weight.clone()))
-            });
+            let slots = spec
+                .params
+                .iter()
+                .zip(weights.iter())
+                .map(|(param, weight)| {
+                    assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
+                    let shards = partition(param.shape.len(), 1);
+                    Slot::new(shards, 0, Residence::Whole(weight.clone()))
+                });
             Unit::new(spec, slots.collect())
         });
         Store {

@@ -1,8 +1,8 @@
 //! Weights by representation, borrowed by slot; gradients by slot.
 
 use crate::packed::Packed;
-use std::ops::Range;
 use crate::{Cpu, Shape, Tensor, each_dtype};
+use std::ops::Range;
 use windlass_kernels::memory::Category;
 use windlass_kernels::{DType, Element};
 

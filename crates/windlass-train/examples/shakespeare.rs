@@ -9,10 +9,12 @@
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
+use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Goal, Tokens, decoder};
+use windlass_store::Placement;
 use windlass_tensor::{Cpu, DType};
 use windlass_train::schedule::{Decay, Schedule, Warmup};
-use windlass_train::{Engine, EngineOptions, Optimizer, load_model};
+use windlass_train::{Engine, EngineOptions, Losses, Optimizer, load_model};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -67,7 +69,8 @@ fn options(data: &Data) -> Result<(EngineOptions, Schedule), Failure> {
             weight_decay: data.number("weight_decay")?,
         },
         gradient_clipping: Some(data.number("clip")?),
-        activation_checkpointing: false,
+        losses: Losses::Sum,
+        ..EngineOptions::default()
     };
     let (lr, warmup) = (data.number("lr")?, data.number("warmup")? as u64);
     let schedule = Schedule::new(
@@ -97,7 +100,14 @@ fn main() -> Result<(), Failure> {
     let context = data.number("context")? as usize;
     let cpu = Cpu::new(threads);
     let config = DecoderConfig::load(folder)?;
-    let (store, _) = load_model(&cpu, folder, &config, storage)?;
+    let (store, _) = load_model(
+        &cpu,
+        Group::solo(),
+        Placement::default(),
+        folder,
+        &config,
+        storage,
+    )?;
     let mut engine = Engine::initialize(decoder(&config), store, options);
     let (mut losses, mut norms, began) = (Vec::new(), Vec::new(), Instant::now());
     for (step, starts) in data.starts.iter().enumerate() {

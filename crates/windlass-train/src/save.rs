@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::num::NonZeroUsize;
 use std::path::Path;
-use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
 use windlass_comm::Group;
+use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors, write_folder};
@@ -110,9 +110,13 @@ pub(crate) fn save_model(
     let dtype = engine.store().dtype();
     let files = FileTensors::new(engine, config);
     let mut units = Units::new(engine.store());
-    write_folder(&RealDisk, folder, &files.specs, &Options::default(), |index, out| {
-        out.values(&files.values(index, &mut units)?)
-    })?;
+    write_folder(
+        &RealDisk,
+        folder,
+        &files.specs,
+        &Options::default(),
+        |index, out| out.values(&files.values(index, &mut units)?),
+    )?;
     let text = serde_json::to_vec_pretty(&config_json(config, dtype)).expect("a JSON value");
     write_atomic(&RealDisk, &folder.join("config.json"), &text)?;
     Ok(tokenizer.save(folder)?)
@@ -247,12 +251,17 @@ pub(crate) fn save(
 }
 
 /// Writes this rank's part of the weights and its optimizer state.
-fn write_part(writer: &mut Writer<'_>, engine: &Engine<Tokens>, config: &DecoderConfig) -> Result<()> {
+fn write_part(
+    writer: &mut Writer<'_>,
+    engine: &Engine<Tokens>,
+    config: &DecoderConfig,
+) -> Result<()> {
     let store = engine.store();
     let (rank, ranks) = (store.group().rank(), store.group().size());
     let files = FileTensors::new(engine, config);
     let mut units = Units::new(store);
-    let mut fill = |index: usize, out: &mut TensorWriter| out.values(&files.values(index, &mut units)?);
+    let mut fill =
+        |index: usize, out: &mut TensorWriter| out.values(&files.values(index, &mut units)?);
     let written = match ranks {
         1 => writer.weights(&files.specs, &Options::default(), &mut fill),
         _ => write_shard(writer, &files, (rank, ranks), &mut fill),

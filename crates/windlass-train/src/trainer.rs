@@ -300,13 +300,10 @@ impl Trainer {
             return Err(self.non_finite(step, "loss", mean));
         }
         let lr = self.options.schedule.lr(step - 1);
-        let report = self
-            .engine
-            .step(lr)
-            .map_err(|e| match e {
-                Error::NonFinite { value, what, .. } => self.non_finite(step, what, value),
-                other => other,
-            })?;
+        let report = self.engine.step(lr).map_err(|e| match e {
+            Error::NonFinite { value, what, .. } => self.non_finite(step, what, value),
+            other => other,
+        })?;
         self.tokens_seen += tokens as u64;
         let seconds = start.elapsed().as_secs_f64();
         let values = [

@@ -86,7 +86,11 @@ fn check(case: &Path, config: &DecoderConfig, dtype: DType, tolerance: f64) {
     let rows = (0..ids.len() as u32).collect();
     let batch = Tokens::new(ids.clone(), &lengths, Goal::Logits { rows }, dtype);
     let logits = run(&model, &store(&cpu, case, config, dtype), &batch);
-    close("logits", &logits.unwrap().to_f64(), &golden.floats("logits"));
+    close(
+        "logits",
+        &logits.unwrap().to_f64(),
+        &golden.floats("logits"),
+    );
 
     for checkpointing in [false, true] {
         let options = EngineOptions {
@@ -175,7 +179,9 @@ fn greedy(
         let step = |ids: Vec<u32>| {
             let n = ids.len();
             let rows = [n as u32 - 1].into();
-            let logits = run(&model, &store, &Tokens::cached(ids, &cache, rows, dtype)).unwrap().to_f64();
+            let logits = run(&model, &store, &Tokens::cached(ids, &cache, rows, dtype))
+                .unwrap()
+                .to_f64();
             cache.lock().unwrap().advance(n);
             logits
                 .iter()

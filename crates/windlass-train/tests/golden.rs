@@ -337,7 +337,9 @@ fn trace(
     for step in 0..3 {
         let mut total = 0.0;
         for start in (0..8).step_by(micro) {
-            let loss = engine.forward(golden.tokens(48, start..start + micro, dtype)).unwrap();
+            let loss = engine
+                .forward(golden.tokens(48, start..start + micro, dtype))
+                .unwrap();
             total += loss.value();
             engine.backward(loss).unwrap();
         }

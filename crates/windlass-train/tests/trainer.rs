@@ -5,10 +5,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_config};
 use windlass_comm::Group;
-use windlass_store::{Placement, Store};
+use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_config};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
+use windlass_store::{Placement, Store};
 use windlass_tensor::{Cpu, DType, Rng, RouterStats};
 use windlass_train::data::{
     Corpus, Packing, ReadOptions, Split, TokenFile, TokenizeOptions, tokenize,

@@ -4,5 +4,8 @@ pub mod hub;
 pub mod prelude;
 pub mod progress;
 
-pub use {windlass_comm as comm, windlass_infer as infer, windlass_model as model, windlass_store as store};
+pub use {
+    windlass_comm as comm, windlass_infer as infer, windlass_model as model,
+    windlass_store as store,
+};
 pub use {windlass_tensor as tensor, windlass_train as train};

@@ -10,11 +10,11 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use windlass::comm::Group;
 use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
 use windlass::progress::Progress;
-use windlass::comm::Group;
-use windlass::store::{Placement, Stage, Store};
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
+use windlass::store::{Placement, Stage, Store};
 use windlass::tensor::Cpu;
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
@@ -217,9 +217,13 @@ impl Job {
         let (dtype, model) = (self.options.dtype, decoder(&self.config));
         let Some(folder) = &self.origin else {
             let seed = self.options.seed;
-            return Store::build(cpu, group, self.placement, model.units(), |_, param, range| {
-                Ok(param.fill_range(cpu, seed, dtype, range))
-            });
+            return Store::build(
+                cpu,
+                group,
+                self.placement,
+                model.units(),
+                |_, param, range| Ok(param.fill_range(cpu, seed, dtype, range)),
+            );
         };
         let (store, unused) = load_model(cpu, group, self.placement, folder, &self.config, dtype)?;
         if first && !unused.is_empty() {

@@ -35,7 +35,12 @@ impl World {
         let timeout = Duration::try_from_secs_f64(self.timeout)
             .ok()
             .filter(|t| !t.is_zero())
-            .ok_or_else(|| usage(format!("--timeout {}", self.timeout), "give seconds above 0"))?;
+            .ok_or_else(|| {
+                usage(
+                    format!("--timeout {}", self.timeout),
+                    "give seconds above 0",
+                )
+            })?;
         let threads = machine.cpu_threads()?;
         if self.ranks == 1 {
             return job(Group::solo(), Cpu::new(threads));
@@ -48,7 +53,8 @@ impl World {
                 .map(|group| scope.spawn(|| rank(group, share, &job)))
                 .collect();
             let join = |rank: std::thread::ScopedJoinHandle<'_, Result<T>>| {
-                rank.join().unwrap_or_else(|_| Err(anyhow!("a rank's thread died")))
+                rank.join()
+                    .unwrap_or_else(|_| Err(anyhow!("a rank's thread died")))
             };
             ranks.into_iter().map(join).collect::<Vec<_>>()
         });
@@ -87,7 +93,10 @@ fn first<T>(results: Vec<Result<T>>) -> Result<T> {
                             )
                     })
                 };
-                if error.as_ref().is_none_or(|known| consequence(known) && !consequence(&e)) {
+                if error
+                    .as_ref()
+                    .is_none_or(|known| consequence(known) && !consequence(&e))
+                {
                     error = Some(e);
                 }
             }

@@ -1,0 +1,322 @@
+//! Stages of ZeRO over several ranks: the same bits in every stage, the bytes that theory asks for, and the memory that
+//! each rank saves.
+
+use std::time::Duration;
+use windlass_comm::{Group, Traffic};
+use windlass_model::{DecoderConfig, Goal, Tokens, decoder, preset_config};
+use windlass_store::{Placement, Stage, Store, Wire, partition};
+use windlass_tensor::kernels::memory::Category;
+use windlass_tensor::{Cpu, DType, Rng};
+use windlass_train::{Engine, EngineOptions, Losses, Optimizer};
+
+const STAGES: [Stage; 4] = [
+    Stage::Replicated,
+    Stage::Optimizer,
+    Stage::Gradients,
+    Stage::Parameters,
+];
+const STEPS: usize = 3;
+const SEQ: usize = 24;
+
+/// A training job of the tests.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    ranks: usize,
+    accumulation: usize,
+    dtype: DType,
+    placement: Placement,
+    optimizer: Optimizer,
+    checkpointing: bool,
+}
+
+impl Job {
+    fn new(ranks: usize, stage: Stage) -> Self {
+        Job {
+            ranks,
+            accumulation: 1,
+            dtype: DType::F32,
+            placement: Placement {
+                stage,
+                persistence_threshold: 0,
+                ..Default::default()
+            },
+            optimizer: Optimizer::ADAMW,
+            checkpointing: false,
+        }
+    }
+}
+
+/// What a rank saw.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Seen {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    /// Masters of all parameters after the last step.
+    masters: Vec<Vec<f32>>,
+    gradient: Vec<f64>,
+}
+
+fn config() -> DecoderConfig {
+    let text = preset_config("llama", "1m", 320).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (key, value) in [
+        ("hidden_size", 48),
+        ("intermediate_size", 72),
+        ("num_hidden_layers", 2),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 2),
+        ("max_position_embeddings", 64),
+    ] {
+        json[key] = value.into();
+    }
+    if let Some(map) = json.as_object_mut() {
+        map.remove("head_dim");
+        map.insert("tie_word_embeddings".into(), false.into());
+    }
+    DecoderConfig::from_json("small", &json.to_string()).unwrap()
+}
+
+/// The batch with a number among all batches of all ranks and steps.
+fn batch(number: usize, dtype: DType, batches: usize) -> Tokens {
+    let mut rng = Rng::new(number as u64 + 1);
+    let mut id = || (rng.next_u64() % 320) as u32;
+    let ids: Vec<u32> = (0..SEQ).map(|_| id()).collect();
+    let targets: Vec<i64> = (0..SEQ).map(|_| i64::from(id())).collect();
+    let goal = Goal::Loss {
+        targets: targets.into(),
+        denominator: (SEQ * batches) as f64,
+    };
+    Tokens::new(ids, &[SEQ], goal, dtype)
+}
+
+/// One rank of a job.
+fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
+    let cpu = Cpu::new(1);
+    let model = decoder(&config());
+    let (rank, ranks) = (group.rank(), group.size());
+    let store = Store::build(&cpu, group, job.placement, model.units(), |_, p, range| {
+        Ok::<_, windlass_store::Error>(p.fill_range(&cpu, 7, job.dtype, range))
+    });
+    let options = EngineOptions {
+        optimizer: job.optimizer,
+        gradient_clipping: Some(0.5),
+        activation_checkpointing: job.checkpointing,
+        gradient_accumulation_steps: job.accumulation,
+        losses: Losses::Sum,
+    };
+    let mut engine = Engine::initialize(model, store.unwrap(), options);
+    let mut seen = Seen::default();
+    let mut states = [0; 3];
+    for step in 0..STEPS {
+        let mut loss = 0.0;
+        for micro in 0..job.accumulation {
+            let number = (step * job.accumulation + micro) * ranks + rank;
+            let batches = ranks * job.accumulation;
+            let out = engine.forward(batch(number, job.dtype, batches)).unwrap();
+            loss += out.value();
+            engine.backward(out).unwrap();
+        }
+        let all = engine.store().group().collect("loss", &[loss]).unwrap();
+        seen.losses.push(all.iter().sum());
+        if step + 1 == STEPS {
+            let now = cpu.memory.now();
+            let kinds = [Category::Weights, Category::Gradients, Category::Optimizer];
+            states = kinds.map(|kind| now.of(kind));
+        }
+        seen.norms.push(engine.step(1e-2).unwrap().grad_norm);
+    }
+    let traffic = engine.store().group().traffic();
+    let ids: Vec<_> = engine.store().params().map(|(id, _)| id).collect();
+    for id in ids {
+        seen.masters.push(engine.store_mut().master(id).unwrap());
+    }
+    (seen, traffic, states)
+}
+
+/// All ranks of a job.
+fn run(job: Job) -> Vec<(Seen, Traffic, [usize; 3])> {
+    std::thread::scope(|scope| {
+        let groups = Group::local(job.ranks, Duration::from_secs(60));
+        let ranks: Vec<_> = groups
+            .into_iter()
+            .map(|group| scope.spawn(move || rank(job, group)))
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn all_stages_give_the_same_bits() {
+    for (ranks, accumulation) in [(2, 1), (2, 4), (3, 1), (4, 2), (7, 1)] {
+        for dtype in [DType::F32, DType::Bf16] {
+            let mut jobs = Vec::new();
+            for stage in STAGES {
+                let job = Job {
+                    accumulation,
+                    dtype,
+                    ..Job::new(ranks, stage)
+                };
+                jobs.push(job);
+                jobs.push(Job {
+                    checkpointing: true,
+                    placement: Placement {
+                        bucket: 700,
+                        persistence_threshold: 2000,
+                        ..job.placement
+                    },
+                    ..job
+                });
+            }
+            let want = run(jobs[0]).swap_remove(0).0;
+            assert!(want.losses.iter().all(|l| l.is_finite()));
+            assert!(want.norms[0] > 0.5, "clipping is at work: {:?}", want.norms);
+            for job in jobs {
+                for (index, (seen, ..)) in run(job).into_iter().enumerate() {
+                    assert!(seen == want, "rank {index} of {job:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_ranks_learn_what_one_does() {
+    for (optimizer, tolerance) in [(Optimizer::ADAMW, 2e-3), (SGD, 1e-5)] {
+        let one = Job {
+            accumulation: 6,
+            optimizer,
+            ..Job::new(1, Stage::Replicated)
+        };
+        let want = run(one).swap_remove(0).0;
+        for (ranks, accumulation) in [(2, 3), (3, 2), (6, 1)] {
+            let job = Job {
+                accumulation,
+                optimizer,
+                ..Job::new(ranks, Stage::Parameters)
+            };
+            let seen = run(job).swap_remove(0).0;
+            for (a, b) in seen.losses.iter().zip(&want.losses) {
+                assert!((a - b).abs() < 1e-5 * b, "{ranks} ranks: loss {a} and {b}");
+            }
+            for (a, b) in seen
+                .masters
+                .iter()
+                .flatten()
+                .zip(want.masters.iter().flatten())
+            {
+                let scale = 1e-2 + b.abs();
+                assert!(
+                    (a - b).abs() < tolerance * scale,
+                    "{ranks} ranks: {a} and {b}"
+                );
+            }
+        }
+    }
+}
+
+const SGD: Optimizer = Optimizer::Sgd {
+    momentum: 0.9,
+    nesterov: false,
+    weight_decay: 0.0,
+};
+
+/// Elements of the model's parameters, with the rank's own part.
+fn elements(ranks: usize, rank: usize) -> (usize, usize, usize) {
+    let model = decoder(&config());
+    let params = model.units().iter().flat_map(|unit| &unit.params);
+    let lens: Vec<usize> = params.map(|p| p.shape.len()).collect();
+    let own = lens.iter().map(|&len| partition(len, ranks)[rank].len());
+    let head = model.units().last().unwrap();
+    let head: usize = head.params.iter().map(|p| p.shape.len()).sum();
+    (lens.iter().sum(), own.sum(), head)
+}
+
+/// Bytes sent are those of theory: reducing sends what others own, gathering sends one's own to all others.
+#[test]
+fn bytes_sent_are_those_of_theory() {
+    for ranks in [2, 3, 4, 7] {
+        for (accumulation, reduce_once) in [(1, false), (4, false), (4, true)] {
+            for stage in STAGES {
+                for wire in [Wire::Exact, Wire::Bf16] {
+                    let mut job = Job {
+                        accumulation,
+                        dtype: DType::Bf16,
+                        ..Job::new(ranks, stage)
+                    };
+                    if reduce_once && stage >= Stage::Gradients {
+                        continue;
+                    }
+                    job.placement.reduce_once = reduce_once;
+                    job.placement.wire = wire;
+                    let mut total = 0;
+                    for (index, (_, traffic, _)) in run(job).into_iter().enumerate() {
+                        let (all, own, _) = elements(ranks, index);
+                        let head_own: usize = head_own(ranks, index);
+                        let sent = if wire == Wire::Bf16 { 2 } else { 4 };
+                        let reduced = if reduce_once { 1 } else { accumulation };
+                        let reduce = sent * (all - own) * reduced;
+                        // Stage 3 gathers each unit forward and backward; the last one, whose passes follow each
+                        // other, once.
+                        let gather = (ranks - 1)
+                            * match stage {
+                                Stage::Replicated => 4 * own,
+                                Stage::Optimizer | Stage::Gradients => 2 * own,
+                                Stage::Parameters => 2 * accumulation * (2 * own - head_own),
+                            };
+                        let wanted = STEPS * (reduce + gather);
+                        let found = traffic.all_gather.bytes + traffic.reduce_scatter.bytes;
+                        assert_eq!(found as usize, wanted, "rank {index} of {job:?}");
+                        total += found as usize;
+                    }
+                    if stage == Stage::Replicated && wire == Wire::Exact && reduced_once(job) {
+                        let (all, ..) = elements(ranks, 0);
+                        assert_eq!(total, STEPS * 2 * all * (ranks - 1) * 4, "2Y(N-1)");
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn reduced_once(job: Job) -> bool {
+    job.accumulation == 1 || job.placement.reduce_once
+}
+
+fn head_own(ranks: usize, rank: usize) -> usize {
+    let model = decoder(&config());
+    let (unit, _) = model.layers().last().unwrap();
+    let params = model.units()[unit].params.iter();
+    params
+        .map(|p| partition(p.shape.len(), ranks)[rank].len())
+        .sum()
+}
+
+/// Model states of a rank: 16 bytes a parameter in `bf16` with exact masters, of which weights take 2, gradients 4, and
+/// masters and moments 10.
+#[test]
+fn memory_falls_with_the_stage() {
+    for ranks in [1, 2, 4] {
+        for stage in STAGES {
+            let mut job = Job::new(ranks, stage);
+            job.dtype = DType::Bf16;
+            for (index, (_, _, states)) in run(job).into_iter().enumerate() {
+                let (all, own, _) = elements(ranks, index);
+                let part = |from: Stage| if stage >= from { own } else { all };
+                // Gradients are reduced as they come: no stage keeps more than it updates.
+                let wanted = [
+                    2 * part(Stage::Parameters),
+                    4 * part(Stage::Optimizer),
+                    10 * part(Stage::Optimizer),
+                ];
+                for (kind, (found, wanted)) in states.into_iter().zip(wanted).enumerate() {
+                    // Blocks of memory are rounded up, by 64 bytes at least for each of 20 tensors.
+                    let slack = wanted / 16 + 20 * 128;
+                    assert!(
+                        (wanted..=wanted + slack).contains(&found),
+                        "kind {kind} of rank {index} of {job:?}: {found} bytes, {wanted} in theory"
+                    );
+                }
+            }
+        }
+    }
+}
