@@ -20,14 +20,13 @@ use crate::error::Result;
 use slot::{Residence, Slot};
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::Arc;
 use windlass_comm::Group;
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, UnitSpec, Weight, Weights};
 
 /// The parameters of a model with, for training, their gradients and optimizer state.
 pub struct Store {
     cpu: Cpu,
-    group: Arc<Group>,
+    group: Group,
     placement: Placement,
     units: Vec<Unit>,
     /// Whether the micro-batch at hand is the last one of its step.
@@ -83,7 +82,7 @@ impl Store {
         });
         Store {
             cpu: cpu.clone(),
-            group: Arc::new(Group::solo()),
+            group: Group::solo(),
             placement: Placement::default(),
             units: units.collect(),
             boundary: true,
@@ -123,7 +122,7 @@ impl Store {
         }
         Ok(Store {
             cpu: cpu.clone(),
-            group: Arc::new(group),
+            group,
             placement,
             units: held,
             boundary: true,
