@@ -45,6 +45,9 @@ pub trait Real: Datum {
     /// `out = values`, in the type of sums.
     #[doc(hidden)]
     fn widen(values: &[Self], out: &mut [Self::Sum]);
+    /// `out = first + second`, in the type of sums.
+    #[doc(hidden)]
+    fn add_two(first: &[Self], second: &[Self], out: &mut [Self::Sum]);
     /// `sum += values`.
     #[doc(hidden)]
     fn add(sum: &mut [Self::Sum], values: &[Self]);
@@ -70,6 +73,11 @@ macro_rules! real {
             type Sum = $number;
             fn widen(values: &[Self], out: &mut [Self]) {
                 out.copy_from_slice(values);
+            }
+            fn add_two(first: &[Self], second: &[Self], out: &mut [Self]) {
+                for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+                    *out = *first + *second;
+                }
             }
             fn add(sum: &mut [Self], values: &[Self]) {
                 for (sum, value) in sum.iter_mut().zip(values) {
@@ -97,6 +105,11 @@ impl Real for bf16 {
             *out = widened(*value);
         }
     }
+    fn add_two(first: &[Self], second: &[Self], out: &mut [f32]) {
+        for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+            *out = widened(*first) + widened(*second);
+        }
+    }
     fn add(sum: &mut [f32], values: &[Self]) {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum += widened(*value);
@@ -111,6 +124,10 @@ impl Real for f16 {
     type Sum = f32;
     fn widen(values: &[Self], out: &mut [f32]) {
         values.convert_to_f32_slice(out);
+    }
+    fn add_two(first: &[Self], second: &[Self], out: &mut [f32]) {
+        Self::widen(first, out);
+        Self::add(out, second);
     }
     fn add(sum: &mut [f32], values: &[Self]) {
         // The processor's conversion is chosen once a slice, so not number by number.

@@ -22,11 +22,13 @@ pub fn fold<T: Real>(ranks: &[&[T]], out: &mut [T::Sum], accumulate: bool) {
 }
 
 /// The sum of one block.
-pub fn sum_of<'a, T: Real>(ranks: impl Iterator<Item = &'a [T]>, sum: &mut [T::Sum]) {
-    for (rank, values) in ranks.enumerate() {
-        match rank {
-            0 => T::widen(values, sum),
-            _ => T::add(sum, values),
-        }
+pub fn sum_of<'a, T: Real>(mut ranks: impl Iterator<Item = &'a [T]>, sum: &mut [T::Sum]) {
+    match (ranks.next(), ranks.next()) {
+        (Some(first), Some(second)) => T::add_two(first, second, sum),
+        (Some(first), None) => T::widen(first, sum),
+        (None, _) => {}
+    }
+    for values in ranks {
+        T::add(sum, values);
     }
 }
