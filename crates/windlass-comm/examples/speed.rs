@@ -1,7 +1,7 @@
-//! How fast collectives between threads are, beside plain copies by as many threads.
+//! How fast collectives are, beside plain copies by as many ranks.
 //!
-//! `cargo run --release -p windlass-comm --example speed -- [RANKS] [MEGABYTES]`; medians of 15 rounds, in seconds and
-//! as bytes that a rank reads and writes in a second.
+//! `speed 2 64`: two threads with 64 MB of f32 each; under `mpirun`, `speed mpi 64` (feature `mpi`). Medians of 15
+//! rounds, as time and as bytes that a rank reads and writes in a second.
 
 use std::time::{Duration, Instant};
 
@@ -27,25 +27,43 @@ fn median(group: &Group, mut round: impl FnMut()) -> f64 {
 }
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    let mut number = |default| {
-        arguments
-            .next()
-            .map_or(default, |text| text.parse().unwrap())
-    };
-    let (size, megabytes): (usize, usize) = (number(2), number(64));
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let megabytes: usize = arguments.get(1).map_or(64, |text| text.parse().unwrap());
     let length = megabytes * 1_000_000 / 4;
-    println!("{size} ranks, {megabytes} MB of f32 a rank");
+    let patience = Duration::from_secs(60);
+    if arguments.first().is_some_and(|first| first == "mpi") {
+        measure(&over_mpi(patience), length);
+        return;
+    }
+    let size = arguments.first().map_or(2, |text| text.parse().unwrap());
     std::thread::scope(|scope| {
-        for group in Group::local(size, Duration::from_secs(60)) {
+        for group in Group::local(size, patience) {
             scope.spawn(move || measure(&group, length));
         }
     });
 }
 
+#[cfg(feature = "mpi")]
+fn over_mpi(patience: Duration) -> Group {
+    Group::mpi(patience).unwrap()
+}
+
+#[cfg(not(feature = "mpi"))]
+fn over_mpi(_: Duration) -> Group {
+    panic!("built without the feature mpi")
+}
+
 fn measure(group: &Group, length: usize) {
     let shards = balanced(length, group.size());
     let shard = shards[group.rank()].len();
+    if group.rank() == 0 {
+        let megabytes = length * 4 / 1_000_000;
+        println!(
+            "{} {} ranks, {megabytes} MB of f32 a rank",
+            group.size(),
+            group.transport()
+        );
+    }
     let mut data = vec![1.0f32; length];
     let mut other = data.clone();
     let halves = vec![bf16::ONE; length];

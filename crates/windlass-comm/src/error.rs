@@ -62,6 +62,12 @@ pub enum Error {
         /// The ranks whose value is not that of rank 0.
         ranks: Vec<usize>,
     },
+    /// The MPI library cannot be used.
+    #[error("MPI: {problem}")]
+    Mpi {
+        /// Why not.
+        problem: String,
+    },
 }
 
 impl Error {
@@ -78,6 +84,9 @@ impl Error {
             Error::Aborted { .. } => return None,
             Error::Disagree { .. } => {
                 "start every rank with the same program, configuration, model and checkpoint"
+            }
+            Error::Mpi { .. } => {
+                "start the program with the mpirun of the library it was built with"
             }
         };
         Some(text.to_owned())

@@ -23,6 +23,8 @@ pub struct Group {
 enum Transport {
     Solo,
     Local(Member),
+    #[cfg(feature = "mpi")]
+    Mpi(Box<crate::mpi::World>),
 }
 
 /// Cuts `length` elements into one contiguous range per rank; the first `length % size` ranks have one more.
@@ -51,6 +53,19 @@ impl Group {
         members.into_iter().map(group).collect()
     }
 
+    /// The world of the MPI job that this process belongs to; once a process.
+    ///
+    /// It is left when the handle is dropped, in step with all ranks. After a failure it is left as it is, and the
+    /// launcher ends the job when this process ends.
+    ///
+    /// # Errors
+    /// If the library is in use already, or was built without support for threads.
+    #[cfg(feature = "mpi")]
+    pub fn mpi(timeout: Duration) -> Result<Group> {
+        let world = crate::mpi::World::join(timeout)?;
+        Ok(Group::new(Transport::Mpi(Box::new(world))))
+    }
+
     fn new(transport: Transport) -> Group {
         Group {
             transport,
@@ -63,6 +78,8 @@ impl Group {
         match &self.transport {
             Transport::Solo => 0,
             Transport::Local(member) => member.rank,
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.rank(),
         }
     }
 
@@ -71,6 +88,8 @@ impl Group {
         match &self.transport {
             Transport::Solo => 1,
             Transport::Local(member) => member.size,
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.size(),
         }
     }
 
@@ -79,6 +98,8 @@ impl Group {
         match &self.transport {
             Transport::Solo => "solo",
             Transport::Local(_) => "local",
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(_) => "mpi",
         }
     }
 
@@ -100,6 +121,8 @@ impl Group {
                     .hub
                     .arrive(member.rank, &request, lend::Lent::nothing())
             }
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.barrier(&request),
         })
     }
 
@@ -126,6 +149,8 @@ impl Group {
         self.counted(Collective::AllGather, bytes, || match &self.transport {
             Transport::Solo => Ok(()),
             Transport::Local(member) => lend::all_gather(member, &request, shards, data),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.all_gather(&request, shards, data),
         })
     }
 
@@ -161,6 +186,8 @@ impl Group {
             Transport::Local(member) => {
                 lend::reduce_scatter(member, &request, shard, data, out, accumulate)
             }
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.reduce_scatter(&request, shards, data, out, accumulate),
         })
     }
 
@@ -176,6 +203,8 @@ impl Group {
         self.counted(Collective::AllReduce, bytes, || match &self.transport {
             Transport::Solo => Ok(()),
             Transport::Local(member) => lend::all_reduce(member, &request, &shards, data),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.all_reduce(&request, &shards, data),
         })
     }
 
@@ -198,6 +227,8 @@ impl Group {
         self.counted(Collective::Broadcast, bytes, || match &self.transport {
             Transport::Solo => Ok(()),
             Transport::Local(member) => lend::broadcast(member, &request, root, data),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.broadcast(&request, root, data),
         })
     }
 
@@ -238,6 +269,10 @@ impl Group {
                 Ok(())
             }
             Transport::Local(member) => lend::all_to_all(member, &request, send, recv, recv_counts),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => {
+                world.all_to_all(&request, send, send_counts, recv, recv_counts)
+            }
         })
     }
 
@@ -251,6 +286,8 @@ impl Group {
         self.counted(Collective::Collect, bytes, || match &self.transport {
             Transport::Solo => Ok(value.to_vec()),
             Transport::Local(member) => lend::collect(member, &request, value),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.collect(&request, value),
         })
     }
 
@@ -274,7 +311,20 @@ impl Group {
         match &self.transport {
             Transport::Solo => {}
             Transport::Local(member) => member.hub.abort(member.rank, why),
+            #[cfg(feature = "mpi")]
+            Transport::Mpi(world) => world.abort(why),
         }
+    }
+
+    /// Ends every process of an MPI job at once, also ranks that hang; between threads it does nothing. For a rank
+    /// that has said what went wrong.
+    pub fn end_job(&self, code: i32) {
+        #[cfg(feature = "mpi")]
+        if let Transport::Mpi(world) = &self.transport {
+            world.end_job(code);
+        }
+        #[cfg(not(feature = "mpi"))]
+        let _ = code;
     }
 
     /// What this rank has sent until now.

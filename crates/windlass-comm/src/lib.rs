@@ -11,6 +11,8 @@ mod error;
 mod fold;
 mod group;
 mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod request;
 mod traffic;
 

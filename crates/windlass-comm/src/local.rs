@@ -11,6 +11,10 @@ use std::time::Duration;
 
 use hub::Hub;
 
+/// What became of a rank that is gone.
+pub const LEFT: &str = "it has left the group";
+pub const PANICKED: &str = "its thread panicked";
+
 /// One rank's place in a world of threads. Dropping it takes the rank out of the world.
 pub struct Member {
     pub hub: Arc<Hub>,
@@ -34,9 +38,9 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         let how = if std::thread::panicking() {
-            "its thread panicked"
+            PANICKED
         } else {
-            "it has left the group"
+            LEFT
         };
         self.hub.leave(self.rank, how);
     }
