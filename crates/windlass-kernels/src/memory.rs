@@ -97,6 +97,9 @@ unsafe impl Sync for Inner {}
 #[derive(Clone)]
 pub struct Memory(Arc<Inner>);
 
+/// What a disk asks of memory that it reads or fills by itself (`O_DIRECT`): blocks that long start on such a boundary.
+pub const PAGE: usize = 4096;
+
 /// Blocks from this size on are mapped on their own, on pages of 2 MiB where the system has them.
 const MAPPED_FROM: usize = 1 << 20;
 
@@ -114,7 +117,7 @@ impl Memory {
         }))
     }
 
-    /// A block of at least `bytes` bytes, aligned to 64. Its contents are unspecified (but initialized).
+    /// A block of at least `bytes` bytes, aligned to 64, and to [`PAGE`] if it is that long. Its contents are unspecified (but initialized).
     ///
     /// # Panics
     /// When the system has no memory left.
@@ -217,6 +220,20 @@ impl Buffer {
         self.bytes
     }
 
+    /// The whole block as bytes: the bytes asked for and, up to the block's size, whatever lies behind them.
+    ///
+    /// For a disk that moves whole sectors; on a page boundary from 4096 bytes on.
+    pub fn block(&self) -> &[u8] {
+        // SAFETY: the block is initialized and `capacity` long.
+        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr(), self.block.capacity) }
+    }
+
+    /// The whole block as mutable bytes.
+    pub fn block_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `block`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr(), self.block.capacity) }
+    }
+
     /// What the block is accounted under.
     pub fn category(&self) -> Category {
         self.category
@@ -234,7 +251,7 @@ impl Buffer {
 
     /// The block as elements of `E`.
     pub fn as_slice<E: Element>(&self) -> &[E] {
-        // SAFETY: the block is initialized, aligned to 64, at least `bytes` long, and every bit pattern is a valid `E`.
+        // SAFETY: the block is initialized, aligned to 64 or more, at least `bytes` long, and every bit pattern is a valid `E`.
         unsafe {
             std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes / size_of::<E>())
         }
@@ -287,7 +304,7 @@ fn size_class(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(64);
     let class = bytes.div_ceil(step) * step;
     if class >= MAPPED_FROM {
-        class.div_ceil(4096) * 4096
+        class.div_ceil(PAGE) * PAGE
     } else {
         class
     }
@@ -334,7 +351,8 @@ unsafe fn system_free(block: Block) {
 }
 
 fn layout(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, 64).expect("a block size")
+    let align = if capacity >= PAGE { PAGE } else { 64 };
+    Layout::from_size_align(capacity, align).expect("a block size")
 }
 
 #[cfg(test)]
@@ -350,6 +368,8 @@ mod tests {
             63,
             64,
             1000,
+            4096,
+            5000,
             70_000,
             1 << 20,
             3_000_000,
@@ -358,7 +378,10 @@ mod tests {
             let mut a = memory.alloc(bytes, Category::Activations);
             a.as_mut_slice::<f32>().fill(1.5);
             assert_eq!(a.as_slice::<f32>().len(), bytes / 4);
-            assert_eq!(a.as_slice::<f32>().as_ptr() as usize % 64, 0);
+            let whole = a.block().len();
+            assert!(whole >= bytes.max(64), "{bytes}: {whole}");
+            let align = if whole >= PAGE { PAGE } else { 64 };
+            assert_eq!(a.block_mut().as_ptr() as usize % align, 0, "{bytes}");
             assert!(memory.now().of(Category::Activations) >= bytes);
             assert!(
                 memory.now().in_use() <= bytes.max(64) * 9 / 8 + 4096,

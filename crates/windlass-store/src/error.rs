@@ -78,7 +78,7 @@ impl Error {
             Error::Io { action, source, .. } => return io_hint(action, source),
             Error::Comm(error) => return error.hint(),
             Error::Corrupt { .. } => {
-                "the file is damaged or incomplete: compare its size and checksum with the source and fetch it again"
+                "the file is damaged or incomplete: compare its size and checksum with the source and fetch it again; if this machine wrote it, look at the disk's health (dmesg, smartctl)"
             }
             Error::Unsupported { hint, .. } => hint,
             Error::MissingTensor {
@@ -112,7 +112,14 @@ impl Error {
     }
 }
 
+/// `EIO`, which has no [`io::ErrorKind`].
+const UNREADABLE: i32 = 5;
+
 fn io_hint(action: &str, source: &io::Error) -> Option<String> {
+    if source.raw_os_error() == Some(UNREADABLE) {
+        let text = "the disk failed: look at its health (dmesg, smartctl) and use another one";
+        return Some(text.to_owned());
+    }
     let text = match source.kind() {
         io::ErrorKind::NotFound => "check the spelling of the path",
         io::ErrorKind::PermissionDenied => "check the permissions of the file and its folder",

@@ -2,7 +2,8 @@
 //!
 //! [`safetensors`] reads and writes Hugging Face weights; [`llama2c`] reads the files of a llama2.c model;
 //! [`checkpoint`] keeps folders that a killed run can continue from. All of them work on names, shapes and slices of
-//! numbers. Whatever is written appears whole or not at all ([`atomic`]).
+//! numbers. Whatever is written appears whole or not at all ([`atomic`]), except for [`swap`] files, which are state of a
+//! running program and vanish with it.
 
 pub mod atomic;
 pub mod checkpoint;
@@ -11,6 +12,7 @@ pub mod llama2c;
 pub mod mmap;
 pub mod safetensors;
 mod store;
+pub mod swap;
 mod transfer;
 
 pub use error::{Error, Result};

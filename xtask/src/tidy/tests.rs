@@ -96,6 +96,7 @@ fn the_like_that_breaks_no_law_is_accepted() {
     for (path, text) in [
         ("crates/windlass-kernels/src/x.rs", "unsafe fn f() {}"),
         ("crates/windlass-store/src/mmap.rs", "unsafe fn f() {}"),
+        ("crates/windlass-store/src/swap/ring.rs", "unsafe fn f() {}"),
         (
             TRAIN,
             "// unsafe println! Instant\nfn f() -> &'static str { \"unsafe println!()\" }",
