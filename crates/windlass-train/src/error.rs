@@ -164,6 +164,9 @@ pub enum Error {
         /// Its message.
         message: String,
     },
+    /// A configuration file cannot be used.
+    #[error(transparent)]
+    Config(#[from] crate::config::Invalid),
     /// A setting is outside its range.
     #[error("{setting} is {value}, but must be {range}")]
     Setting {
@@ -191,6 +194,7 @@ impl Error {
         let hint = match self {
             Self::Tokenizer(error) => return error.hint(),
             Self::Store(error) => return error.hint(),
+            Self::Config(invalid) => return invalid.hint(),
             Self::UnknownFormat(_) => {
                 "data files are .txt, .jsonl, .json (an array) and .parquet; rename plain text to .txt".into()
             }

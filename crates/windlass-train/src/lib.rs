@@ -2,10 +2,12 @@
 //!
 //! This is the one place where a model and the store of its parameters meet.
 
+pub mod config;
 pub mod corpus;
 pub mod data;
 mod engine;
 pub mod error;
+pub mod loss_scale;
 pub mod monitor;
 mod optimizer;
 mod plan;

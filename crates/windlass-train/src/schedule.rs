@@ -2,6 +2,8 @@
 //!
 //! Nothing here has a state: a resumed run asks for the same step and gets the same rate.
 
+pub mod deepspeed;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

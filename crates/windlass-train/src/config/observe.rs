@@ -1,0 +1,173 @@
+//! What a run prints, measures and keeps beside the weights.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::values::Values;
+
+/// What a run prints and measures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Observe {
+    /// A line after this many steps; `None` prints none.
+    pub steps_per_print: Option<u64>,
+    /// Times of forward, backward and step.
+    pub wall_clock_breakdown: bool,
+    /// Whether the resolved configuration is printed at the start.
+    pub dump_state: bool,
+    /// The profile of one step.
+    pub flops_profiler: Option<FlopsProfiler>,
+    /// Curves for TensorBoard.
+    pub tensorboard: Option<MonitorFile>,
+    /// Curves as CSV.
+    pub csv_monitor: Option<MonitorFile>,
+    /// Bytes and times of collectives.
+    pub comms_logger: Option<CommsLogger>,
+}
+
+/// `flops_profiler`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlopsProfiler {
+    /// Forward passes that the backward pass repeats; 0 lets the profiler count.
+    pub recompute_fwd_factor: f64,
+    /// The step, counted from one.
+    pub profile_step: u64,
+    /// How deep the table goes; `None` is all the way.
+    pub module_depth: Option<u64>,
+    /// How many modules are listed at each depth.
+    pub top_modules: u64,
+    /// Whether each module is listed.
+    pub detailed: bool,
+    /// Where it is written; `None` prints it.
+    pub output_file: Option<PathBuf>,
+}
+
+/// `tensorboard` or `csv_monitor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorFile {
+    /// The folder; empty is that of the run.
+    pub output_path: PathBuf,
+    /// The folder below it.
+    pub job_name: String,
+}
+
+/// `comms_logger`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommsLogger {
+    /// Whether each collective is printed when it happens.
+    pub verbose: bool,
+    /// The collectives by name; empty is all.
+    pub prof_ops: Vec<String>,
+}
+
+/// `activation_checkpointing`: it is on when the section is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActivationCheckpointing {
+    /// How many layers keep their input; `None` is all of them.
+    pub number_checkpoints: Option<u64>,
+    /// Whether inputs are kept on the tier `cpu`.
+    pub cpu_checkpointing: bool,
+}
+
+/// What happens when ranks name a checkpoint differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TagValidation {
+    /// Nothing.
+    Ignore,
+    /// A line is printed.
+    Warn,
+    /// The run ends.
+    Fail,
+}
+
+impl Observe {
+    pub(super) fn read(values: &mut Values) -> Self {
+        Self {
+            steps_per_print: values.value("steps_per_print").as_u64(),
+            wall_clock_breakdown: values.bool("wall_clock_breakdown"),
+            dump_state: values.bool("dump_state"),
+            flops_profiler: values
+                .bool("flops_profiler.enabled")
+                .then(|| FlopsProfiler::read(values)),
+            tensorboard: MonitorFile::read(values, "tensorboard"),
+            csv_monitor: MonitorFile::read(values, "csv_monitor"),
+            comms_logger: values
+                .bool("comms_logger.enabled")
+                .then(|| CommsLogger::read(values)),
+        }
+    }
+}
+
+impl FlopsProfiler {
+    fn read(values: &Values) -> Self {
+        let depth = values.value("flops_profiler.module_depth").as_i64();
+        Self {
+            recompute_fwd_factor: values.number("flops_profiler.recompute_fwd_factor"),
+            profile_step: values.int("flops_profiler.profile_step"),
+            module_depth: depth.and_then(|depth| u64::try_from(depth).ok()),
+            top_modules: values.int("flops_profiler.top_modules"),
+            detailed: values.bool("flops_profiler.detailed"),
+            output_file: values.text("flops_profiler.output_file").map(PathBuf::from),
+        }
+    }
+}
+
+impl MonitorFile {
+    fn read(values: &Values, section: &str) -> Option<Self> {
+        let text = |key: &str| {
+            let text = values.text(&format!("{section}.{key}"));
+            text.unwrap_or_default().to_owned()
+        };
+        values.bool(&format!("{section}.enabled")).then(|| Self {
+            output_path: text("output_path").into(),
+            job_name: text("job_name"),
+        })
+    }
+}
+
+impl CommsLogger {
+    fn read(values: &mut Values) -> Self {
+        let listed = values.value("comms_logger.prof_ops").as_array();
+        let names: Option<Vec<String>> = listed
+            .into_iter()
+            .flatten()
+            .map(|name| name.as_str().map(str::to_owned))
+            .collect();
+        let prof_ops = names.unwrap_or_else(|| {
+            values.wrong("comms_logger.prof_ops", "a list of texts is expected", "");
+            Vec::new()
+        });
+        let all = values.bool("comms_logger.prof_all");
+        if !all && prof_ops.is_empty() {
+            let message = "prof_all is false and prof_ops is empty: nothing would be logged";
+            let hint = "list collectives, or set comms_logger.enabled to false";
+            values.wrong("comms_logger.prof_ops", message, hint);
+        }
+        Self {
+            verbose: values.bool("comms_logger.verbose"),
+            prof_ops: if all { Vec::new() } else { prof_ops },
+        }
+    }
+}
+
+impl ActivationCheckpointing {
+    pub(super) fn read(values: &Values) -> Self {
+        Self {
+            number_checkpoints: values
+                .value("activation_checkpointing.number_checkpoints")
+                .as_u64(),
+            cpu_checkpointing: values.bool("activation_checkpointing.cpu_checkpointing"),
+        }
+    }
+}
+
+impl TagValidation {
+    pub(super) fn read(values: &Values) -> Self {
+        match values.text("checkpoint.tag_validation") {
+            Some("ignore") => Self::Ignore,
+            Some("fail") => Self::Fail,
+            _ => Self::Warn,
+        }
+    }
+}
