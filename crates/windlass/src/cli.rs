@@ -15,6 +15,7 @@ pub mod drive;
 pub mod eval;
 pub mod generate;
 pub mod info;
+pub mod launch;
 pub mod quickstart;
 pub mod recipe;
 pub mod source;

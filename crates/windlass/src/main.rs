@@ -19,6 +19,8 @@ enum Command {
     Quickstart(cli::quickstart::Args),
     /// Train a model from scratch or from a Hugging Face folder
     Train(Box<cli::train::Args>),
+    /// Start ranks on one host or many, and start a training that failed again
+    Launch(cli::launch::Args),
     /// Continue prompts with a model
     Generate(cli::generate::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Quickstart(args) => cli::quickstart::run(args),
         Command::Train(args) => cli::train::run(*args),
+        Command::Launch(args) => cli::launch::run(args),
         Command::Generate(args) => cli::generate::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Bench(args) => cli::bench::run(args),

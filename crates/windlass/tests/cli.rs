@@ -658,6 +658,7 @@ fn info_names_the_kernels() {
 const HELP: &[&[&str]] = &[
     &["quickstart"],
     &["train"],
+    &["launch"],
     &["bench"],
     &["bench", "train"],
     &["bench", "kernels"],

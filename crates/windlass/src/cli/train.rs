@@ -123,6 +123,13 @@ enum Pack {
     Stream,
 }
 
+impl Args {
+    /// The run's folder.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+}
+
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     if args.batch == 0 || args.accumulate == 0 || args.seq_len == Some(0) {
