@@ -1,7 +1,10 @@
 //! Every check of the repository, one after the other: the command that the README names.
 //!
 //! All steps run even when an earlier one fails, so that one run shows everything. It needs Rust; the fuzz
-//! step also a C++ compiler and the last one Python; they are skipped in words without.
+//! step also a C++ compiler and the last one Python; they are skipped in words without. What MPI needs is installed.
+
+mod hosts;
+mod mpi;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -38,12 +41,15 @@ struct Totals {
     failed: u64,
 }
 
-/// Runs every step; true when none failed.
-pub fn run(root: &Path) -> anyhow::Result<bool> {
+/// Runs every step, or only those named; true when none failed.
+pub fn run(root: &Path, only: &[&str]) -> anyhow::Result<bool> {
     let started = Instant::now();
     let mut totals = Totals::default();
     let mut report = Vec::new();
     let mut step = |name: &'static str, check: &mut dyn FnMut() -> anyhow::Result<Outcome>| {
+        if !only.is_empty() && !only.contains(&name) {
+            return;
+        }
         println!("\n== {name}");
         let start = Instant::now();
         let outcome = check().unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
@@ -56,6 +62,8 @@ pub fn run(root: &Path) -> anyhow::Result<bool> {
     });
     step("tidy", &mut || Ok(outcome(tidy::run(root)?, "see above")));
     step("tests", &mut || tests(root, &mut totals));
+    step("mpi", &mut || mpi::processes(root, &mut totals));
+    step("several hosts", &mut || mpi::hosts(root));
     step("documentation", &mut || {
         let mut doc = command(
             root,
@@ -69,7 +77,10 @@ pub fn run(root: &Path) -> anyhow::Result<bool> {
     step("python", &mut || python(root));
 
     println!();
-    let mut all_passed = true;
+    // A name that no step has must not pass for one that did.
+    let mut all_passed = only
+        .iter()
+        .all(|name| report.iter().any(|(known, ..)| known == name));
     for (name, seconds, outcome) in &report {
         let (word, detail) = match outcome {
             Outcome::Passed(detail) => ("passed", detail),
@@ -109,10 +120,16 @@ fn status(command: &mut Command) -> anyhow::Result<Outcome> {
     Ok(outcome(status.success(), &status.to_string()))
 }
 
-/// All tests of all crates, adding up the summary line of each test binary.
+/// All tests of all crates.
 fn tests(root: &Path, totals: &mut Totals) -> anyhow::Result<Outcome> {
     let arguments = ["test", "--release", "--workspace", "--no-fail-fast"];
-    let mut child = command(root, "cargo", &arguments)
+    counted(root, &arguments, totals)
+}
+
+/// Runs `cargo test`, adding up the summary line of each test binary.
+fn counted(root: &Path, arguments: &[&str], totals: &mut Totals) -> anyhow::Result<Outcome> {
+    let before = (totals.passed, totals.failed);
+    let mut child = command(root, "cargo", arguments)
         .stdout(Stdio::piped())
         .spawn()
         .context("cargo test")?;
@@ -126,11 +143,12 @@ fn tests(root: &Path, totals: &mut Totals) -> anyhow::Result<Outcome> {
         }
     }
     let status = child.wait()?;
-    if !status.success() && totals.failed == 0 {
+    if !status.success() && totals.failed == before.1 {
         // A crate that does not compile or a test binary that dies leaves no summary line.
-        totals.failed = 1;
+        totals.failed += 1;
     }
-    let detail = format!("{} passed, {} failed", totals.passed, totals.failed);
+    let (passed, failed) = (totals.passed - before.0, totals.failed - before.1);
+    let detail = format!("{passed} passed, {failed} failed");
     Ok(match status.success() {
         true => Outcome::Passed(detail),
         false => Outcome::Failed(detail),

@@ -9,7 +9,8 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: cargo xtask <task>
 
   tidy   refuse what the architecture forbids: dependencies, unsafe, printing, sizes, names
-  ci     format, lints, tidy, tests, documentation, fuzzing, quickstart
+  ci     format, lints, tidy, tests, mpi, several hosts, documentation, fuzzing, quickstart, python;
+         with names of steps, only these
 ";
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -19,7 +20,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let passed = match arguments[..] {
         ["tidy"] => tidy::run(&root)?,
-        ["ci"] => ci::run(&root)?,
+        ["ci", ref only @ ..] => ci::run(&root, only)?,
         ["help" | "-h" | "--help"] => {
             print!("{USAGE}");
             true
