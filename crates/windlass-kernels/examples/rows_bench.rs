@@ -10,7 +10,7 @@ use half::bf16;
 use windlass_kernels::activation::{self, Activation};
 use windlass_kernels::cost::{self, Cost};
 use windlass_kernels::cross_entropy::cross_entropy_rows;
-use windlass_kernels::optim::{self, AdamW, Lion, Sgd};
+use windlass_kernels::optim::{self, Adam, Grad, Lion, Moment, Rule, Sgd, Values};
 use windlass_kernels::pool::Pool;
 use windlass_kernels::rope::{Rope, rope};
 use windlass_kernels::{Element, Float};
@@ -224,23 +224,21 @@ fn cross_entropy_of<E: Element>(b: &Bench, rows: usize, cols: usize) {
 }
 
 fn optimizers(b: &Bench, n: usize) {
-    let (mut p, g, mut m, mut v) = (
-        numbers::<f32>(n),
-        numbers::<f32>(n),
-        vec![0f32; n],
-        vec![0f32; n],
-    );
-    let (mut hi, mut lo) = (numbers::<bf16>(n), vec![0i16; n]);
-    let adamw = AdamW {
+    let (mut p, mut g) = (numbers::<f32>(n), numbers::<f32>(n));
+    let (mut m, mut v) = (vec![0f32; n], vec![0f32; n]);
+    let (mut hi, mut lo, half_g) = (numbers::<bf16>(n), vec![0i16; n], numbers::<bf16>(n));
+    let adamw = Rule::Adam(Adam {
         lr: 1e-4,
         beta1: 0.9,
         beta2: 0.95,
         eps: 1e-8,
         weight_decay: 0.1,
+        decoupled: true,
+        bias_correction: true,
         step: 10,
         grad_scale: 0.5,
-    };
-    let sgd = Sgd {
+    });
+    let sgd = Rule::Sgd(Sgd {
         lr: 1e-4,
         momentum: 0.9,
         dampening: 0.0,
@@ -248,32 +246,59 @@ fn optimizers(b: &Bench, n: usize) {
         weight_decay: 0.0,
         step: 10,
         grad_scale: 0.5,
-    };
-    let lion = Lion {
+    });
+    let lion = Rule::Lion(Lion {
         lr: 1e-4,
         beta1: 0.9,
         beta2: 0.99,
         weight_decay: 0.1,
         grad_scale: 0.5,
-    };
+    });
     let name = |kernel: &str| format!("{kernel} {}M", n / 1_000_000);
-    b.row(&name("adamw f32"), cost::adamw::<f32>(n), |pool| {
-        optim::adamw(pool, &mut p, &g, &mut m, &mut v, &adamw)
+    for (kernel, rule) in [("adamw", &adamw), ("sgd", &sgd), ("lion", &lion)] {
+        let moments = &[4, 4][..rule.moments()];
+        let work = |grad| cost::optimizer(n, 4, grad, moments);
+        let mut states = [Moment::F32(&mut m), Moment::F32(&mut v)];
+        let states = &mut states[..rule.moments()];
+        b.row(&name(&format!("{kernel} f32")), work(4), |pool| {
+            optim::step(pool, rule, Values::F32(&mut p), Grad::F32(&g), states)
+        });
+        b.row(&name(&format!("{kernel} f32 clears")), work(8), |pool| {
+            optim::step(
+                pool,
+                rule,
+                Values::F32(&mut p),
+                Grad::TakeF32(&mut g),
+                states,
+            )
+        });
+        let mut split = |pool: &_, grad: Grad<'_>, states: &mut [Moment<'_>]| {
+            let (high, low) = (&mut hi[..], &mut lo[..]);
+            optim::step(pool, rule, Values::Split { high, low }, grad, states);
+        };
+        b.row(&name(&format!("{kernel} split")), work(4), |pool| {
+            split(pool, Grad::F32(&g), states);
+        });
+        b.row(&name(&format!("{kernel} split, bf16 g")), work(2), |pool| {
+            split(pool, Grad::Bf16(&half_g), states);
+        });
+    }
+    let blocks = n.div_ceil(optim::BLOCK);
+    let (mut bm, mut bv) = (vec![bf16::ZERO; n], vec![bf16::ZERO; n]);
+    let work = cost::optimizer(n, 4, 4, &[2, 2]);
+    b.row(&name("adamw f32, bf16 moments"), work, |pool| {
+        let states = &mut [Moment::Bf16(&mut bm), Moment::Bf16(&mut bv)];
+        optim::step(pool, &adamw, Values::F32(&mut p), Grad::F32(&g), states);
     });
-    b.row(&name("adamw split"), cost::adamw_split::<f32>(n), |pool| {
-        optim::adamw_split(pool, &mut hi, &mut lo, &g, &mut m, &mut v, &adamw);
-    });
-    b.row(&name("sgd f32"), cost::sgd::<f32>(n), |pool| {
-        optim::sgd(pool, &mut p, &g, &mut m, &sgd)
-    });
-    b.row(&name("sgd split"), cost::sgd_split::<f32>(n), |pool| {
-        optim::sgd_split(pool, &mut hi, &mut lo, &g, &mut m, &sgd);
-    });
-    b.row(&name("lion f32"), cost::lion::<f32>(n), |pool| {
-        optim::lion(pool, &mut p, &g, &mut m, &lion)
-    });
-    b.row(&name("lion split"), cost::lion_split::<f32>(n), |pool| {
-        optim::lion_split(pool, &mut hi, &mut lo, &g, &mut m, &lion);
+    let (mut mc, mut vc) = (vec![0u8; n], vec![0u8; n]);
+    let (mut ms, mut vs) = (vec![0f32; blocks], vec![0f32; blocks]);
+    let work = cost::optimizer(n, 4, 4, &[1, 1]);
+    b.row(&name("adamw f32, 8-bit moments"), work, |pool| {
+        let (codes, scales) = (&mut mc[..], &mut ms[..]);
+        let first = Moment::Q8 { codes, scales };
+        let (codes, scales) = (&mut vc[..], &mut vs[..]);
+        let states = &mut [first, Moment::Q8 { codes, scales }];
+        optim::step(pool, &adamw, Values::F32(&mut p), Grad::F32(&g), states);
     });
     b.row(
         &name("sum_squares f32"),

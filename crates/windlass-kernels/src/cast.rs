@@ -8,8 +8,8 @@ use crate::tasks::{Tasks, assert_len};
 use crate::{DType, Element, reference};
 
 kernels! {
-    fn widen_chunk<E>(x: &[E], y: &mut [f32]) -> () { scalar: widen, simd: convert }
-    fn narrow_chunk<E>(x: &[f32], y: &mut [E]) -> () { scalar: narrow, simd: convert_back }
+    pub(crate) fn widen_chunk<E>(x: &[E], y: &mut [f32]) -> () { scalar: widen, simd: convert }
+    pub(crate) fn narrow_chunk<E>(x: &[f32], y: &mut [E]) -> () { scalar: narrow, simd: convert_back }
 }
 
 /// `y = x` in another type, rounded to nearest even (from `f64` to `bf16` by way of `f32`).

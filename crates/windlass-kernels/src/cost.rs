@@ -176,34 +176,15 @@ pub const fn top_k<E: Element>(rows: usize, cols: usize, k: usize) -> Cost {
     Cost::new(rows * (cols * of::<E>() + k * (of::<E>() + 4)), 0)
 }
 
-/// [`crate::optim::adamw`].
-pub const fn adamw<F: Element>(len: usize) -> Cost {
-    Cost::new(7 * len * of::<F>(), 15 * len)
-}
-
-/// [`crate::optim::adamw_split`]: as many bytes as with `f32` parameters.
-pub const fn adamw_split<G: Element>(len: usize) -> Cost {
-    Cost::new(len * (24 + of::<G>()), 15 * len)
-}
-
-/// [`crate::optim::sgd`] with momentum.
-pub const fn sgd<F: Element>(len: usize) -> Cost {
-    Cost::new(5 * len * of::<F>(), 8 * len)
-}
-
-/// [`crate::optim::sgd_split`] with momentum.
-pub const fn sgd_split<G: Element>(len: usize) -> Cost {
-    Cost::new(len * (16 + of::<G>()), 8 * len)
-}
-
-/// [`crate::optim::lion`].
-pub const fn lion<F: Element>(len: usize) -> Cost {
-    Cost::new(5 * len * of::<F>(), 10 * len)
-}
-
-/// [`crate::optim::lion_split`].
-pub const fn lion_split<G: Element>(len: usize) -> Cost {
-    Cost::new(len * (16 + of::<G>()), 10 * len)
+/// [`crate::optim::step`]: `values`, `grad` and each of `moments` in bytes an element.
+/// Values and moments are read and written, the gradient is read.
+pub const fn optimizer(len: usize, values: usize, grad: usize, moments: &[usize]) -> Cost {
+    let (mut bytes, mut i) = (2 * values + grad, 0);
+    while i < moments.len() {
+        bytes += 2 * moments[i];
+        i += 1;
+    }
+    Cost::new(len * bytes, len * (3 + 6 * moments.len()))
 }
 
 #[cfg(test)]
@@ -212,10 +193,8 @@ mod tests {
     use half::bf16;
 
     #[test]
-    fn a_split_master_moves_as_many_bytes_as_f32() {
-        assert_eq!(adamw_split::<f32>(10), adamw::<f32>(10));
-        assert_eq!(sgd_split::<f32>(10), sgd::<f32>(10));
-        assert_eq!(lion_split::<f32>(10), lion::<f32>(10));
+    fn bytes_are_counted_once_a_stream() {
+        assert_eq!(optimizer(10, 4, 4, &[4, 4]).bytes(), 280);
         assert_eq!(
             rms_norm::<bf16>(2, 8).bytes(),
             2 * 2 * 8 * 2 + 8 * 2 + 2 * 4

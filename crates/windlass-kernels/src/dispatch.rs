@@ -30,7 +30,7 @@ use std::sync::OnceLock;
 pub enum Level {
     /// The scalar specification.
     Scalar,
-    /// AVX2 and FMA: 8 lanes of `f32`.
+    /// AVX2, FMA and F16C: 8 lanes of `f32`.
     Avx2,
     /// AVX-512 F, BW, VL, DQ: 16 lanes of `f32`.
     Avx512,
@@ -130,7 +130,11 @@ impl std::fmt::Display for Level {
 fn detect(level: Level) -> bool {
     match level {
         Level::Scalar => true,
-        Level::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+        Level::Avx2 => {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        }
         Level::Avx512 => {
             is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -200,7 +204,7 @@ macro_rules! kernels {
             #[inline(always)]
             fn choose<$E: $crate::simd::SimdElement>(level: $crate::dispatch::Level) -> Pointer<$E> {
                 use $crate::{dispatch::Level, simd::{Avx2, Avx512}};
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2<$E: $crate::simd::SimdElement>($($arg: $ty),*) -> $ret {
                     // SAFETY: the features are enabled here; the rest is the caller's promise.
                     unsafe { $($simd)::+::<Avx2, $E>($($arg),*) }
@@ -243,6 +247,41 @@ macro_rules! kernels {
     )*};
 }
 pub(crate) use kernels;
+
+/// Makes choosers `fn name(level: Level) -> Option<unsafe fn(..) -> ..>` out of bodies generic over `S: Simd`, for callers
+/// that have a scalar form of their own: `None` at the scalar level.
+macro_rules! vector_kernels {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty { $($simd:ident)::+ })*) => {$(
+        $(#[$meta])*
+        $vis fn $name(level: $crate::dispatch::Level) -> Option<unsafe fn($($ty),*) -> $ret> {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use $crate::{dispatch::Level, simd::{Avx2, Avx512}};
+                #[target_feature(enable = "avx2,fma,f16c")]
+                unsafe fn avx2($($arg: $ty),*) -> $ret {
+                    // SAFETY: the features are enabled here; the rest is the caller's promise.
+                    unsafe { $($simd)::+::<Avx2>($($arg),*) }
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+                unsafe fn avx512($($arg: $ty),*) -> $ret {
+                    // SAFETY: as above.
+                    unsafe { $($simd)::+::<Avx512>($($arg),*) }
+                }
+                match level {
+                    Level::Scalar => None,
+                    Level::Avx2 => Some(avx2),
+                    Level::Avx512 | Level::Amx => Some(avx512),
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                let _ = level;
+                None
+            }
+        }
+    )*};
+}
+pub(crate) use vector_kernels;
 
 #[cfg(test)]
 mod tests {

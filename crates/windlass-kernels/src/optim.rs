@@ -1,374 +1,132 @@
-//! Optimizer updates: each reads parameters, gradients and states once and writes them once.
+//! Optimizer updates: values, gradients and moments are read once and written once, in one pass.
 //!
-//! Parameters are `f32` (or `f64`), or the exact split master of [`crate::split`] in the `_split` forms. States are in
-//! the arithmetic type. Hyperparameters are `f64`, as users write them; factors derived from them are computed in `f64`
-//! and rounded once. Schedules, clipping and parameter groups belong to the caller.
+//! [`step`] applies a [`Rule`]: the gradient's scale (clipping, loss scale, mean), moments, values, their low-precision
+//! copy and the clearing of the gradient together. [`Values`], [`Grad`] and [`Moment`] say how each is stored; what is
+//! not `f32` is widened in tiles that stay in the first cache, so every storage gives the bits that `f32` would, but for
+//! the rounding when it is written. LAMB and Muon look at whole tensors and come in halves.
+//!
+//! Schedules, the clipping factor and parameter groups belong to the caller.
 
-use half::bf16;
-
-use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
-use crate::tasks::{Tasks, assert_len};
-use crate::{Element, Float, reference};
+use crate::reference;
+use crate::tasks::Tasks;
 
+mod code;
+mod lamb;
+mod muon;
+mod rule;
+mod state;
+mod tile;
 mod vector;
 
-kernels! {
-    fn adamw_chunk<E>(p: &mut [E], g: &[E], m: &mut [E], v: &mut [E], rule: &AdamW) -> () { scalar: reference::adamw, simd: vector::adamw }
-    fn adamw_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], m: &mut [f32], v: &mut [f32], rule: &AdamW) -> () { scalar: reference::adamw_split, simd: vector::adamw_split }
-    fn sgd_chunk<E>(p: &mut [E], g: &[E], buffer: &mut [E], rule: &Sgd) -> () { scalar: reference::sgd, simd: vector::sgd }
-    fn sgd_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], buffer: &mut [f32], rule: &Sgd) -> () { scalar: reference::sgd_split, simd: vector::sgd_split }
-    fn lion_chunk<E>(p: &mut [E], g: &[E], m: &mut [E], rule: &Lion) -> () { scalar: reference::lion, simd: vector::lion }
-    fn lion_split_chunk<E>(hi: &mut [bf16], lo: &mut [i16], g: &[E], m: &mut [f32], rule: &Lion) -> () { scalar: reference::lion_split, simd: vector::lion_split }
-}
+pub(crate) use lamb::LambFactors;
+pub use lamb::{Lamb, LambSums, lamb_apply, lamb_moments};
+pub(crate) use muon::MuonFactors;
+pub use muon::{
+    Muon, NEWTON_SCHULZ_STEPS, muon, muon_apply, muon_direction, orthogonalize,
+    orthogonalize_workspace,
+};
+pub use rule::{Adagrad, Adam, Lion, Rule, Sgd};
+pub(crate) use rule::{AdagradFactors, AdamFactors, Factors, LionFactors, SgdFactors};
+pub use state::{BLOCK, Grad, Moment, Storage, Values};
+use state::{SharedGrad, SharedMoment, SharedValues};
+use tile::Kernels;
 
-/// AdamW: Adam with decoupled weight decay.
-///
-/// With `g' = grad_scale g`: `m ← β₁ m + (1 - β₁) g'`, `v ← β₂ v + (1 - β₂) g'²`,
-/// `p ← (1 - lr λ) p - lr / (1 - β₁^t) * m / (sqrt(v / (1 - β₂^t)) + eps)`.
-///
-/// # Source
-/// Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; the decay is multiplied by the
-/// learning rate, as in PyTorch.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the corrected second moment.
-    pub eps: f64,
-    /// λ, times the learning rate.
-    pub weight_decay: f64,
-    /// t: 1 at the first step.
-    pub step: u64,
-    /// Multiplies gradients first (clipping, loss scale, mean over micro-batches).
-    pub grad_scale: f64,
-}
-
-/// [`AdamW`] as the arithmetic needs it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AdamWFactors<A> {
-    pub grad_scale: A,
-    pub one_minus_beta1: A,
-    pub beta2: A,
-    pub one_minus_beta2: A,
-    /// `1 / sqrt(1 - β₂^t)`.
-    pub correction: A,
-    pub eps: A,
-    /// `lr / (1 - β₁^t)`.
-    pub step_size: A,
-    /// `1 - lr λ`.
-    pub decay: A,
-}
-
-impl AdamW {
-    pub(crate) fn factors<A: Float>(&self) -> AdamWFactors<A> {
-        let correction = |beta: f64| 1.0 - beta.powf(self.step as f64);
-        AdamWFactors {
-            grad_scale: A::of(self.grad_scale),
-            one_minus_beta1: A::of(1.0 - self.beta1),
-            beta2: A::of(self.beta2),
-            one_minus_beta2: A::of(1.0 - self.beta2),
-            correction: A::of(1.0 / correction(self.beta2).sqrt()),
-            eps: A::of(self.eps),
-            step_size: A::of(self.lr / correction(self.beta1)),
-            decay: A::of(1.0 - self.lr * self.weight_decay),
-        }
-    }
-}
-
-/// Stochastic gradient descent with momentum.
-///
-/// With `g' = grad_scale g + λ p`: `b ← g'` at the first step, then `b ← μ b + (1 - dampening) g'`;
-/// `p ← p - lr b`, or `p ← p - lr (g' + μ b)` (Nesterov). Without momentum `p ← p - lr g'`.
-///
-/// # Source
-/// Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning", in PyTorch's form.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sgd {
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// μ; 0 needs no buffer.
-    pub momentum: f64,
-    /// Part of the gradient kept out of the buffer.
-    pub dampening: f64,
-    /// Look ahead along the buffer.
-    pub nesterov: bool,
-    /// λ, added to the gradient.
-    pub weight_decay: f64,
-    /// 1 at the first step, which fills the buffer.
-    pub step: u64,
-    /// Multiplies gradients first.
-    pub grad_scale: f64,
-}
-
-/// [`Sgd`] as the arithmetic needs it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SgdFactors<A> {
-    pub grad_scale: A,
-    pub weight_decay: A,
-    pub momentum: A,
-    pub one_minus_dampening: A,
-    pub lr: A,
-    /// The buffer's old contents are not used.
-    pub first: bool,
-    pub nesterov: bool,
-}
-
-impl Sgd {
-    pub(crate) fn factors<A: Float>(&self) -> SgdFactors<A> {
-        SgdFactors {
-            grad_scale: A::of(self.grad_scale),
-            weight_decay: A::of(self.weight_decay),
-            momentum: A::of(self.momentum),
-            one_minus_dampening: A::of(1.0 - self.dampening),
-            lr: A::of(self.lr),
-            first: self.step <= 1 || self.momentum == 0.0,
-            nesterov: self.nesterov && self.momentum != 0.0,
-        }
-    }
-}
-
-/// Lion: the sign of an interpolated momentum.
-///
-/// With `g' = grad_scale g`: `c = β₁ m + (1 - β₁) g'`, `p ← (1 - lr λ) p - lr sign(c)`, `m ← β₂ m + (1 - β₂) g'`.
-///
-/// # Source
-/// Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Lion {
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Interpolation of the update.
-    pub beta1: f64,
-    /// Decay of the momentum.
-    pub beta2: f64,
-    /// λ, times the learning rate.
-    pub weight_decay: f64,
-    /// Multiplies gradients first.
-    pub grad_scale: f64,
-}
-
-/// [`Lion`] as the arithmetic needs it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LionFactors<A> {
-    pub grad_scale: A,
-    pub one_minus_beta1: A,
-    pub one_minus_beta2: A,
-    pub lr: A,
-    /// `1 - lr λ`.
-    pub decay: A,
-}
-
-impl Lion {
-    pub(crate) fn factors<A: Float>(&self) -> LionFactors<A> {
-        LionFactors {
-            grad_scale: A::of(self.grad_scale),
-            one_minus_beta1: A::of(1.0 - self.beta1),
-            one_minus_beta2: A::of(1.0 - self.beta2),
-            lr: A::of(self.lr),
-            decay: A::of(1.0 - self.lr * self.weight_decay),
-        }
-    }
-}
-
-/// One step of [`AdamW`] on parameters `p` with gradients `g` and moments `m`, `v` (zeros before the first step).
+/// One step of a rule: updates values and moments (zeros before the first step) by a gradient.
 ///
 /// # Panics
-/// When the lengths differ, or `step` is 0.
+/// When the lengths or the number of moments do not match, [`Rule::supports`] refuses the storage of a moment, `f64` is
+/// mixed with other types, or the rule's `step` is 0.
 #[track_caller]
-pub fn adamw<F: Float>(pool: &Pool, p: &mut [F], g: &[F], m: &mut [F], v: &mut [F], rule: &AdamW) {
-    assert!(rule.step > 0, "step counts from 1, got {}", rule.step);
-    assert_len("g", g.len(), p.len());
-    assert_len("m", m.len(), p.len());
-    assert_len("v", v.len(), p.len());
-    let chunk = adamw_chunk::<F>(pool.level());
-    let tasks = Tasks::elements(p.len());
-    let (p, m, v) = (SharedMut::new(p), SharedMut::new(m), SharedMut::new(v));
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe {
-            chunk(
-                p.part(at.clone()),
-                &g[at.clone()],
-                m.part(at.clone()),
-                v.part(at),
-                rule,
-            )
-        }
-    });
-}
-
-/// As [`adamw`], on parameters `hi` that keep the rest of their `f32` master in `lo`.
-///
-/// # Panics
-/// When the lengths differ, or `step` is 0.
-#[track_caller]
-pub fn adamw_split<G: Element>(
+pub fn step(
     pool: &Pool,
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
-    m: &mut [f32],
-    v: &mut [f32],
-    rule: &AdamW,
+    rule: &Rule,
+    values: Values<'_>,
+    grad: Grad<'_>,
+    moments: &mut [Moment<'_>],
 ) {
-    assert!(rule.step > 0, "step counts from 1, got {}", rule.step);
-    assert_len("lo", lo.len(), hi.len());
-    assert_len("g", g.len(), hi.len());
-    assert_len("m", m.len(), hi.len());
-    assert_len("v", v.len(), hi.len());
-    let chunk = adamw_split_chunk::<G>(pool.level());
-    let tasks = Tasks::elements(hi.len());
-    let (hi, lo, m, v) = (
-        SharedMut::new(hi),
-        SharedMut::new(lo),
-        SharedMut::new(m),
-        SharedMut::new(v),
-    );
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe {
-            let (hi, lo) = (hi.part(at.clone()), lo.part(at.clone()));
-            chunk(hi, lo, &g[at.clone()], m.part(at.clone()), v.part(at), rule)
-        }
-    });
-}
-
-/// Checks the momentum buffer of [`sgd`]; returns whether it is used.
-#[track_caller]
-fn buffered(rule: &Sgd, buffer: usize, len: usize) -> bool {
-    assert!(rule.step > 0, "step counts from 1, got {}", rule.step);
-    let used = rule.momentum != 0.0;
+    let (name, count) = (rule.name(), rule.moments());
     assert!(
-        if used {
-            buffer == len
-        } else {
-            buffer == 0 || buffer == len
-        },
-        "the buffer has {buffer} elements of {len}"
+        moments.len() == count,
+        "{name} keeps {count} moments, got {}",
+        moments.len()
     );
-    used
-}
-
-/// One step of [`Sgd`] on parameters `p` with gradients `g` and the momentum `buffer`, which may be empty where
-/// `momentum` is 0 and is not touched then.
-///
-/// # Panics
-/// When the lengths differ, or `step` is 0.
-#[track_caller]
-pub fn sgd<F: Float>(pool: &Pool, p: &mut [F], g: &[F], buffer: &mut [F], rule: &Sgd) {
-    assert_len("g", g.len(), p.len());
-    let used = buffered(rule, buffer.len(), p.len());
-    let chunk = sgd_chunk::<F>(pool.level());
-    let tasks = Tasks::elements(p.len());
-    let (p, buffer) = (SharedMut::new(p), SharedMut::new(buffer));
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe {
-            chunk(
-                p.part(at.clone()),
-                &g[at.clone()],
-                buffer.part(if used { at } else { 0..0 }),
-                rule,
-            )
+    for moment in moments.iter() {
+        if let Err(message) = rule.supports(moment.storage()) {
+            panic!("{message}");
         }
-    });
+    }
+    let factors = (rule.factors(), rule.factors());
+    run(pool, factors, values, Some(grad), moments);
 }
 
-/// As [`sgd`], on parameters `hi` that keep the rest of their `f32` master in `lo`.
-///
-/// # Panics
-/// When the lengths differ, or `step` is 0.
+/// Runs an update over all elements, given its factors in both precisions; the sum of the tasks' results, in order.
 #[track_caller]
-pub fn sgd_split<G: Element>(
+fn run(
     pool: &Pool,
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
-    buffer: &mut [f32],
-    rule: &Sgd,
-) {
-    assert_len("lo", lo.len(), hi.len());
-    assert_len("g", g.len(), hi.len());
-    let used = buffered(rule, buffer.len(), hi.len());
-    let chunk = sgd_split_chunk::<G>(pool.level());
-    let tasks = Tasks::elements(hi.len());
-    let (hi, lo, buffer) = (
-        SharedMut::new(hi),
-        SharedMut::new(lo),
-        SharedMut::new(buffer),
-    );
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe {
-            let (hi, lo) = (hi.part(at.clone()), lo.part(at.clone()));
-            chunk(
-                hi,
-                lo,
-                &g[at.clone()],
-                buffer.part(if used { at } else { 0..0 }),
-                rule,
-            )
-        }
-    });
-}
-
-/// One step of [`Lion`] on parameters `p` with gradients `g` and momentum `m` (zeros before the first step).
-///
-/// # Panics
-/// When the lengths differ.
-#[track_caller]
-pub fn lion<F: Float>(pool: &Pool, p: &mut [F], g: &[F], m: &mut [F], rule: &Lion) {
-    assert_len("g", g.len(), p.len());
-    assert_len("m", m.len(), p.len());
-    let chunk = lion_chunk::<F>(pool.level());
-    let tasks = Tasks::elements(p.len());
-    let (p, m) = (SharedMut::new(p), SharedMut::new(m));
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe { chunk(p.part(at.clone()), &g[at.clone()], m.part(at), rule) }
-    });
-}
-
-/// As [`lion`], on parameters `hi` that keep the rest of their `f32` master in `lo`.
-///
-/// # Panics
-/// When the lengths differ.
-#[track_caller]
-pub fn lion_split<G: Element>(
-    pool: &Pool,
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
-    m: &mut [f32],
-    rule: &Lion,
-) {
-    assert_len("lo", lo.len(), hi.len());
-    assert_len("g", g.len(), hi.len());
-    assert_len("m", m.len(), hi.len());
-    let chunk = lion_split_chunk::<G>(pool.level());
-    let tasks = Tasks::elements(hi.len());
-    let (hi, lo, m) = (SharedMut::new(hi), SharedMut::new(lo), SharedMut::new(m));
-    pool.run(tasks.count(), |task, _| {
-        let at = tasks.part(task);
-        // SAFETY: the pool's level is supported, tasks are disjoint.
-        unsafe {
-            chunk(
-                hi.part(at.clone()),
-                lo.part(at.clone()),
-                &g[at.clone()],
-                m.part(at),
-                rule,
-            )
-        }
-    });
+    factors: (Factors<f32>, Factors<f64>),
+    values: Values<'_>,
+    grad: Option<Grad<'_>>,
+    moments: &mut [Moment<'_>],
+) -> [f64; 2] {
+    let len = values.len();
+    values.check();
+    let grads = grad.as_ref().map_or(len, Grad::len);
+    assert!(grads == len, "the gradient has {grads} elements of {len}");
+    let double = matches!(values, Values::F64(_));
+    let same = match &grad {
+        None => true,
+        Some(grad) => matches!(grad, Grad::F64(_)) == double,
+    };
+    assert!(same, "f64 values and gradients only go together");
+    for (index, moment) in moments.iter().enumerate() {
+        moment.check(index, len);
+        assert!(
+            (moment.storage() == Storage::F64) == double,
+            "{:?} moments where f64 values are {double}",
+            moment.storage()
+        );
+    }
+    let kernels = Kernels::choose(pool.level(), &factors.0);
+    let tasks = Tasks::elements(len);
+    let mut sums = vec![[0.0; 2]; tasks.count()];
+    {
+        let sums = SharedMut::new(&mut sums);
+        let (values, grad) = (SharedValues::new(values), grad.map(SharedGrad::new));
+        let count = moments.len();
+        let moments: Vec<_> = moments.iter_mut().map(SharedMoment::new).collect();
+        let (first, second) = (moments.first(), moments.get(1));
+        pool.run(tasks.count(), |task, _| {
+            let at = tasks.part(task);
+            // SAFETY: tasks are disjoint, and whole blocks but for the last.
+            let mut parts = [first, second].map(|moment| match moment {
+                Some(moment) => unsafe { moment.part(at.clone()) },
+                None => Moment::F32(&mut []),
+            });
+            let parts = &mut parts[..count];
+            // SAFETY (all): tasks are disjoint; `choose` saw that the pool's level is supported.
+            let mut values = unsafe { values.part(at.clone()) };
+            let mut grad = grad.as_ref().map(|grad| unsafe { grad.part(at.clone()) });
+            let result = match (&mut values, &grad, &kernels) {
+                (Values::F64(p), grad, _) => {
+                    let g: &[f64] = match grad {
+                        Some(Grad::F64(g)) => g,
+                        _ => &[],
+                    };
+                    let [m, v] = reference::doubles(parts);
+                    reference::update(&factors.1, p, g, m, v)
+                }
+                (values, _, None) => {
+                    reference::update_stored(&factors.0, values, grad.as_mut(), parts)
+                }
+                (values, _, Some(kernels)) => unsafe {
+                    kernels.run(&factors.0, values, grad.as_mut(), parts)
+                },
+            };
+            // SAFETY: one element a task.
+            unsafe { sums.slice(task, 1)[0] = result };
+        });
+    }
+    sums.iter()
+        .fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]])
 }

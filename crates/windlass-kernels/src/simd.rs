@@ -1,7 +1,7 @@
 //! One vector of `f32` lanes, so that a kernel body is written once and compiled for every instruction set.
 //!
 //! A body is an `#[inline(always)] unsafe fn body<S: Simd, E: SimdElement>(…)`, instantiated in small wrappers marked
-//! `#[target_feature(enable = "avx2,fma")]` and `#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]`.
+//! `#[target_feature(enable = "avx2,fma,f16c")]` and `#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]`.
 //! Closures do not inherit the forced inlining and are avoided in hot loops.
 //!
 //! The contract is carried by values: the functions that make a vector from something else are `unsafe` (the CPU must
@@ -11,7 +11,7 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::element::Element;
 
@@ -28,8 +28,8 @@ pub use avx512::Avx512;
 /// One vector of [`Simd::LANES`] `f32` lanes.
 ///
 /// # Safety
-/// Every `unsafe` function requires that the CPU has the features of the implementation (AVX2 and FMA, or AVX-512 F, BW,
-/// VL and DQ). Pointers must be valid for `LANES` elements, or for the first `n` in the `_partial` forms; they need no
+/// Every `unsafe` function requires that the CPU has the features of the implementation (AVX2, FMA and F16C, or AVX-512 F,
+/// BW, VL and DQ). Pointers must be valid for `LANES` elements, or for the first `n` in the `_partial` forms; they need no
 /// alignment. `n` larger than `LANES` counts as `LANES`.
 #[expect(
     clippy::missing_safety_doc,
@@ -66,6 +66,18 @@ pub trait Simd:
     unsafe fn store_bf16(self, to: *mut bf16);
     /// Writes the first `n` lanes as `bf16`.
     unsafe fn store_bf16_partial(self, to: *mut bf16, n: usize);
+    /// Reads `LANES` `f16` numbers, widened exactly.
+    unsafe fn load_f16(from: *const f16) -> Self;
+    /// Reads the first `n` `f16` numbers; the other lanes are zero.
+    unsafe fn load_f16_partial(from: *const f16, n: usize) -> Self;
+    /// Writes `LANES` numbers as `f16`, rounded to nearest even; NaN stays NaN, too large numbers become infinite.
+    unsafe fn store_f16(self, to: *mut f16);
+    /// Writes the first `n` lanes as `f16`.
+    unsafe fn store_f16_partial(self, to: *mut f16, n: usize);
+    /// Reads `LANES` bytes as the numbers 0 to 255.
+    unsafe fn load_u8(from: *const u8) -> Self;
+    /// Writes whole numbers of 0 to 255 as bytes.
+    unsafe fn store_u8(self, to: *mut u8);
     /// Reads `LANES` numbers kept as `bf16` and an exact remainder (see [`crate::split::join`]).
     unsafe fn load_split(hi: *const bf16, lo: *const i16) -> Self;
     /// Writes `LANES` numbers as `bf16` and an exact remainder (see [`crate::split::split`]).
@@ -89,6 +101,12 @@ pub trait Simd:
     fn round(self) -> Self;
     /// `self * 2^n` for whole `n` in `-252..=254`, rounded once.
     fn scale_by_power_of_two(self, n: Self) -> Self;
+    /// The exponent of the first bit: `floor(log2 |self|)` of a normal number.
+    fn exponent(self) -> Self;
+    /// The table's entry at each lane, a whole number of 0 to 15.
+    fn lookup(self, table: &[f32; 16]) -> Self;
+    /// The table's entry at each lane, a whole number of 0 to 31.
+    fn lookup32(self, table: &[f32; 32]) -> Self;
     /// Lanes where `self < other` (false on NaN).
     fn lt(self, other: Self) -> Self::Mask;
     /// The first `n` lanes.
@@ -465,7 +483,7 @@ mod tests {
         }
     }
 
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     fn check_avx2() {
         unsafe { check::<Avx2>() }
     }
@@ -477,7 +495,7 @@ mod tests {
 
     #[test]
     fn functions_are_accurate() {
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if crate::dispatch::Level::Avx2.is_supported() {
             unsafe { check_avx2() };
         }
         if is_x86_feature_detected!("avx512f")

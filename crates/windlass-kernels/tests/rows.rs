@@ -7,10 +7,8 @@ use half::bf16;
 use windlass_kernels::activation::{self, Activation};
 use windlass_kernels::cross_entropy::{IGNORED, cross_entropy_rows};
 use windlass_kernels::dispatch::Level;
-use windlass_kernels::optim::{self, AdamW, Lion, Sgd};
 use windlass_kernels::pool::Pool;
 use windlass_kernels::rope::{Rope, rope};
-use windlass_kernels::split::{join, split};
 use windlass_kernels::{DType, Element, Float};
 use windlass_kernels::{cast, elementwise, embedding, norm, reduce, reference, softmax, topk};
 
@@ -655,144 +653,6 @@ fn lookups_of<E: Element>() {
     );
 }
 
-const ADAMW: AdamW = AdamW {
-    lr: 0.01,
-    beta1: 0.9,
-    beta2: 0.95,
-    eps: 1e-8,
-    weight_decay: 0.1,
-    step: 1,
-    grad_scale: 0.5,
-};
-const SGD: Sgd = Sgd {
-    lr: 0.1,
-    momentum: 0.9,
-    dampening: 0.25,
-    nesterov: false,
-    weight_decay: 0.01,
-    step: 1,
-    grad_scale: 2.0,
-};
-const LION: Lion = Lion {
-    lr: 0.01,
-    beta1: 0.9,
-    beta2: 0.99,
-    weight_decay: 0.1,
-    grad_scale: 1.0,
-};
-
-/// The SGD rules that differ in what they do with the buffer.
-fn sgd_rules() -> [Sgd; 4] {
-    [
-        SGD,
-        Sgd { step: 2, ..SGD },
-        Sgd {
-            step: 2,
-            nesterov: true,
-            dampening: 0.0,
-            ..SGD
-        },
-        Sgd {
-            momentum: 0.0,
-            dampening: 0.0,
-            ..SGD
-        },
-    ]
-}
-
-fn optimizers_of<F: Float>() {
-    check(
-        "optimizers",
-        F::DTYPE,
-        &FINITE,
-        &lengths(),
-        &|pool, x, n| {
-            let (g, mut p, mut m) = (x.many::<F>(n), x.many::<F>(n), x.many::<F>(n));
-            let mut v: Vec<F> = x.many::<F>(n).into_iter().map(F::abs).collect();
-            let rule = AdamW { step: 3, ..ADAMW };
-            call!(
-                pool,
-                optim::adamw,
-                reference::adamw,
-                (&mut p, &g, &mut m, &mut v, &rule)
-            );
-            let mut outputs = vec![output(&p), output(&m), output(&v)];
-            for rule in sgd_rules() {
-                let (mut p, mut b) = (
-                    x.many::<F>(n),
-                    x.many::<F>(if rule.momentum == 0.0 { 0 } else { n }),
-                );
-                call!(
-                    pool,
-                    optim::sgd,
-                    reference::sgd,
-                    (&mut p, &g, &mut b, &rule)
-                );
-                outputs.extend([output(&p), output(&b)]);
-            }
-            let (mut p, mut m) = (x.many::<F>(n), x.many::<F>(n));
-            call!(
-                pool,
-                optim::lion,
-                reference::lion,
-                (&mut p, &g, &mut m, &LION)
-            );
-            outputs.extend([output(&p), output(&m)]);
-            outputs
-        },
-    );
-}
-
-/// The split forms give bit for bit what the plain `f32` forms give, at every level.
-#[test]
-fn split_masters_follow_f32_exactly() {
-    for pools in POOLS.iter() {
-        for n in lengths() {
-            for pool in &pools[..if n > 100 { 3 } else { 1 }] {
-                let x = &mut Numbers(n as u64, Kind::Wide);
-                let (g, p, m) = (x.many::<f32>(n), x.many::<f32>(n), x.many::<f32>(n));
-                let v: Vec<f32> = x.many::<f32>(n).into_iter().map(f32::abs).collect();
-                let halves = || {
-                    p.iter()
-                        .map(|&p| split(p))
-                        .unzip::<bf16, i16, Vec<_>, Vec<_>>()
-                };
-                let same = |what: &str, p: &[f32], hi: &[bf16], lo: &[i16]| {
-                    for i in 0..n {
-                        assert_eq!(
-                            join(hi[i], lo[i]).to_bits(),
-                            p[i].to_bits(),
-                            "{what}, {} of {n}",
-                            i
-                        );
-                    }
-                };
-                let (mut q, mut qm, mut qv, (mut hi, mut lo)) =
-                    (p.clone(), m.clone(), v.clone(), halves());
-                let (mut sm, mut sv) = (m.clone(), v.clone());
-                optim::adamw(pool, &mut q, &g, &mut qm, &mut qv, &ADAMW);
-                optim::adamw_split(pool, &mut hi, &mut lo, &g, &mut sm, &mut sv, &ADAMW);
-                same("adamw", &q, &hi, &lo);
-                assert_eq!((qm, qv), (sm, sv));
-                for rule in sgd_rules() {
-                    let (mut q, mut qb, (mut hi, mut lo), mut sb) =
-                        (p.clone(), m.clone(), halves(), m.clone());
-                    optim::sgd(pool, &mut q, &g, &mut qb, &rule);
-                    optim::sgd_split(pool, &mut hi, &mut lo, &g, &mut sb, &rule);
-                    same("sgd", &q, &hi, &lo);
-                    assert_eq!(qb, sb);
-                }
-                let (mut q, mut qm, (mut hi, mut lo), mut sm) =
-                    (p.clone(), m.clone(), halves(), m.clone());
-                optim::lion(pool, &mut q, &g, &mut qm, &LION);
-                optim::lion_split(pool, &mut hi, &mut lo, &g, &mut sm, &LION);
-                same("lion", &q, &hi, &lo);
-                assert_eq!(qm, sm);
-            }
-        }
-    }
-}
-
 #[test]
 fn kernels_agree_with_the_reference_in_f32() {
     elementwise_of::<f32>();
@@ -800,7 +660,6 @@ fn kernels_agree_with_the_reference_in_f32() {
     norms_of::<f32>();
     softmaxes_of::<f32>();
     lookups_of::<f32>();
-    optimizers_of::<f32>();
 }
 
 #[test]
@@ -819,96 +678,6 @@ fn kernels_agree_with_the_reference_in_f64() {
     norms_of::<f64>();
     softmaxes_of::<f64>();
     lookups_of::<f64>();
-    optimizers_of::<f64>();
-}
-
-/// Parameters, gradients, two states and the step.
-type Update<'a> = &'a dyn Fn(&mut [f64], &[f64], &mut [f64], &mut [f64], u64);
-
-/// Three steps against the published algorithms, computed independently in double precision.
-#[test]
-fn optimizers_give_known_answers() {
-    const GRADIENTS: [[f64; 4]; 3] = [
-        [0.1, -0.2, 0.0, 3.0],
-        [-0.3, 0.25, 1e-3, -2.0],
-        [0.05, 0.7, -1e-3, 0.5],
-    ];
-    const START: [f64; 4] = [1.0, -2.0, 0.5, 0.0];
-    let check = |name: &str, want: [f64; 4], update: Update<'_>| {
-        let (mut p, mut m, mut v) = (START, [0.0; 4], [0.0; 4]);
-        for (t, g) in GRADIENTS.iter().enumerate() {
-            update(&mut p, g, &mut m, &mut v, t as u64 + 1);
-        }
-        for (p, want) in p.iter().zip(want) {
-            assert!((p - want).abs() < 1e-12, "{name}: {p}, known {want}");
-        }
-    };
-    let pool = &POOLS[0][0];
-    check(
-        "adamw",
-        [
-            0.9946921543720242,
-            -1.9918618272132318,
-            0.4916057426586841,
-            -0.01344931812532919,
-        ],
-        &|p, g, m, v, step| optim::adamw(pool, p, g, m, v, &AdamW { step, ..ADAMW }),
-    );
-    check(
-        "sgd",
-        [
-            1.0189416506875,
-            -2.058172676375,
-            0.49742431846875,
-            -1.1295153375,
-        ],
-        &|p, g, m, _, step| optim::sgd(pool, p, g, m, &Sgd { step, ..SGD }),
-    );
-    check(
-        "nesterov",
-        [
-            1.066774123960999,
-            -2.248100947922,
-            0.4958211725705,
-            -1.1646693154,
-        ],
-        &|p, g, m, _, step| {
-            optim::sgd(
-                pool,
-                p,
-                g,
-                m,
-                &Sgd {
-                    step,
-                    nesterov: true,
-                    dampening: 0.0,
-                    ..SGD
-                },
-            )
-        },
-    );
-    check(
-        "plain sgd",
-        [1.026982979, -2.144035958, 0.4985016995, -0.2992006],
-        &|p, g, _, _, step| {
-            optim::sgd(
-                pool,
-                p,
-                g,
-                &mut [],
-                &Sgd {
-                    step,
-                    momentum: 0.0,
-                    ..SGD
-                },
-            )
-        },
-    );
-    check(
-        "lion",
-        [0.987012989, -2.004015988, 0.4985114995, -0.00999001],
-        &|p, g, m, _, _| optim::lion(pool, p, g, m, &LION),
-    );
 }
 
 /// Logits of ±10 000 and -∞ have exact losses and gradients, at every level.

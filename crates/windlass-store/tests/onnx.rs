@@ -369,16 +369,20 @@ fn optimizers(pool: &Pool, case: &Case<'_>, adam: bool) {
             // Step 0 of ONNX has no bias correction: undo that of our first step.
             let mut v = read(3);
             let root = (1.0 - beta).sqrt();
-            let rule = optim::AdamW {
+            let rule = optim::Adam {
                 lr: lr * (1.0 - alpha) / root,
                 beta1: alpha,
                 beta2: beta,
                 eps: case.number("epsilon", 1e-6) / root,
                 weight_decay: 0.0,
+                decoupled: true,
+                bias_correction: true,
                 step: 1,
                 grad_scale: 1.0,
             };
-            optim::adamw(pool, &mut x, &g, &mut m, &mut v, &rule);
+            let (values, grad) = (optim::Values::F32(&mut x), optim::Grad::F32(&g));
+            let moments = &mut [optim::Moment::F32(&mut m), optim::Moment::F32(&mut v)];
+            optim::step(pool, &optim::Rule::Adam(rule), values, grad, moments);
             case.expect(2 * tensors + i, &v);
         } else {
             let nesterov = case.json["attrs"]["mode"] == "nesterov";
@@ -391,7 +395,9 @@ fn optimizers(pool: &Pool, case: &Case<'_>, adam: bool) {
                 step: 2,
                 grad_scale: 1.0,
             };
-            optim::sgd(pool, &mut x, &g, &mut m, &rule);
+            let (values, grad) = (optim::Values::F32(&mut x), optim::Grad::F32(&g));
+            let moments = &mut [optim::Moment::F32(&mut m)];
+            optim::step(pool, &optim::Rule::Sgd(rule), values, grad, moments);
         }
         case.expect(i, &x);
         case.expect(tensors + i, &m);

@@ -1,7 +1,7 @@
 //! Optimizers: which rule, and its one application to a parameter.
 
 use windlass_store::{Shard, Values};
-use windlass_tensor::kernels::optim;
+use windlass_tensor::kernels::optim::{self, Adam, Grad, Lion, Moment, Rule, Sgd};
 use windlass_tensor::kernels::pool::Pool;
 
 /// An update rule with its constants; the learning rate comes with each step.
@@ -64,87 +64,59 @@ impl Optimizer {
     /// When the shard has another number of moments than [`Optimizer::moments`].
     pub fn apply(&self, pool: &Pool, shard: Shard<'_>, lr: f64, step: u64, grad_scale: f64) {
         let Some(grad) = shard.grad else { return };
-        let decays = |weight_decay: f64| if shard.spec.decay { weight_decay } else { 0.0 };
-        let mut moments = shard.moments.into_iter();
-        let mut moment = || moments.next().expect("a moment that the rule keeps");
+        let rule = self.rule(lr, step, grad_scale, shard.spec.decay);
+        let values = match shard.values {
+            Values::F32(p) => optim::Values::F32(p),
+            Values::Split { high, low } => optim::Values::Split { high, low },
+        };
+        let mut moments: Vec<_> = shard.moments.into_iter().map(Moment::F32).collect();
+        optim::step(pool, &rule, values, Grad::F32(grad), &mut moments);
+    }
+
+    /// The kernel's rule of one step.
+    fn rule(&self, lr: f64, step: u64, grad_scale: f64, decay: bool) -> Rule {
+        let decays = |weight_decay: f64| if decay { weight_decay } else { 0.0 };
         match *self {
             Optimizer::AdamW {
                 beta1,
                 beta2,
                 eps,
                 weight_decay,
-            } => {
-                let rule = optim::AdamW {
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay: decays(weight_decay),
-                    step,
-                    grad_scale,
-                };
-                let (m, v) = (moment(), moment());
-                apply_adamw(pool, shard.values, grad, m, v, &rule);
-            }
+            } => Rule::Adam(Adam {
+                lr,
+                beta1,
+                beta2,
+                eps,
+                weight_decay: decays(weight_decay),
+                decoupled: true,
+                bias_correction: true,
+                step,
+                grad_scale,
+            }),
             Optimizer::Sgd {
                 momentum,
                 nesterov,
                 weight_decay,
-            } => {
-                let rule = optim::Sgd {
-                    lr,
-                    momentum,
-                    dampening: 0.0,
-                    nesterov,
-                    weight_decay: decays(weight_decay),
-                    step,
-                    grad_scale,
-                };
-                let buffer = moments.next().unwrap_or_default();
-                apply_sgd(pool, shard.values, grad, buffer, &rule);
-            }
+            } => Rule::Sgd(Sgd {
+                lr,
+                momentum,
+                dampening: 0.0,
+                nesterov,
+                weight_decay: decays(weight_decay),
+                step,
+                grad_scale,
+            }),
             Optimizer::Lion {
                 beta1,
                 beta2,
                 weight_decay,
-            } => {
-                let rule = optim::Lion {
-                    lr,
-                    beta1,
-                    beta2,
-                    weight_decay: decays(weight_decay),
-                    grad_scale,
-                };
-                apply_lion(pool, shard.values, grad, moment(), &rule);
-            }
+            } => Rule::Lion(Lion {
+                lr,
+                beta1,
+                beta2,
+                weight_decay: decays(weight_decay),
+                grad_scale,
+            }),
         }
-    }
-}
-
-fn apply_adamw(
-    pool: &Pool,
-    values: Values<'_>,
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    rule: &optim::AdamW,
-) {
-    match values {
-        Values::F32(p) => optim::adamw(pool, p, grad, m, v, rule),
-        Values::Split { high, low } => optim::adamw_split(pool, high, low, grad, m, v, rule),
-    }
-}
-
-fn apply_sgd(pool: &Pool, values: Values<'_>, grad: &[f32], buffer: &mut [f32], rule: &optim::Sgd) {
-    match values {
-        Values::F32(p) => optim::sgd(pool, p, grad, buffer, rule),
-        Values::Split { high, low } => optim::sgd_split(pool, high, low, grad, buffer, rule),
-    }
-}
-
-fn apply_lion(pool: &Pool, values: Values<'_>, grad: &[f32], m: &mut [f32], rule: &optim::Lion) {
-    match values {
-        Values::F32(p) => optim::lion(pool, p, grad, m, rule),
-        Values::Split { high, low } => optim::lion_split(pool, high, low, grad, m, rule),
     }
 }

@@ -1,226 +1,426 @@
-//! Vector bodies of the optimizer updates, written once for plain and split parameters.
+//! Vector bodies of the optimizer updates and of the conversions between storage and `f32`.
 //!
 //! SAFETY (all functions): the callers in `optim` check the lengths; the CPU has the features of `S`.
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{AdamW, AdamWFactors, Lion, LionFactors, Sgd, SgdFactors};
-use crate::simd::{Simd, SimdElement};
-use crate::stream::{Step, Width, stream};
+use super::code::{Code, inverse};
+use super::rule::{AdagradFactors, AdamFactors, Factors, LionFactors, SgdFactors};
+use super::{LambFactors, MuonFactors};
+use crate::simd::Simd;
+use crate::stream::{First, Fold, Step, Whole, Width, fold, stream};
 
-/// Parameters in memory.
-trait Parameters {
-    unsafe fn load<S: Simd, W: Width>(&self, i: usize, width: W) -> S;
-    unsafe fn store<S: Simd, W: Width>(&self, i: usize, width: W, value: S);
+/// The streams of an update.
+struct Streams<F> {
+    p: *mut f32,
+    g: *const f32,
+    m: *mut f32,
+    v: *mut f32,
+    f: F,
 }
 
-struct Plain<E>(*mut E);
-
-impl<E: SimdElement> Parameters for Plain<E> {
-    #[inline(always)]
-    unsafe fn load<S: Simd, W: Width>(&self, i: usize, width: W) -> S {
-        unsafe { width.load(self.0.add(i).cast_const()) }
-    }
-    #[inline(always)]
-    unsafe fn store<S: Simd, W: Width>(&self, i: usize, width: W, value: S) {
-        unsafe { width.store(self.0.add(i), value) }
-    }
+/// Makes the bodies of updates that a [`Step`] over their streams describes.
+macro_rules! updates {
+    ($($name:ident = $variant:ident;)*) => {$(
+        #[inline(always)]
+        pub(super) unsafe fn $name<S: Simd>(
+            f: &Factors<f32>,
+            p: &mut [f32],
+            g: &[f32],
+            m: &mut [f32],
+            v: &mut [f32],
+        ) -> [f64; 2] {
+            let Factors::$variant(f) = *f else {
+                unreachable!("the kernel is chosen by the factors");
+            };
+            let len = p.len();
+            let (p, g, m, v) = (p.as_mut_ptr(), g.as_ptr(), m.as_mut_ptr(), v.as_mut_ptr());
+            unsafe { stream::<S>(len, Streams { p, g, m, v, f }) };
+            [0.0; 2]
+        }
+    )*};
 }
 
-struct Split(*mut bf16, *mut i16);
-
-impl Parameters for Split {
-    #[inline(always)]
-    unsafe fn load<S: Simd, W: Width>(&self, i: usize, width: W) -> S {
-        unsafe { width.load_split(self.0.add(i), self.1.add(i)) }
-    }
-    #[inline(always)]
-    unsafe fn store<S: Simd, W: Width>(&self, i: usize, width: W, value: S) {
-        unsafe { width.store_split(self.0.add(i), self.1.add(i), value) }
-    }
+updates! {
+    adam = Adam;
+    adagrad = Adagrad;
+    lion = Lion;
+    lamb_apply = LambApply;
+    muon = Muon;
 }
 
-struct AdamWStep<P, G, M> {
-    p: P,
-    g: *const G,
-    m: *mut M,
-    v: *mut M,
-    f: AdamWFactors<f32>,
-}
-
-impl<P: Parameters, G: SimdElement, M: SimdElement> Step for AdamWStep<P, G, M> {
+impl Step for Streams<AdamFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
         let f = &self.f;
         unsafe {
-            let g = width.load::<S, G>(self.g.add(i)) * S::splat(f.grad_scale);
-            let (m, v): (S, S) = (
-                width.load(self.m.add(i).cast_const()),
-                width.load(self.v.add(i).cast_const()),
-            );
+            let p: S = width.load(self.p.add(i).cast_const());
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
+            let g = p.fma(S::splat(f.l2), g);
+            let m: S = width.load(self.m.add(i).cast_const());
+            let v: S = width.load(self.v.add(i).cast_const());
             let m = (g - m).fma(S::splat(f.one_minus_beta1), m);
             let v = (g * g).fma(S::splat(f.one_minus_beta2), v * S::splat(f.beta2));
             let denominator = v.sqrt().fma(S::splat(f.correction), S::splat(f.eps));
-            let p: S = self.p.load(i, width);
             let p = (m / denominator).fnma(S::splat(f.step_size), p * S::splat(f.decay));
             width.store(self.m.add(i), m);
             width.store(self.v.add(i), v);
-            self.p.store(i, width, p);
+            width.store(self.p.add(i), p);
         }
     }
 }
 
-#[inline(always)]
-pub(super) unsafe fn adamw<S: Simd, E: SimdElement>(
-    p: &mut [E],
-    g: &[E],
-    m: &mut [E],
-    v: &mut [E],
-    rule: &AdamW,
-) {
-    let op = AdamWStep {
-        p: Plain(p.as_mut_ptr()),
-        g: g.as_ptr(),
-        m: m.as_mut_ptr(),
-        v: v.as_mut_ptr(),
-        f: rule.factors(),
-    };
-    unsafe { stream::<S>(p.len(), op) }
-}
-
-#[inline(always)]
-pub(super) unsafe fn adamw_split<S: Simd, G: SimdElement>(
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
-    m: &mut [f32],
-    v: &mut [f32],
-    rule: &AdamW,
-) {
-    let op = AdamWStep {
-        p: Split(hi.as_mut_ptr(), lo.as_mut_ptr()),
-        g: g.as_ptr(),
-        m: m.as_mut_ptr(),
-        v: v.as_mut_ptr(),
-        f: rule.factors(),
-    };
-    unsafe { stream::<S>(hi.len(), op) }
-}
-
-struct SgdStep<P, G, M> {
-    p: P,
-    g: *const G,
-    buffer: Option<*mut M>,
-    f: SgdFactors<f32>,
-}
-
-impl<P: Parameters, G: SimdElement, M: SimdElement> Step for SgdStep<P, G, M> {
+impl Step for Streams<AdagradFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
         let f = &self.f;
         unsafe {
-            let p: S = self.p.load(i, width);
-            let g = width.load::<S, G>(self.g.add(i)) * S::splat(f.grad_scale);
-            let g = p.fma(S::splat(f.weight_decay), g);
-            let mut direction = g;
-            if let Some(buffer) = self.buffer {
-                if !f.first {
-                    let held =
-                        width.load::<S, M>(buffer.add(i).cast_const()) * S::splat(f.momentum);
-                    direction = g.fma(S::splat(f.one_minus_dampening), held);
-                }
-                width.store(buffer.add(i), direction);
-            }
-            if f.nesterov {
-                direction = direction.fma(S::splat(f.momentum), g);
-            }
-            self.p.store(i, width, direction.fnma(S::splat(f.lr), p));
+            let p: S = width.load(self.p.add(i).cast_const());
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
+            let g = p.fma(S::splat(f.l2), g);
+            let s: S = width.load(self.m.add(i).cast_const());
+            let s = g.fma(g, s);
+            let p = (g / (s.sqrt() + S::splat(f.eps))).fnma(S::splat(f.lr), p);
+            width.store(self.m.add(i), s);
+            width.store(self.p.add(i), p);
         }
     }
 }
 
-#[inline(always)]
-pub(super) unsafe fn sgd<S: Simd, E: SimdElement>(
-    p: &mut [E],
-    g: &[E],
-    buffer: &mut [E],
-    rule: &Sgd,
-) {
-    let op = SgdStep {
-        p: Plain(p.as_mut_ptr()),
-        g: g.as_ptr(),
-        buffer: (!buffer.is_empty()).then_some(buffer.as_mut_ptr()),
-        f: rule.factors(),
-    };
-    unsafe { stream::<S>(p.len(), op) }
-}
-
-#[inline(always)]
-pub(super) unsafe fn sgd_split<S: Simd, G: SimdElement>(
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
-    buffer: &mut [f32],
-    rule: &Sgd,
-) {
-    let op = SgdStep {
-        p: Split(hi.as_mut_ptr(), lo.as_mut_ptr()),
-        g: g.as_ptr(),
-        buffer: (!buffer.is_empty()).then_some(buffer.as_mut_ptr()),
-        f: rule.factors(),
-    };
-    unsafe { stream::<S>(hi.len(), op) }
-}
-
-struct LionStep<P, G, M> {
-    p: P,
-    g: *const G,
-    m: *mut M,
-    f: LionFactors<f32>,
-}
-
-impl<P: Parameters, G: SimdElement, M: SimdElement> Step for LionStep<P, G, M> {
+impl Step for Streams<LionFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
         let f = &self.f;
         unsafe {
-            let g = width.load::<S, G>(self.g.add(i)) * S::splat(f.grad_scale);
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
             let m: S = width.load(self.m.add(i).cast_const());
             let c = (g - m).fma(S::splat(f.one_minus_beta1), m);
             // Zero and NaN are their own sign.
             let sign = S::select(S::splat(0.0).lt(c.abs()), S::splat(1.0).with_sign_of(c), c);
-            let p: S = self.p.load(i, width);
-            self.p
-                .store(i, width, sign.fnma(S::splat(f.lr), p * S::splat(f.decay)));
+            let p: S = width.load(self.p.add(i).cast_const());
+            let p = sign.fnma(S::splat(f.lr), p * S::splat(f.decay));
+            width.store(self.p.add(i), p);
             width.store(self.m.add(i), (g - m).fma(S::splat(f.one_minus_beta2), m));
         }
     }
 }
 
-#[inline(always)]
-pub(super) unsafe fn lion<S: Simd, E: SimdElement>(p: &mut [E], g: &[E], m: &mut [E], rule: &Lion) {
-    let op = LionStep {
-        p: Plain(p.as_mut_ptr()),
-        g: g.as_ptr(),
-        m: m.as_mut_ptr(),
-        f: rule.factors(),
-    };
-    unsafe { stream::<S>(p.len(), op) }
+/// SGD; without a buffer where `m` is null.
+impl Step for Streams<SgdFactors<f32>> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        let f = &self.f;
+        unsafe {
+            let p: S = width.load(self.p.add(i).cast_const());
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
+            let g = p.fma(S::splat(f.weight_decay), g);
+            let mut direction = g;
+            if !self.m.is_null() {
+                if !f.first {
+                    let held: S = width.load(self.m.add(i).cast_const());
+                    let held = held * S::splat(f.momentum);
+                    direction = g.fma(S::splat(f.one_minus_dampening), held);
+                }
+                width.store(self.m.add(i), direction);
+            }
+            if f.nesterov {
+                direction = direction.fma(S::splat(f.momentum), g);
+            }
+            width.store(self.p.add(i), direction.fnma(S::splat(f.lr), p));
+        }
+    }
 }
 
 #[inline(always)]
-pub(super) unsafe fn lion_split<S: Simd, G: SimdElement>(
-    hi: &mut [bf16],
-    lo: &mut [i16],
-    g: &[G],
+pub(super) unsafe fn sgd<S: Simd>(
+    f: &Factors<f32>,
+    p: &mut [f32],
+    g: &[f32],
     m: &mut [f32],
-    rule: &Lion,
-) {
-    let op = LionStep {
-        p: Split(hi.as_mut_ptr(), lo.as_mut_ptr()),
-        g: g.as_ptr(),
-        m: m.as_mut_ptr(),
-        f: rule.factors(),
+    v: &mut [f32],
+) -> [f64; 2] {
+    let Factors::Sgd(f) = *f else {
+        unreachable!("the kernel is chosen by the factors");
     };
-    unsafe { stream::<S>(hi.len(), op) }
+    let len = p.len();
+    let buffer = if m.is_empty() {
+        std::ptr::null_mut()
+    } else {
+        m.as_mut_ptr()
+    };
+    let streams = Streams {
+        p: p.as_mut_ptr(),
+        g: g.as_ptr(),
+        m: buffer,
+        v: v.as_mut_ptr(),
+        f,
+    };
+    unsafe { stream::<S>(len, streams) };
+    [0.0; 2]
+}
+
+/// LAMB's update before the trust ratio.
+#[inline(always)]
+unsafe fn lamb_update<S: Simd>(f: &LambFactors<f32>, p: S, m: S, v: S) -> S {
+    unsafe {
+        let denominator = v.sqrt().fma(S::splat(f.correction2), S::splat(f.eps));
+        let ratio = m * S::splat(f.correction1) / denominator;
+        p.fma(S::splat(f.weight_decay), ratio)
+    }
+}
+
+impl Fold<2> for Streams<LambFactors<f32>> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, held: [S; 2]) -> [S; 2] {
+        let f = &self.f;
+        unsafe {
+            let p: S = width.load(self.p.add(i).cast_const());
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
+            let m: S = width.load(self.m.add(i).cast_const());
+            let v: S = width.load(self.v.add(i).cast_const());
+            let m = (g - m).fma(S::splat(f.one_minus_beta1), m);
+            let v = (g * g).fma(S::splat(f.one_minus_beta2), v * S::splat(f.beta2));
+            width.store(self.m.add(i), m);
+            width.store(self.v.add(i), v);
+            let update = lamb_update(f, p, m, v);
+            [p.fma(p, held[0]), update.fma(update, held[1])]
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn lamb_moments<S: Simd>(
+    f: &Factors<f32>,
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+) -> [f64; 2] {
+    let Factors::LambMoments(f) = *f else {
+        unreachable!("the kernel is chosen by the factors");
+    };
+    let len = p.len();
+    let (p, g, m, v) = (p.as_mut_ptr(), g.as_ptr(), m.as_mut_ptr(), v.as_mut_ptr());
+    let sums = unsafe { fold::<S, 2, _>(len, Streams { p, g, m, v, f }) };
+    sums.map(|sum| sum.sum() as f64)
+}
+
+impl Step for Streams<LambFactors<f32>> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        unsafe {
+            let p: S = width.load(self.p.add(i).cast_const());
+            let m: S = width.load(self.m.add(i).cast_const());
+            let v: S = width.load(self.v.add(i).cast_const());
+            let update = lamb_update(&self.f, p, m, v);
+            width.store(self.p.add(i), update.fnma(S::splat(self.f.step_size), p));
+        }
+    }
+}
+
+impl Step for Streams<MuonFactors<f32>> {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        let f = &self.f;
+        unsafe {
+            let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
+            let m: S = width.load(self.m.add(i).cast_const());
+            let m = (g - m).fma(S::splat(f.one_minus_momentum), m);
+            width.store(self.m.add(i), m);
+            width.store(self.p.add(i), (m - g).fma(S::splat(f.ahead), g));
+        }
+    }
+}
+
+/// Split masters and `f32`.
+struct Halves(*mut bf16, *mut i16);
+
+struct Join(Halves, *mut f32);
+
+impl Step for Join {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        unsafe {
+            let value: S = width.load_split(self.0.0.add(i), self.0.1.add(i));
+            width.store(self.1.add(i), value);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn join<S: Simd>(high: &[bf16], low: &[i16], to: &mut [f32]) {
+    let halves = Halves(high.as_ptr().cast_mut(), low.as_ptr().cast_mut());
+    unsafe { stream::<S>(to.len(), Join(halves, to.as_mut_ptr())) }
+}
+
+struct Split(*const f32, Halves);
+
+impl Step for Split {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        unsafe {
+            let value: S = width.load(self.0.add(i));
+            width.store_split(self.1.0.add(i), self.1.1.add(i), value);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn split<S: Simd>(from: &[f32], high: &mut [bf16], low: &mut [i16]) {
+    let halves = Halves(high.as_mut_ptr(), low.as_mut_ptr());
+    unsafe { stream::<S>(from.len(), Split(from.as_ptr(), halves)) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn halve<S: Simd>(from: &[f32], to: &mut [f16]) {
+    let mut i = 0;
+    unsafe {
+        while i + S::LANES <= from.len() {
+            S::load(from.as_ptr().add(i)).store_f16(to.as_mut_ptr().add(i));
+            i += S::LANES;
+        }
+        let rest = from.len() - i;
+        let last = S::load_partial(from.as_ptr().add(i), rest);
+        last.store_f16_partial(to.as_mut_ptr().add(i), rest);
+    }
+}
+
+/// Lanes of the widest vector.
+const MAX_LANES: usize = 16;
+
+/// The values of a vector of codes.
+#[inline(always)]
+unsafe fn decoded<S: Simd>(code: Code, codes: *const u8) -> S {
+    let t = code.tables();
+    unsafe {
+        let number = S::load_u8(codes);
+        match code {
+            Code::Signed => {
+                let offset = number - S::splat(127.0);
+                let x = offset.abs().fma(S::splat(2.0), S::splat(1.0));
+                let e = x.exponent();
+                x.fma(e.lookup(&t.slope), e.lookup(&t.base))
+                    .with_sign_of(offset)
+            }
+            Code::Unsigned => {
+                let x = number + S::splat(1.5);
+                let e = x.exponent();
+                x.fma(e.lookup(&t.slope), e.lookup(&t.base))
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn decode<S: Simd>(code: Code, codes: &[u8], scale: f32, to: &mut [f32]) {
+    let mut i = 0;
+    unsafe {
+        let scale = S::splat(scale);
+        while i + S::LANES <= codes.len() {
+            let value: S = decoded(code, codes.as_ptr().add(i));
+            (value * scale).store(to.as_mut_ptr().add(i));
+            i += S::LANES;
+        }
+        let mut last = [0; MAX_LANES];
+        let rest = &codes[i..];
+        last[..rest.len()].copy_from_slice(rest);
+        let value: S = decoded(code, last.as_ptr());
+        (value * scale).store_partial(to.as_mut_ptr().add(i), rest.len());
+    }
+}
+
+/// The codes of a vector of values of -1 to 1, as numbers.
+#[inline(always)]
+unsafe fn encoded<S: Simd>(code: Code, value: S) -> S {
+    let t = code.tables();
+    unsafe {
+        let size = value.abs();
+        let power = (size.exponent() + S::splat(31.0)).max(S::splat(0.0));
+        let decade = power.lookup32(&t.decade);
+        let below = size.lt(power.lookup32(&t.next));
+        let e = S::select(below, decade, decade + S::splat(1.0));
+        let first = e.lookup(&t.first);
+        let part = size.fma(e.lookup(&t.steep), S::splat(8.0 / 9.0));
+        let number = part.fma(first, S::splat(-0.5)).round();
+        let last = first.fma(S::splat(2.0), S::splat(-1.0));
+        let number = number.min(last).max(first);
+        match code {
+            Code::Signed => (S::splat(127.0) + number.with_sign_of(value)).max(S::splat(0.0)),
+            Code::Unsigned => number - S::splat(1.0),
+        }
+    }
+}
+
+/// The largest magnitude of a block.
+struct Largest(*const f32);
+
+impl Fold<1> for Largest {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [held]: [S; 1]) -> [S; 1] {
+        unsafe { [width.load::<S, f32>(self.0.add(i)).abs().max(held)] }
+    }
+    #[inline(always)]
+    fn join<S: Simd>(a: S, b: S) -> S {
+        a.max(b)
+    }
+}
+
+/// NaN where a number is not finite, else zero: the sum of `0 x`.
+struct Nonfinite(*const f32);
+
+impl Fold<1> for Nonfinite {
+    #[inline(always)]
+    unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [held]: [S; 1]) -> [S; 1] {
+        unsafe {
+            let x: S = width.load(self.0.add(i));
+            [x.fma(S::splat(0.0), held)]
+        }
+    }
+}
+
+/// As [`super::code::encode_block`].
+#[inline(always)]
+unsafe fn encode<S: Simd>(code: Code, from: &[f32], codes: &mut [u8]) -> f32 {
+    unsafe {
+        let [sum] = fold::<S, 1, _>(from.len(), Nonfinite(from.as_ptr()));
+        if sum.sum() != 0.0 {
+            codes.fill(0);
+            return f32::NAN;
+        }
+        let [largest] = fold::<S, 1, _>(from.len(), Largest(from.as_ptr()));
+        let scale = largest.hmax();
+        let inverse = S::splat(inverse(scale));
+        let mut i = 0;
+        while i + S::LANES <= from.len() {
+            let value: S = Whole.load(from.as_ptr().add(i));
+            encoded(code, value * inverse).store_u8(codes.as_mut_ptr().add(i));
+            i += S::LANES;
+        }
+        let rest = from.len() - i;
+        let mut last = [0; MAX_LANES];
+        let value: S = First(rest).load(from.as_ptr().add(i));
+        encoded(code, value * inverse).store_u8(last.as_mut_ptr());
+        codes[i..].copy_from_slice(&last[..rest]);
+        scale
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn decode_signed<S: Simd>(codes: &[u8], scale: f32, to: &mut [f32]) {
+    unsafe { decode::<S>(Code::Signed, codes, scale, to) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn decode_unsigned<S: Simd>(codes: &[u8], scale: f32, to: &mut [f32]) {
+    unsafe { decode::<S>(Code::Unsigned, codes, scale, to) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn encode_signed<S: Simd>(from: &[f32], codes: &mut [u8]) -> f32 {
+    unsafe { encode::<S>(Code::Signed, from, codes) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn encode_unsigned<S: Simd>(from: &[f32], codes: &mut [u8]) -> f32 {
+    unsafe { encode::<S>(Code::Unsigned, from, codes) }
 }

@@ -1,9 +1,9 @@
-//! Eight lanes: AVX2 and FMA.
+//! Eight lanes: AVX2, FMA and F16C.
 
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::Simd;
 
@@ -62,6 +62,21 @@ unsafe fn widened(bits: __m128i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))) }
 }
 
+/// The entry of a table of 16 at each lane; anything where a lane is out of range.
+///
+/// # Safety
+/// The CPU must have the features, the table 16 entries.
+#[inline(always)]
+unsafe fn lookup16(lanes: __m256, table: *const f32) -> Avx2 {
+    unsafe {
+        let index = _mm256_cvtps_epi32(lanes);
+        let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+        let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.add(8)), index);
+        let upper = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(7));
+        Avx2(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(upper)))
+    }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type Mask = __m256;
@@ -109,6 +124,47 @@ impl Simd for Avx2 {
         unsafe {
             _mm_storeu_si128(lanes.as_mut_ptr().cast(), rounded_bf16(self.0));
             std::ptr::copy_nonoverlapping(lanes.as_ptr(), to.cast(), n.min(8));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe { Avx2(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_partial(from: *const f16, n: usize) -> Self {
+        let mut lanes = [f16::ZERO; 8];
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n.min(8));
+            Self::load_f16(lanes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut f16) {
+        unsafe {
+            let bits = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+            _mm_storeu_si128(to.cast(), bits)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_partial(self, to: *mut f16, n: usize) {
+        let mut lanes = [f16::ZERO; 8];
+        unsafe {
+            self.store_f16(lanes.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n.min(8));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        unsafe {
+            let bytes = _mm_loadl_epi64(from.cast());
+            Avx2(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8) {
+        unsafe {
+            let halves = low_halves(_mm256_cvtps_epi32(self.0));
+            _mm_storel_epi64(to.cast(), _mm_packus_epi16(halves, halves))
         }
     }
     #[inline(always)]
@@ -183,6 +239,31 @@ impl Simd for Avx2 {
                 _mm256_mul_ps(self.0, _mm256_castsi256_ps(a)),
                 _mm256_castsi256_ps(b),
             ))
+        }
+    }
+    #[inline(always)]
+    fn exponent(self) -> Self {
+        unsafe {
+            let bits = _mm256_castps_si256(self.abs().0);
+            let biased = _mm256_srli_epi32::<23>(bits);
+            Avx2(_mm256_cvtepi32_ps(_mm256_sub_epi32(
+                biased,
+                _mm256_set1_epi32(127),
+            )))
+        }
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16]) -> Self {
+        unsafe { lookup16(self.0, table.as_ptr()) }
+    }
+    #[inline(always)]
+    fn lookup32(self, table: &[f32; 32]) -> Self {
+        unsafe {
+            let (low, high) = (
+                lookup16(self.0, table.as_ptr()),
+                lookup16((self - Self::splat(16.0)).0, table.as_ptr().add(16)),
+            );
+            Self::select(self.lt(Self::splat(16.0)), low, high)
         }
     }
     #[inline(always)]

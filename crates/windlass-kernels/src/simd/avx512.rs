@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::Simd;
 
@@ -32,6 +32,15 @@ unsafe fn rounded_bf16(x: __m512) -> __m256i {
         let bits = _mm512_mask_blend_epi32(nan, rounded, quiet);
         _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits))
     }
+}
+
+/// The `f16` bits of each lane, rounded to nearest even.
+///
+/// # Safety
+/// The CPU must have the features.
+#[inline(always)]
+unsafe fn rounded_f16(x: __m512) -> __m256i {
+    unsafe { _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
 }
 
 /// Widens `bf16` bits.
@@ -82,6 +91,41 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_bf16_partial(self, to: *mut bf16, n: usize) {
         unsafe { _mm256_mask_storeu_epi16(to.cast(), first(n), rounded_bf16(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_partial(from: *const f16, n: usize) -> Self {
+        unsafe {
+            Avx512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
+                first(n),
+                from.cast(),
+            )))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut f16) {
+        unsafe { _mm256_storeu_si256(to.cast(), rounded_f16(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_partial(self, to: *mut f16, n: usize) {
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), first(n), rounded_f16(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Avx512(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8) {
+        unsafe {
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0));
+            _mm_storeu_si128(to.cast(), bytes)
+        }
     }
     #[inline(always)]
     unsafe fn load_split(hi: *const bf16, lo: *const i16) -> Self {
@@ -148,6 +192,26 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn scale_by_power_of_two(self, n: Self) -> Self {
         unsafe { Avx512(_mm512_scalef_ps(self.0, n.0)) }
+    }
+    #[inline(always)]
+    fn exponent(self) -> Self {
+        unsafe { Avx512(_mm512_getexp_ps(self.0)) }
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16]) -> Self {
+        unsafe {
+            let table = _mm512_loadu_ps(table.as_ptr());
+            Avx512(_mm512_permutexvar_ps(_mm512_cvtps_epi32(self.0), table))
+        }
+    }
+    #[inline(always)]
+    fn lookup32(self, table: &[f32; 32]) -> Self {
+        unsafe {
+            let index = _mm512_cvtps_epi32(self.0);
+            let low = _mm512_loadu_ps(table.as_ptr());
+            let high = _mm512_loadu_ps(table.as_ptr().add(16));
+            Avx512(_mm512_permutex2var_ps(low, index, high))
+        }
     }
     #[inline(always)]
     fn lt(self, other: Self) -> __mmask16 {

@@ -4,7 +4,8 @@ use super::measure::Bench;
 use std::hint::black_box;
 use windlass::tensor::kernels::activation::{self, Activation};
 use windlass::tensor::kernels::cross_entropy::cross_entropy_rows;
-use windlass::tensor::kernels::optim::{self, AdamW};
+use windlass::tensor::kernels::optim::{self, Adam, Grad, Moment, Rule, Values};
+use windlass::tensor::kernels::pool::Pool;
 use windlass::tensor::kernels::rope::{Rope, rope};
 use windlass::tensor::kernels::{Element, cast, cost, embedding, norm, reduce, softmax};
 use windlass::tensor::{DType, bf16};
@@ -152,39 +153,90 @@ pub fn elements<E: Element>(b: &mut Bench<'_>) {
     });
 }
 
-/// AdamW with parameters in `f32`, and in `bf16` with the rest of the master beside them.
+/// AdamW over the storages that training uses.
 pub fn optimizers(b: &mut Bench<'_>, only: Option<DType>) {
     let n = PARAMETERS;
     let shape = format!("{n}");
-    let rule = AdamW {
+    let rule = Rule::Adam(Adam {
         lr: 1e-4,
         beta1: 0.9,
         beta2: 0.95,
         eps: 1e-8,
         weight_decay: 0.1,
+        decoupled: true,
+        bias_correction: true,
         step: 10,
         grad_scale: 0.5,
-    };
-    if !["adamw", "adamw_split"]
-        .map(|name| b.wants(name, &shape))
-        .contains(&true)
+    });
+    if ![
+        "adamw",
+        "adamw_split",
+        "adamw_split_bf16_grad",
+        "adamw_bf16_moments",
+        "adamw_8bit",
+    ]
+    .map(|name| b.wants(name, &shape))
+    .contains(&true)
     {
         return;
     }
-    let g = b.numbers::<f32>(n);
+    let (g, half_g) = (b.numbers::<f32>(n), b.numbers::<bf16>(n));
     let (mut m, mut v) = (b.numbers::<f32>(n), b.numbers::<f32>(n));
     v.iter_mut().for_each(|v| *v = v.abs());
     if only != Some(DType::Bf16) {
         let mut w = b.numbers::<f32>(n);
-        b.time("adamw", &shape, DType::F32, cost::adamw::<f32>(n), |p| {
-            optim::adamw(p, &mut w, &g, &mut m, &mut v, &rule);
+        let work = cost::optimizer(n, 4, 4, &[4, 4]);
+        b.time("adamw", &shape, DType::F32, work, |p| {
+            let moments = &mut [Moment::F32(&mut m), Moment::F32(&mut v)];
+            optim::step(p, &rule, Values::F32(&mut w), Grad::F32(&g), moments);
         });
     }
     if only != Some(DType::F32) {
         let (mut high, mut low) = (b.numbers::<bf16>(n), vec![0i16; n]);
-        let work = cost::adamw_split::<f32>(n);
+        let mut step = |p: &Pool, grad: Grad<'_>, moments: &mut [Moment<'_>]| {
+            let (high, low) = (&mut high[..], &mut low[..]);
+            optim::step(p, &rule, Values::Split { high, low }, grad, moments);
+        };
+        let work = cost::optimizer(n, 4, 4, &[4, 4]);
         b.time("adamw_split", &shape, DType::Bf16, work, |p| {
-            optim::adamw_split(p, &mut high, &mut low, &g, &mut m, &mut v, &rule);
+            let moments = &mut [Moment::F32(&mut m), Moment::F32(&mut v)];
+            step(p, Grad::F32(&g), moments);
         });
+        let work = cost::optimizer(n, 4, 2, &[4, 4]);
+        b.time("adamw_split_bf16_grad", &shape, DType::Bf16, work, |p| {
+            let moments = &mut [Moment::F32(&mut m), Moment::F32(&mut v)];
+            step(p, Grad::Bf16(&half_g), moments);
+        });
+        small_moments(b, &shape, &mut step);
     }
+}
+
+/// AdamW with moments of two bytes and of one.
+fn small_moments(
+    b: &mut Bench<'_>,
+    shape: &str,
+    step: &mut dyn FnMut(&Pool, Grad<'_>, &mut [Moment<'_>]),
+) {
+    let n = PARAMETERS;
+    let g = b.numbers::<f32>(n);
+    let (mut m, mut v) = (vec![bf16::ZERO; n], vec![bf16::ZERO; n]);
+    let work = cost::optimizer(n, 4, 4, &[2, 2]);
+    b.time("adamw_bf16_moments", shape, DType::Bf16, work, |p| {
+        let moments = &mut [Moment::Bf16(&mut m), Moment::Bf16(&mut v)];
+        step(p, Grad::F32(&g), moments);
+    });
+    let blocks = n.div_ceil(optim::BLOCK);
+    let (mut codes, mut scales) = (
+        [vec![0; n], vec![0; n]],
+        [vec![0.0; blocks], vec![0.0; blocks]],
+    );
+    let work = cost::optimizer(n, 4, 4, &[1, 1]);
+    b.time("adamw_8bit", shape, DType::Bf16, work, |p| {
+        let mut states = codes.iter_mut().zip(&mut scales);
+        let mut moment = || {
+            let (codes, scales) = states.next().expect("two moments");
+            Moment::Q8 { codes, scales }
+        };
+        step(p, Grad::F32(&g), &mut [moment(), moment()]);
+    });
 }
