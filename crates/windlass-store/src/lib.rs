@@ -17,7 +17,7 @@ mod transfer;
 
 pub use error::{Error, Result};
 pub use store::{
-    Array, ArrayKind, BLOCK, Gathered, Placement, Shard, Stage, StateEntry, Store, Values, Wire,
-    partition,
+    ArrayKind, BLOCK, Gathered, Home, Placement, Shard, Stage, StateEntry, Store, Tier, Values,
+    Wire, partition,
 };
 pub use transfer::{Loader, elements, load_weights, save_weights};

@@ -8,18 +8,23 @@
 //! Sums over ranks are taken in rank order and a parameter is cut into the same parts in every stage, so the bits of a
 //! run do not depend on the placement.
 
+mod disk;
 mod owner;
 mod placement;
 mod slot;
 mod whole;
 
-pub use owner::{Array, ArrayKind, Shard, StateEntry, Values};
-pub use placement::{BLOCK, Placement, Stage, Wire, partition};
+pub use owner::{ArrayKind, Shard, StateEntry, Values};
+pub use placement::{BLOCK, Placement, Stage, Tier, Wire, partition};
 
 use crate::error::Result;
+use crate::swap::{IoStats, SwapFile};
+use disk::{Coming, Disk};
 use slot::{Residence, Slot};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use windlass_comm::Group;
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, UnitSpec, Weight, Weights};
 
@@ -31,6 +36,35 @@ pub struct Store {
     units: Vec<Unit>,
     /// Whether the micro-batch at hand is the last one of its step.
     boundary: bool,
+    disk: Disk,
+    /// Shards on their way from the disk, by unit and slot.
+    ahead: Mutex<BTreeMap<(usize, usize), Coming>>,
+}
+
+/// Where a store lives: its rank, what is partitioned, and the disk for what rests there.
+pub struct Home {
+    /// The rank.
+    pub group: Group,
+    /// What is partitioned, and where it rests.
+    pub placement: Placement,
+    /// The disk; needed where a [`Tier`] is [`Tier::Nvme`], except on a machine that computes nothing.
+    pub swap: Option<SwapFile>,
+}
+
+impl Home {
+    /// One rank that keeps everything in memory.
+    pub fn alone() -> Self {
+        Self::on(Group::solo(), Placement::default())
+    }
+
+    /// A rank without a disk.
+    pub fn on(group: Group, placement: Placement) -> Self {
+        Home {
+            group,
+            placement,
+            swap: None,
+        }
+    }
 }
 
 struct Unit {
@@ -86,21 +120,39 @@ impl Store {
             placement: Placement::default(),
             units: units.collect(),
             boundary: true,
+            disk: Disk::new(None, 1),
+            ahead: Mutex::default(),
         }
     }
 
-    /// A store on one rank of `group`. `fill` gives the elements of a range of a parameter as a vector: it is asked for
+    /// A store on one rank. `fill` gives the elements of a range of a parameter as a vector: it is asked for
     /// the whole of what this rank will keep whole, and for no more than its part of what is partitioned.
     ///
     /// # Errors
-    /// Those of `fill`.
-    pub fn build<E>(
+    /// Those of `fill`; a disk that is full.
+    ///
+    /// # Panics
+    /// When a [`Tier`] needs a disk and there is none.
+    #[track_caller]
+    pub fn build(
         cpu: &Cpu,
-        group: Group,
-        placement: Placement,
+        home: Home,
         units: &[UnitSpec],
-        mut fill: impl FnMut(ParamId, &ParamSpec, Range<usize>) -> Result<Tensor, E>,
-    ) -> Result<Self, E> {
+        mut fill: impl FnMut(ParamId, &ParamSpec, Range<usize>) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let Home {
+            group,
+            placement,
+            swap,
+        } = home;
+        let swapped = |tier| tier == Tier::Nvme;
+        assert!(
+            !(swapped(placement.parameters) || swapped(placement.optimizer))
+                || swap.is_some()
+                || cpu.pool.is_dry(),
+            "a disk for {placement:?}"
+        );
+        let disk = Disk::new(swap, 2 * placement.buffers);
         let (rank, ranks) = (group.rank(), group.size());
         let mut held = Vec::with_capacity(units.len());
         for (unit, spec) in units.iter().enumerate() {
@@ -108,34 +160,40 @@ impl Store {
             for (slot, param) in spec.params.iter().enumerate() {
                 let (id, len) = (ParamId { unit, slot }, param.shape.len());
                 let shards = partition(len, ranks);
-                let whole = ranks == 1
-                    || placement.stage < Stage::Parameters
-                    || len <= placement.persistence_threshold;
-                let residence = if whole {
+                let persistent =
+                    placement.stage < Stage::Parameters || len <= placement.persistence_threshold;
+                let swaps = swapped(placement.parameters) && shards[0].len() >= placement.swap_from;
+                let residence = if persistent || (ranks == 1 && !swaps) {
                     Residence::Whole(fill(id, param, 0..len)?.reshape(param.shape).into())
                 } else {
-                    Residence::Part(fill(id, param, shards[rank].clone())?)
+                    let part = fill(id, param, shards[rank].clone())?;
+                    if swaps {
+                        rest(&disk, part)?
+                    } else {
+                        Residence::Part(part)
+                    }
                 };
                 slots.push(Slot::new(shards, rank, residence));
             }
             held.push(Unit::new(spec, slots));
         }
+        disk.flush()?;
         Ok(Store {
             cpu: cpu.clone(),
             group,
             placement,
             units: held,
             boundary: true,
+            disk,
+            ahead: Mutex::default(),
         })
     }
 
     /// A store of freshly filled weights, rounded to `dtype`, whole and on one rank.
     pub fn init(cpu: &Cpu, units: &[UnitSpec], dtype: DType, seed: u64) -> Self {
-        let fill = |_, param: &ParamSpec, range| {
-            Ok::<_, std::convert::Infallible>(param.fill_range(cpu, seed, dtype, range))
-        };
-        let store = Self::build(cpu, Group::solo(), Placement::default(), units, fill);
-        store.unwrap_or_else(|never| match never {})
+        let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(cpu, seed, dtype, range));
+        let store = Self::build(cpu, Home::alone(), units, fill);
+        store.expect("nothing can fail in memory")
     }
 
     /// The units.
@@ -165,8 +223,26 @@ impl Store {
         slots.find_map(dense).unwrap_or(DType::F32)
     }
 
+    /// What the disk has moved, where there is one.
+    pub fn io_stats(&self) -> Option<IoStats> {
+        self.disk.file().map(SwapFile::stats)
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, BTreeMap<(usize, usize), Coming>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hint: the unit's weights will be gathered soon. Never blocks.
-    pub fn prefetch(&self, _unit: usize) {}
+    pub fn prefetch(&self, unit: usize) {
+        let mut ahead = self.ahead();
+        for (index, slot) in self.units[unit].slots.iter().enumerate() {
+            if matches!(slot.residence, Residence::Disk(..)) {
+                ahead
+                    .entry((unit, index))
+                    .or_insert_with(|| self.start_fetch(slot));
+            }
+        }
+    }
 
     /// The unit's full weights, until the guard drops. Collective.
     ///
@@ -174,11 +250,24 @@ impl Store {
     /// A lost rank.
     pub fn gather(&self, unit: usize) -> Result<Gathered<'_>> {
         let Unit { spec, slots, .. } = &self.units[unit];
-        let gather = |(param, slot): (&ParamSpec, &Slot)| match &slot.residence {
-            Residence::Whole(weight) => Ok(weight.clone()),
-            Residence::Part(part) => self.gather_param(param, slot, part).map(Weight::from),
+        let gather = |(index, (param, slot)): (usize, (&ParamSpec, &Slot))| {
+            let id = ParamId { unit, slot: index };
+            match &slot.residence {
+                Residence::Whole(weight) => Ok(weight.clone()),
+                Residence::Part(part) => self.gather_param(param, slot, part).map(Weight::from),
+                Residence::Disk(..) if slot.ranks() == 1 => {
+                    Ok(self.fetch(id)?.reshape(param.shape).into())
+                }
+                Residence::Disk(..) => {
+                    let part = self.fetch(id)?;
+                    self.gather_param(param, slot, &part).map(Weight::from)
+                }
+            }
         };
-        let weights: Result<Vec<Weight>> = spec.params.iter().zip(slots).map(gather).collect();
+        // All reads of the unit are started before the first one is waited for.
+        self.prefetch(unit);
+        let params = spec.params.iter().zip(slots).enumerate();
+        let weights: Result<Vec<Weight>> = params.map(gather).collect();
         Ok(Gathered {
             weights: Weights::new(weights?),
             _store: PhantomData,
@@ -215,6 +304,14 @@ impl Store {
                     self.reduce_param(ParamId { unit, slot }, sum)?;
                 }
             }
+        } else if self.group.size() == 1 {
+            for slot in 0..grads.len() {
+                if self.units[unit].slots[slot].grad_spot.is_some()
+                    && let Some(sum) = grads.take(slot)
+                {
+                    self.rest_local(ParamId { unit, slot }, sum)?;
+                }
+            }
         }
         self.units[unit].local = Some(grads);
         Ok(())
@@ -223,7 +320,12 @@ impl Store {
     /// Sets all gradients to zero, giving their memory back.
     pub fn clear_grads(&mut self) {
         for unit in &mut self.units {
-            unit.slots.iter_mut().for_each(|slot| slot.grad = None);
+            for slot in &mut unit.slots {
+                slot.grad = None;
+                if let Some((_, squares)) = &mut slot.grad_spot {
+                    *squares = None;
+                }
+            }
             if let Some(grads) = &mut unit.local {
                 grads.clear();
             }
@@ -241,6 +343,10 @@ impl Store {
         let mut own = 0.0;
         for unit in &self.units {
             for (index, slot) in unit.slots.iter().enumerate() {
+                if let Some((_, squares)) = &slot.grad_spot {
+                    own += squares.unwrap_or(0.0);
+                    continue;
+                }
                 let Some((grad, range)) = unit.reduced(index, slot) else {
                     continue;
                 };
@@ -251,6 +357,15 @@ impl Store {
         let all = self.group.collect("gradient norm", &[own])?;
         Ok(all.iter().sum())
     }
+}
+
+/// Moves the elements of a parameter to the disk.
+fn rest(disk: &Disk, part: Tensor) -> Result<Residence> {
+    let dtype = part.dtype();
+    let spot = disk.reserve(part.len() * dtype.size())?;
+    let buffer = part.into_buffer().expect("a part that nobody shares");
+    disk.write(&spot, 0, buffer)?;
+    Ok(Residence::Disk(spot, dtype))
 }
 
 impl Unit {

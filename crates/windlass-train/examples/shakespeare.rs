@@ -9,9 +9,8 @@
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
-use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Goal, Tokens, decoder};
-use windlass_store::Placement;
+use windlass_store::Home;
 use windlass_tensor::{Cpu, DType};
 use windlass_train::schedule::{Decay, Schedule, Warmup};
 use windlass_train::{Engine, EngineOptions, Losses, Optimizer, load_model};
@@ -100,15 +99,8 @@ fn main() -> Result<(), Failure> {
     let context = data.number("context")? as usize;
     let cpu = Cpu::new(threads);
     let config = DecoderConfig::load(folder)?;
-    let (store, _) = load_model(
-        &cpu,
-        Group::solo(),
-        Placement::default(),
-        folder,
-        &config,
-        storage,
-    )?;
-    let mut engine = Engine::initialize(decoder(&config), store, options);
+    let (store, _) = load_model(&cpu, Home::alone(), folder, &config, storage)?;
+    let mut engine = Engine::initialize(decoder(&config), store, options)?;
     let (mut losses, mut norms, began) = (Vec::new(), Vec::new(), Instant::now());
     for (step, starts) in data.starts.iter().enumerate() {
         let loss = engine.forward(data.batch(starts, context, storage))?;

@@ -91,15 +91,18 @@ pub struct StepReport {
 
 impl<B> Engine<B> {
     /// An engine over a model and the store of its parameters; all dense parameters are trained.
-    pub fn initialize(model: Model<B>, mut store: Store, options: EngineOptions) -> Self {
-        store.train(options.optimizer.moments(), |_| true);
-        Engine {
+    ///
+    /// # Errors
+    /// A disk without space for the optimizer's state, where that is its place.
+    pub fn initialize(model: Model<B>, mut store: Store, options: EngineOptions) -> Result<Self> {
+        store.train(options.optimizer.moments(), |_| true)?;
+        Ok(Engine {
             model,
             store,
             options,
             steps: 0,
             micro_steps: 0,
-        }
+        })
     }
 
     /// The model.

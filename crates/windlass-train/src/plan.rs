@@ -46,7 +46,7 @@ pub fn plan(
     let model = decoder(config);
     let parameters = model.num_params();
     let store = Store::init(&cpu, model.units(), dtype, 0);
-    let mut engine = Engine::initialize(model, store, options);
+    let mut engine = Engine::initialize(model, store, options).expect("nothing can fail in memory");
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
     for _ in 0..2 {
@@ -76,7 +76,7 @@ pub fn measure_step(
 ) -> f64 {
     let model = decoder(config);
     let store = Store::init(cpu, model.units(), dtype, 0);
-    let mut engine = Engine::initialize(model, store, options);
+    let mut engine = Engine::initialize(model, store, options).expect("nothing can fail in memory");
     let times = (0..3).map(|_| {
         let start = std::time::Instant::now();
         for _ in 0..shape.gradient_accumulation_steps {

@@ -15,7 +15,7 @@ use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors, write_folder};
-use windlass_store::{ArrayKind, Gathered, Loader, Placement, StateEntry, Store};
+use windlass_store::{ArrayKind, Gathered, Home, Loader, StateEntry, Store};
 use windlass_tensor::{Cpu, DType, FileTensor, ParamId, UnitSpec, Weights};
 
 /// Where the run stands.
@@ -350,7 +350,7 @@ pub(crate) fn load_optimizer(
             }
             let view = file.get(&entry.name)?;
             view.expect_shape(&[shard.len()])?;
-            store.write_state(&entry, shard.start, view.bytes);
+            store.write_state(&entry, shard.start, view.bytes)?;
         }
     }
     Ok(())
@@ -401,8 +401,7 @@ fn exchange(group: &Group, tag: &str, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
 /// Missing or damaged files, other shapes than the configuration says.
 pub fn load_model(
     cpu: &Cpu,
-    group: Group,
-    placement: Placement,
+    home: Home,
     folder: &Path,
     config: &DecoderConfig,
     dtype: DType,
@@ -414,7 +413,7 @@ pub fn load_model(
     let mut loader = Loader::new(cpu, &tensors, model.units(), &map, |name| {
         naming.bare_name(name)
     });
-    let store = Store::build(cpu, group, placement, model.units(), |id, _, range| {
+    let store = Store::build(cpu, home, model.units(), |id, _, range| {
         loader.read(id, range, dtype)
     })?;
     let unused = loader.unused();

@@ -166,7 +166,7 @@ impl Trainer {
             losses: Losses::Sum,
             ..options.engine
         };
-        let mut engine = Engine::initialize(decoder(&config), store, engine_options);
+        let mut engine = Engine::initialize(decoder(&config), store, engine_options)?;
         let mut tokens_seen = 0;
         if let Some(checkpoint) = resume {
             let progress: Progress = checkpoint.json(save::STATE_FILE)?;

@@ -98,7 +98,7 @@ fn check(case: &Path, config: &DecoderConfig, dtype: DType, tolerance: f64) {
             ..Default::default()
         };
         let mut engine =
-            Engine::initialize(decoder(config), store(&cpu, case, config, dtype), options);
+            Engine::initialize(decoder(config), store(&cpu, case, config, dtype), options).unwrap();
         let denominator = targets.iter().filter(|&&t| t >= 0).count() as f64;
         let mut batch = Tokens::new(
             ids.clone(),

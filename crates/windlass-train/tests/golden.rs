@@ -104,7 +104,7 @@ impl Golden {
             losses: Losses::Sum,
             ..Default::default()
         };
-        Engine::initialize(self.model(), self.store(cpu, dtype), options)
+        Engine::initialize(self.model(), self.store(cpu, dtype), options).unwrap()
     }
 }
 
@@ -130,9 +130,10 @@ fn gradients(engine: &Engine<Tokens>) -> Vec<(String, Vec<f64>)> {
 /// Names and masters of the parameters.
 fn parameters(engine: &mut Engine<Tokens>) -> Vec<(String, Vec<f32>)> {
     let mut parameters = Vec::new();
-    engine.store_mut().visit(&mut |shard| {
+    let note = &mut |shard: windlass_store::Shard<'_>| {
         parameters.push((shard.spec.name.clone(), shard.values.to_vec()));
-    });
+    };
+    engine.store_mut().visit(note).unwrap();
     parameters
 }
 

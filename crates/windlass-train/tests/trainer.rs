@@ -5,10 +5,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_config};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
-use windlass_store::{Placement, Store};
+use windlass_store::{Home, Store};
 use windlass_tensor::{Cpu, DType, Rng, RouterStats};
 use windlass_train::data::{
     Corpus, Packing, ReadOptions, Split, TokenFile, TokenizeOptions, tokenize,
@@ -113,8 +112,8 @@ impl Bench {
         let store = match &checkpoint {
             Some(c) => {
                 let config = DecoderConfig::load(c.path()).unwrap();
-                let (group, whole) = (Group::solo(), Placement::default());
-                load_model(&cpu, group, whole, c.path(), &config, options.dtype)?.0
+
+                load_model(&cpu, Home::alone(), c.path(), &config, options.dtype)?.0
             }
             None => Store::init(&cpu, decoder(&self.config).units(), options.dtype, 3),
         };
@@ -418,7 +417,7 @@ fn measured(
     let cpu = Cpu::new(2);
     let model = decoder(config);
     let store = Store::init(&cpu, model.units(), dtype, 0);
-    let mut engine = Engine::initialize(model, store, options);
+    let mut engine = Engine::initialize(model, store, options).unwrap();
     let mut rng = Rng::new(1);
     let tokens = shape.micro_batch * shape.seq_len;
     let steps = if config.experts.is_some() { 30 } else { 3 };

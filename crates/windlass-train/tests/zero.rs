@@ -4,7 +4,8 @@
 use std::time::Duration;
 use windlass_comm::{Group, Traffic};
 use windlass_model::{DecoderConfig, Goal, Tokens, decoder, preset_config};
-use windlass_store::{Placement, Stage, Store, Wire, partition};
+use windlass_store::swap::{AioOptions, SwapFile};
+use windlass_store::{Home, Placement, Stage, Store, Tier, Wire, partition};
 use windlass_tensor::kernels::memory::Category;
 use windlass_tensor::{Cpu, DType, Rng};
 use windlass_train::{Engine, EngineOptions, Losses, Optimizer};
@@ -94,8 +95,14 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
     let cpu = Cpu::new(1);
     let model = decoder(&config());
     let (rank, ranks) = (group.rank(), group.size());
-    let store = Store::build(&cpu, group, job.placement, model.units(), |_, p, range| {
-        Ok::<_, windlass_store::Error>(p.fill_range(&cpu, 7, job.dtype, range))
+    let mut home = Home::on(group, job.placement);
+    if job.placement.optimizer == Tier::Nvme {
+        let name = format!("rank-{rank}");
+        let swap = SwapFile::create(&std::env::temp_dir(), &name, AioOptions::default(), None);
+        home.swap = Some(swap.unwrap());
+    }
+    let store = Store::build(&cpu, home, model.units(), |_, p, range| {
+        Ok(p.fill_range(&cpu, 7, job.dtype, range))
     });
     let options = EngineOptions {
         optimizer: job.optimizer,
@@ -104,7 +111,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         gradient_accumulation_steps: job.accumulation,
         losses: Losses::Sum,
     };
-    let mut engine = Engine::initialize(model, store.unwrap(), options);
+    let mut engine = Engine::initialize(model, store.unwrap(), options).unwrap();
     let mut seen = Seen::default();
     let mut states = [0; 3];
     for step in 0..STEPS {
@@ -126,6 +133,9 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         seen.norms.push(engine.step(1e-2).unwrap().grad_norm);
     }
     let traffic = engine.store().group().traffic();
+    if let Some(io) = engine.store().io_stats() {
+        assert!(io.bytes_read > 0 && io.bytes_written > 0, "{io:?}");
+    }
     let ids: Vec<_> = engine.store().params().map(|(id, _)| id).collect();
     for id in ids {
         seen.masters.push(engine.store_mut().master(id).unwrap());
@@ -147,7 +157,7 @@ fn run(job: Job) -> Vec<(Seen, Traffic, [usize; 3])> {
 
 #[test]
 fn all_stages_give_the_same_bits() {
-    for (ranks, accumulation) in [(2, 1), (2, 4), (3, 1), (4, 2), (7, 1)] {
+    for (ranks, accumulation) in [(1, 4), (2, 1), (2, 4), (3, 1), (4, 2), (7, 1)] {
         for dtype in [DType::F32, DType::Bf16] {
             let mut jobs = Vec::new();
             for stage in STAGES {
@@ -157,6 +167,23 @@ fn all_stages_give_the_same_bits() {
                     ..Job::new(ranks, stage)
                 };
                 jobs.push(job);
+                for parameters in [Tier::Memory, Tier::Nvme] {
+                    let nvme = Placement {
+                        parameters,
+                        optimizer: Tier::Nvme,
+                        sub_group: 9000,
+                        swap_from: 500,
+                        buffers: 2,
+                        ..job.placement
+                    };
+                    let partitioned = stage >= Stage::Optimizer && parameters == Tier::Memory;
+                    if partitioned || stage == Stage::Parameters {
+                        jobs.push(Job {
+                            placement: nvme,
+                            ..job
+                        });
+                    }
+                }
                 jobs.push(Job {
                     checkpointing: true,
                     placement: Placement {

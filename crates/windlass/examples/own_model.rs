@@ -54,7 +54,7 @@ fn train() -> Result<(f64, f64), windlass::train::Error> {
     model.layer(output, MeanSquare);
 
     let store = Store::init(&cpu, model.units(), DType::F32, 1);
-    let mut engine = Engine::initialize(model, store, EngineOptions::default());
+    let mut engine = Engine::initialize(model, store, EngineOptions::default())?;
     let mut rng = Rng::new(1);
     let mut losses = Vec::new();
     for _ in 0..300 {

@@ -15,7 +15,7 @@ fn train(texts: &[&str], steps: usize) -> Result<(f64, f64), Failure> {
     let config = preset_config("llama", "1m", tokenizer.vocab_size())?;
     let model = decoder(&DecoderConfig::from_json("config", &config)?);
     let store = Store::init(&cpu, model.units(), DType::F32, 1);
-    let mut engine = Engine::initialize(model, store, EngineOptions::default());
+    let mut engine = Engine::initialize(model, store, EngineOptions::default())?;
     let mut losses = Vec::new();
     for step in 0..steps {
         let ids = tokenizer.encode(texts[step % texts.len()], false)?;

@@ -1,13 +1,18 @@
 //! The owner's side: optimizer state, the update, and state on its way to and from checkpoints.
 
+use super::disk::{Coming, Spot};
 use super::slot::{Residence, Slot};
-use super::{Stage, Store, Unit};
+use super::{Stage, Store, Tier};
 use crate::error::Result;
 use half::bf16;
+use std::collections::VecDeque;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::{Buffer, Category};
 use windlass_tensor::kernels::split;
-use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Weight, each_dtype};
+use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, Weight, each_dtype};
+
+/// Elements of the smallest piece that is moved or converted: whole blocks of a disk in every type.
+const PIECE: usize = 1 << 12;
 
 /// What an array of optimizer state holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +34,14 @@ impl ArrayKind {
 }
 
 /// An array of optimizer state, an element for each value that a rank updates.
-pub struct Array {
+pub(super) struct Array {
     kind: ArrayKind,
-    buffer: Buffer,
+    place: Place,
+}
+
+enum Place {
+    Memory(Buffer),
+    Disk(Spot),
 }
 
 impl Array {
@@ -40,7 +50,8 @@ impl Array {
         if !buffer.is_fresh() && !cpu.pool.is_dry() {
             buffer.as_i16_mut().fill(0);
         }
-        Array { kind, buffer }
+        let place = Place::Memory(buffer);
+        Array { kind, place }
     }
 }
 
@@ -131,8 +142,11 @@ pub struct StateEntry {
 impl Store {
     /// Freezes the parameters that `trained` refuses, and gives the others `moments` zero moments and, in `bf16`, the
     /// low halves of their masters (zero: the masters start as the weights are).
-    pub fn train(&mut self, moments: usize, trained: impl Fn(&ParamSpec) -> bool) {
+    /// # Errors
+    /// A disk that is full.
+    pub fn train(&mut self, moments: usize, trained: impl Fn(&ParamSpec) -> bool) -> Result<()> {
         let whole = self.placement.stage == Stage::Replicated;
+        let swapped = self.placement.optimizer == Tier::Nvme;
         for unit in &mut self.units {
             for (param, slot) in unit.spec.params.iter().zip(&mut unit.slots) {
                 slot.state.clear();
@@ -145,45 +159,166 @@ impl Store {
                 } else {
                     slot.shard().clone()
                 };
+                let len = slot.owned.len();
                 let low = slot.dtype() == Some(DType::Bf16);
                 let kinds = std::iter::repeat_n(ArrayKind::Moment, moments)
                     .chain(low.then_some(ArrayKind::Low));
-                slot.state = kinds
-                    .map(|kind| Array::zeros(&self.cpu, kind, slot.owned.len()))
-                    .collect();
+                if !swapped || len < self.placement.swap_from {
+                    slot.state = kinds
+                        .map(|kind| Array::zeros(&self.cpu, kind, len))
+                        .collect();
+                    continue;
+                }
+                for kind in kinds {
+                    let place = Place::Disk(self.disk.reserve(kind.size() * len)?);
+                    slot.state.push(Array { kind, place });
+                }
+                slot.grad_spot = Some((self.disk.reserve(4 * len)?, None));
             }
             unit.local = Some(Grads::new(unit.slots.iter().map(|slot| slot.trained)));
         }
+        Ok(())
     }
 
-    /// Updates what this rank owns: `each` sees every trained parameter's shard, in a fixed order. Afterwards all ranks
-    /// have the new weights where they keep them whole. Collective.
+    /// Updates what this rank owns: `each` sees every trained parameter's shard, in a fixed order and, of what rests on
+    /// the disk, in pieces. Afterwards all ranks have the new weights where they keep them whole. Collective.
     ///
     /// # Errors
-    /// A lost rank.
+    /// A lost rank, a failing disk.
     pub fn update(&mut self, each: &mut dyn FnMut(Shard<'_>)) -> Result<()> {
         let ranks = self.group.size();
         if ranks > 1 && self.placement.stage == Stage::Replicated {
             self.share_all(true)?;
         }
-        self.visit(each);
+        self.visit(each)?;
         if ranks > 1 && self.placement.stage != Stage::Replicated {
             self.share_all(false)?;
         }
         Ok(())
     }
 
-    /// Shows what this rank owns, as [`Store::update`] does, without telling other ranks.
-    pub fn visit(&mut self, each: &mut dyn FnMut(Shard<'_>)) {
-        for (unit, state) in self.units.iter_mut().enumerate() {
-            let Unit { spec, slots, local } = state;
-            for (index, (param, slot)) in spec.params.iter().zip(slots).enumerate() {
-                if slot.trained && !slot.owned.is_empty() {
-                    let id = ParamId { unit, slot: index };
-                    each(shard(id, param, slot, local.as_ref()));
-                }
+    /// Shows what this rank owns, to be read or changed, as [`Store::update`] does, without telling other ranks.
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn visit(&mut self, each: &mut dyn FnMut(Shard<'_>)) -> Result<()> {
+        self.sweep(None, true, each)
+    }
+
+    /// As [`Store::visit`], of one parameter or all; changes to what rests on the disk last only if `write`.
+    pub(super) fn sweep(
+        &mut self,
+        only: Option<ParamId>,
+        write: bool,
+        each: &mut dyn FnMut(Shard<'_>),
+    ) -> Result<()> {
+        self.ahead().clear();
+        let mut lots = self.lots(only).into_iter();
+        let mut coming: VecDeque<Lot> = VecDeque::new();
+        loop {
+            while coming.len() < self.placement.buffers.max(1)
+                && let Some((id, range)) = lots.next()
+            {
+                coming.push_back(self.start_lot(id, range));
+            }
+            match coming.pop_front() {
+                Some(lot) => self.finish_lot(lot, write, each)?,
+                None => return self.disk.flush(),
             }
         }
+    }
+
+    /// What an optimizer sees at a time: parameters, or pieces of what rests on the disk. Ranges count from the first
+    /// owned element.
+    fn lots(&self, only: Option<ParamId>) -> Vec<(ParamId, Range<usize>)> {
+        let mut lots = Vec::new();
+        for (unit, held) in self.units.iter().enumerate() {
+            for (index, slot) in held.slots.iter().enumerate() {
+                let id = ParamId { unit, slot: index };
+                let len = slot.owned.len();
+                if !slot.trained || len == 0 || only.is_some_and(|only| only != id) {
+                    continue;
+                }
+                let rests =
+                    slot.grad_spot.is_some() || matches!(slot.residence, Residence::Disk(..));
+                // Pieces of equal size, at multiples of what a disk moves at least.
+                let most = if rests {
+                    self.placement.sub_group.max(1)
+                } else {
+                    len
+                };
+                let step = len.div_ceil(len.div_ceil(most)).next_multiple_of(PIECE);
+                lots.extend(
+                    (0..len)
+                        .step_by(step)
+                        .map(|at| (id, at..len.min(at + step))),
+                );
+            }
+        }
+        lots
+    }
+
+    fn start_lot(&self, id: ParamId, range: Range<usize>) -> Lot {
+        let slot = &self.units[id.unit].slots[id.slot];
+        let read = |spot: &Spot, size: usize, category| {
+            let buffer = self.cpu.memory.alloc(range.len() * size, category);
+            self.disk.read(spot, range.start * size, buffer)
+        };
+        let array = |array: &Array| match &array.place {
+            Place::Memory(_) => None,
+            Place::Disk(spot) => Some(read(spot, array.kind.size(), Category::Workspace)),
+        };
+        Lot {
+            arrays: slot.state.iter().map(array).collect(),
+            weight: match &slot.residence {
+                Residence::Disk(spot, dtype) => Some(read(spot, dtype.size(), Category::Workspace)),
+                _ => None,
+            },
+            grad: match &slot.grad_spot {
+                Some((spot, Some(_))) => Some(read(spot, 4, Category::Workspace)),
+                _ => None,
+            },
+            id,
+            range,
+        }
+    }
+
+    /// Waits for a lot's buffers, shows it, and writes back what came from the disk.
+    fn finish_lot(&mut self, lot: Lot, write: bool, each: &mut dyn FnMut(Shard<'_>)) -> Result<()> {
+        let wait = |coming: Option<Coming>| coming.map(Coming::wait).transpose();
+        let mut arrays = lot
+            .arrays
+            .into_iter()
+            .map(wait)
+            .collect::<Result<Vec<_>>>()?;
+        let (mut weight, grad) = (wait(lot.weight)?, wait(lot.grad)?);
+        let unit = &mut self.units[lot.id.unit];
+        let slot = &mut unit.slots[lot.id.slot];
+        let spec = &unit.spec.params[lot.id.slot];
+        let dtype = slot.dtype().expect("a trained slot");
+        let local = unit.local.as_ref();
+        each(shard(
+            (lot.id, spec, lot.range.clone()),
+            slot,
+            local,
+            &mut arrays,
+            weight.as_mut(),
+            grad.as_ref(),
+        ));
+        if !write {
+            return Ok(());
+        }
+        for (array, buffer) in slot.state.iter().zip(arrays) {
+            if let (Place::Disk(spot), Some(buffer)) = (&array.place, buffer) {
+                let at = lot.range.start * array.kind.size();
+                self.disk.write(spot, at, buffer)?;
+            }
+        }
+        if let (Residence::Disk(spot, _), Some(buffer)) = (&slot.residence, weight) {
+            self.disk
+                .write(spot, lot.range.start * dtype.size(), buffer)?;
+        }
+        Ok(())
     }
 
     /// Gives all ranks the owners' gradients, or the owners' weights where they are kept whole.
@@ -199,12 +334,7 @@ impl Store {
                     (true, _) => slot.grad.take(),
                     (false, Residence::Whole(Weight::Dense(tensor))) => Some(std::mem::replace(
                         tensor,
-                        windlass_tensor::Tensor::empty(
-                            &self.cpu,
-                            [0],
-                            tensor.dtype(),
-                            Category::Workspace,
-                        ),
+                        Tensor::empty(&self.cpu, [0], tensor.dtype(), Category::Workspace),
                     )),
                     _ => None,
                 };
@@ -218,7 +348,7 @@ impl Store {
                 match &mut slot.residence {
                     _ if gradients => slot.grad = Some(tensor),
                     Residence::Whole(weight) => *weight = Weight::Dense(tensor),
-                    Residence::Part(_) => unreachable!("parts are not shared"),
+                    _ => unreachable!("parts are not shared"),
                 }
                 shared?;
             }
@@ -261,44 +391,57 @@ impl Store {
         let slot = &self.units[entry.id.unit].slots[entry.id.slot];
         let state = &slot.state[entry.array];
         let range = entry.range.start - slot.owned.start..entry.range.end - slot.owned.start;
-        const PIECE: usize = 1 << 15;
+        let fetched;
+        let buffer = match &state.place {
+            Place::Memory(buffer) => buffer,
+            Place::Disk(spot) => {
+                fetched = self.fetch_array(state.kind, spot, slot.owned.len())?;
+                &fetched
+            }
+        };
         match state.kind {
-            ArrayKind::Low => state.buffer.as_i16()[range]
+            ArrayKind::Low => buffer.as_i16()[range]
                 .chunks(PIECE)
                 .try_for_each(|piece| out(&bytes_of(piece, |v| v.to_le_bytes()))),
-            ArrayKind::Moment => state.buffer.as_slice::<f32>()[range]
+            ArrayKind::Moment => buffer.as_slice::<f32>()[range]
                 .chunks(PIECE)
                 .try_for_each(|piece| out(&bytes_of(piece, |v| v.to_le_bytes()))),
         }
     }
 
+    fn fetch_array(&self, kind: ArrayKind, spot: &Spot, len: usize) -> Result<Buffer> {
+        let buffer = self
+            .cpu
+            .memory
+            .alloc(kind.size() * len, Category::Workspace);
+        self.disk.read(spot, 0, buffer).wait()
+    }
+
     /// Sets elements of an entry's array: `bytes` are those of the parameter's elements from `start` on, of which this
     /// rank takes what it owns.
-    pub fn write_state(&mut self, entry: &StateEntry, start: usize, bytes: &[u8]) {
-        let slot = &mut self.units[entry.id.unit].slots[entry.id.slot];
-        let state = &mut slot.state[entry.array];
-        let size = state.kind.size();
-        let end = start + bytes.len() / size;
-        let (from, to) = (slot.owned.start.max(start), slot.owned.end.min(end));
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn write_state(&mut self, entry: &StateEntry, start: usize, bytes: &[u8]) -> Result<()> {
+        let slot = &self.units[entry.id.unit].slots[entry.id.slot];
+        let (kind, owned) = (slot.state[entry.array].kind, slot.owned.clone());
+        let end = start + bytes.len() / kind.size();
+        let (from, to) = (owned.start.max(start), owned.end.min(end));
         if from >= to {
-            return;
+            return Ok(());
         }
-        let bytes = &bytes[(from - start) * size..(to - start) * size];
-        let at = from - slot.owned.start..to - slot.owned.start;
-        match state.kind {
-            ArrayKind::Low => {
-                let out = &mut state.buffer.as_i16_mut()[at];
-                for (v, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *v = i16::from_le_bytes([b[0], b[1]]);
-                }
-            }
-            ArrayKind::Moment => {
-                let out = &mut state.buffer.as_mut_slice::<f32>()[at];
-                for (v, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
-            }
+        let bytes = &bytes[(from - start) * kind.size()..(to - start) * kind.size()];
+        let at = from - owned.start..to - owned.start;
+        if let Place::Disk(spot) = &slot.state[entry.array].place {
+            let mut buffer = self.fetch_array(kind, spot, owned.len())?;
+            set_bytes(kind, &mut buffer, at, bytes);
+            return self.disk.write(spot, 0, buffer);
         }
+        let slot = &mut self.units[entry.id.unit].slots[entry.id.slot];
+        if let Place::Memory(buffer) = &mut slot.state[entry.array].place {
+            set_bytes(kind, buffer, at, bytes);
+        }
+        Ok(())
     }
 
     /// The elements of a parameter that this rank updates; empty when it is frozen.
@@ -316,44 +459,95 @@ fn bytes_of<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N])
     values.iter().flat_map(|&v| bytes(v)).collect()
 }
 
-/// The owner's view of a slot.
-fn shard<'a>(
-    id: ParamId,
-    spec: &'a ParamSpec,
-    slot: &'a mut Slot,
-    local: Option<&'a Grads>,
-) -> Shard<'a> {
-    let (range, alone) = (slot.owned.clone(), slot.ranks() == 1);
-    let (tensor, at) = match &mut slot.residence {
-        Residence::Whole(Weight::Dense(tensor)) => (tensor, range.clone()),
-        Residence::Part(tensor) => (tensor, 0..range.len()),
-        Residence::Whole(Weight::Packed(_)) => unreachable!("packed weights are not trained"),
-    };
-    let (mut low, mut moments) = (None, Vec::new());
-    for array in &mut slot.state {
-        match array.kind {
-            ArrayKind::Low => low = Some(array.buffer.as_i16_mut()),
-            ArrayKind::Moment => moments.push(array.buffer.as_mut_slice::<f32>()),
+fn set_bytes(kind: ArrayKind, buffer: &mut Buffer, at: Range<usize>, bytes: &[u8]) {
+    match kind {
+        ArrayKind::Low => {
+            let out = &mut buffer.as_i16_mut()[at];
+            for (v, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *v = i16::from_le_bytes([b[0], b[1]]);
+            }
+        }
+        ArrayKind::Moment => {
+            let out = &mut buffer.as_mut_slice::<f32>()[at];
+            for (v, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
         }
     }
-    let values = match low {
+}
+
+/// A piece of a parameter on its way to the optimizer, with what comes from the disk.
+struct Lot {
+    id: ParamId,
+    /// Counted from the first owned element.
+    range: Range<usize>,
+    arrays: Vec<Option<Coming>>,
+    weight: Option<Coming>,
+    grad: Option<Coming>,
+}
+
+/// The owner's view of a piece of a slot: from memory, or from the buffers that came from the disk.
+fn shard<'a>(
+    (id, spec, piece): (ParamId, &'a ParamSpec, Range<usize>),
+    slot: &'a mut Slot,
+    local: Option<&'a Grads>,
+    arrays: &'a mut [Option<Buffer>],
+    weight: Option<&'a mut Buffer>,
+    grad: Option<&'a Buffer>,
+) -> Shard<'a> {
+    let (owned, alone) = (slot.owned.clone(), slot.ranks() == 1);
+    let (mut low, mut moments) = (None, Vec::new());
+    for (array, come) in slot.state.iter_mut().zip(arrays) {
+        let (buffer, at) = match (&mut array.place, come) {
+            (Place::Memory(buffer), _) => (buffer, piece.clone()),
+            (Place::Disk(_), Some(buffer)) => (buffer, 0..piece.len()),
+            (Place::Disk(_), None) => unreachable!("arrays on the disk are fetched"),
+        };
+        match array.kind {
+            ArrayKind::Low => low = Some(&mut buffer.as_i16_mut()[at]),
+            ArrayKind::Moment => moments.push(&mut buffer.as_mut_slice::<f32>()[at]),
+        }
+    }
+    let whole = owned.start + piece.start..owned.start + piece.end;
+    let values = match (&mut slot.residence, weight) {
+        (Residence::Whole(Weight::Dense(tensor)), _) => values(tensor, whole.clone(), low),
+        (Residence::Part(tensor), _) => values(tensor, piece.clone(), low),
+        (Residence::Disk(..), Some(buffer)) => match low {
+            Some(low) => Values::Split {
+                high: buffer.as_mut_slice(),
+                low,
+            },
+            None => Values::F32(buffer.as_mut_slice()),
+        },
+        _ => unreachable!("packed weights are not trained, weights on the disk are fetched"),
+    };
+    let grad = match grad {
+        Some(buffer) => Some(buffer.as_slice::<f32>()),
+        None => {
+            let kept = if alone {
+                local.and_then(|grads| grads.get(id.slot))
+            } else {
+                slot.grad.as_ref()
+            };
+            kept.map(|grad| &grad.as_slice::<f32>()[piece])
+        }
+    };
+    Shard {
+        id,
+        spec,
+        range: whole,
+        values,
+        grad,
+        moments,
+    }
+}
+
+fn values<'a>(tensor: &'a mut Tensor, at: Range<usize>, low: Option<&'a mut [i16]>) -> Values<'a> {
+    match low {
         Some(low) => Values::Split {
             high: &mut tensor.as_mut_slice()[at],
             low,
         },
         None => Values::F32(&mut tensor.as_mut_slice()[at]),
-    };
-    let grad = if alone {
-        local.and_then(|grads| grads.get(id.slot))
-    } else {
-        slot.grad.as_ref()
-    };
-    Shard {
-        id,
-        spec,
-        range,
-        values,
-        grad: grad.map(|g| g.as_slice::<f32>()),
-        moments,
     }
 }

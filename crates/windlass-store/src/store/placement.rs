@@ -46,6 +46,16 @@ pub enum Wire {
     Bf16,
 }
 
+/// Where what a rank owns rests while it is not used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tier {
+    /// In memory.
+    #[default]
+    Memory,
+    /// In a swap file on a fast disk.
+    Nvme,
+}
+
 /// Where a run's parts live.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Placement {
@@ -62,6 +72,16 @@ pub struct Placement {
     /// otherwise each micro-batch is reduced at once, which gives the same bits in all stages. Needs a stage below
     /// [`Stage::Gradients`].
     pub reduce_once: bool,
+    /// Where parameters rest (`offload_param`); needs [`Stage::Parameters`].
+    pub parameters: Tier,
+    /// Where optimizer state and reduced gradients rest (`offload_optimizer`).
+    pub optimizer: Tier,
+    /// Elements of the smallest part that goes to a disk: moving smaller ones would cost more than it saves.
+    pub swap_from: usize,
+    /// Buffers of state on their way between memory and disk (`buffer_count`).
+    pub buffers: usize,
+    /// Most elements of such a buffer (`sub_group_size`).
+    pub sub_group: usize,
 }
 
 impl Default for Placement {
@@ -72,6 +92,11 @@ impl Default for Placement {
             bucket: 500_000_000,
             wire: Wire::Exact,
             reduce_once: false,
+            parameters: Tier::Memory,
+            optimizer: Tier::Memory,
+            swap_from: 1 << 16,
+            buffers: 4,
+            sub_group: 2 << 20,
         }
     }
 }

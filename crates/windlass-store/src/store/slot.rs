@@ -1,12 +1,15 @@
 //! One parameter as a rank keeps it, and its collectives.
 
+use super::disk::{Coming, Disk, Spot};
 use super::owner::Array;
 use super::{Store, Wire};
 use crate::error::Result;
 use std::ops::Range;
 use windlass_tensor::kernels::Element;
+use windlass_tensor::kernels::elementwise::axpy;
 use windlass_tensor::kernels::memory::Category;
-use windlass_tensor::{DType, ParamId, ParamSpec, Tensor, Weight, bf16, each_dtype};
+use windlass_tensor::kernels::reduce::sum_squares;
+use windlass_tensor::{Cpu, DType, ParamId, ParamSpec, Tensor, Weight, bf16, each_dtype};
 
 /// Where a parameter's elements are.
 pub(super) enum Residence {
@@ -14,6 +17,8 @@ pub(super) enum Residence {
     Whole(Weight),
     /// This rank's shard, as a vector.
     Part(Tensor),
+    /// This rank's shard, on the disk.
+    Disk(Spot, DType),
 }
 
 /// One parameter.
@@ -27,6 +32,8 @@ pub(super) struct Slot {
     pub(super) trained: bool,
     /// The sum over ranks of the gradients of `owned`, with more than one rank.
     pub(super) grad: Option<Tensor>,
+    /// Where that sum rests, if on the disk, and, while there is one, the sum of its squares.
+    pub(super) grad_spot: Option<(Spot, Option<f64>)>,
     /// Master values and moments of `owned`.
     pub(super) state: Vec<Array>,
 }
@@ -35,7 +42,7 @@ impl Slot {
     pub(super) fn new(shards: Vec<Range<usize>>, rank: usize, residence: Residence) -> Self {
         let trained = matches!(
             residence,
-            Residence::Part(_) | Residence::Whole(Weight::Dense(_))
+            Residence::Part(_) | Residence::Disk(..) | Residence::Whole(Weight::Dense(_))
         );
         Slot {
             owned: shards[rank].clone(),
@@ -44,6 +51,7 @@ impl Slot {
             residence,
             trained,
             grad: None,
+            grad_spot: None,
             state: Vec::new(),
         }
     }
@@ -63,9 +71,19 @@ impl Slot {
             Residence::Whole(Weight::Dense(tensor)) | Residence::Part(tensor) => {
                 Some(tensor.dtype())
             }
+            Residence::Disk(_, dtype) => Some(*dtype),
             Residence::Whole(Weight::Packed(_)) => None,
         }
     }
+}
+
+/// The gradient that rests on the disk.
+pub(super) fn fetch_grad(cpu: &Cpu, disk: &Disk, slot: &Slot) -> Result<Tensor> {
+    let (spot, _) = slot.grad_spot.as_ref().expect("a gradient on the disk");
+    let bytes = slot.owned.len() * 4;
+    let buffer = cpu.memory.alloc(bytes, Category::Gradients);
+    let buffer = disk.read(spot, 0, buffer).wait()?;
+    Ok(Tensor::from_buffer(buffer, [slot.owned.len()], DType::F32))
 }
 
 /// Cuts the parts of all ranks into runs of at most `bucket` elements: for each run its start and the part of each rank
@@ -123,6 +141,9 @@ impl Store {
         let dtype = slot.dtype().expect("a trained slot").accumulator();
         let zeros = |len: usize| Tensor::zeros(&self.cpu, [len], dtype, Category::Gradients);
         let sum = sum.unwrap_or_else(|| zeros(param.shape.len()));
+        if slot.grad.is_none() && matches!(slot.grad_spot, Some((_, Some(_)))) {
+            slot.grad = Some(fetch_grad(&self.cpu, &self.disk, slot)?);
+        }
         let accumulate = slot.grad.is_some();
         let mut kept = slot.grad.take().unwrap_or_else(|| zeros(slot.owned.len()));
         let start = slot.shard().start - slot.owned.start;
@@ -140,7 +161,59 @@ impl Store {
             });
         }
         self.units[id.unit].slots[id.slot].grad = Some(kept);
-        Ok(())
+        self.rest_grad(id)
+    }
+
+    /// Adds a gradient of one rank to what rests on the disk.
+    pub(super) fn rest_local(&mut self, id: ParamId, sum: Tensor) -> Result<()> {
+        let slot = &mut self.units[id.unit].slots[id.slot];
+        let mut sum = sum.reshape([slot.owned.len()]);
+        if matches!(slot.grad_spot, Some((_, Some(_)))) {
+            let before = fetch_grad(&self.cpu, &self.disk, slot)?;
+            let out = sum.as_mut_slice::<f32>();
+            axpy(&self.cpu.pool, 1.0, before.as_slice::<f32>(), out);
+        }
+        slot.grad = Some(sum);
+        self.rest_grad(id)
+    }
+
+    /// Moves a reduced gradient to the disk, if that is its place.
+    fn rest_grad(&mut self, id: ParamId) -> Result<()> {
+        let slot = &mut self.units[id.unit].slots[id.slot];
+        let start = slot.shard().start - slot.owned.start;
+        let mine = start..start + slot.shard().len();
+        let Some((spot, squares)) = &mut slot.grad_spot else {
+            return Ok(());
+        };
+        let grad = slot.grad.take().expect("a reduced gradient");
+        *squares = Some(sum_squares(&self.cpu.pool, &grad.as_slice::<f32>()[mine]));
+        let buffer = grad.into_buffer().expect("a gradient that nobody shares");
+        self.disk.write(spot, 0, buffer)
+    }
+
+    /// This rank's shard of a parameter that rests on the disk.
+    pub(super) fn fetch(&self, id: ParamId) -> Result<Tensor> {
+        let slot = &self.units[id.unit].slots[id.slot];
+        let Residence::Disk(_, dtype) = &slot.residence else {
+            unreachable!("only what rests on the disk is fetched");
+        };
+        let coming = self.ahead().remove(&(id.unit, id.slot));
+        let coming = coming.unwrap_or_else(|| self.start_fetch(slot));
+        Ok(Tensor::from_buffer(
+            coming.wait()?,
+            [slot.shard().len()],
+            *dtype,
+        ))
+    }
+
+    /// Starts to read this rank's shard of a parameter that rests on the disk.
+    pub(super) fn start_fetch(&self, slot: &Slot) -> Coming {
+        let Residence::Disk(spot, dtype) = &slot.residence else {
+            unreachable!("only what rests on the disk is fetched");
+        };
+        let bytes = slot.shard().len() * dtype.size();
+        let buffer = self.cpu.memory.alloc(bytes, Category::Workspace);
+        self.disk.read(spot, 0, buffer)
     }
 
     fn wire(&self) -> Wire {

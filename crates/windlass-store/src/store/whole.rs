@@ -1,6 +1,6 @@
 //! Whole parameters, gradients and optimizer state, from the parts of all ranks: for reports, tests and edits.
 
-use super::slot::Residence;
+use super::slot::{Residence, fetch_grad};
 use super::{Shard, Store, Values};
 use crate::error::Result;
 use std::ops::Range;
@@ -33,12 +33,18 @@ impl Store {
     pub fn gradient(&self, id: ParamId) -> Result<Option<Tensor>> {
         let unit = &self.units[id.unit];
         let (param, slot) = (&unit.spec.params[id.slot], &unit.slots[id.slot]);
-        if slot.ranks() == 1 {
+        if slot.ranks() == 1 && slot.grad_spot.is_none() {
             let grad = unit.local.as_ref().and_then(|grads| grads.get(id.slot));
             return Ok(grad.cloned());
         }
-        let Some(kept) = &slot.grad else {
-            return Ok(None);
+        let fetched;
+        let kept = match (&slot.grad, &slot.grad_spot) {
+            (Some(kept), _) => kept,
+            (None, Some((_, Some(_)))) => {
+                fetched = fetch_grad(&self.cpu, &self.disk, slot)?;
+                &fetched
+            }
+            _ => return Ok(None),
         };
         let mut whole = Tensor::empty(&self.cpu, param.shape, kept.dtype(), Category::Workspace);
         let tag = format!("gradient of {}", param.name);
@@ -83,11 +89,9 @@ impl Store {
     pub fn set_master(&mut self, id: ParamId, values: &[f32]) -> Result<()> {
         let len = self.units[id.unit].spec.params[id.slot].shape.len();
         assert_eq!(values.len(), len, "values against elements");
-        self.visit(&mut |mut shard| {
-            if shard.id == id {
-                shard.values.set_master(0, &values[shard.range.clone()]);
-            }
-        });
+        self.sweep(Some(id), true, &mut |mut shard| {
+            shard.values.set_master(0, &values[shard.range.clone()]);
+        })?;
         // Where weights are whole but state is partitioned, this rank's copy of the others' part is set as well.
         let slot = &mut self.units[id.unit].slots[id.slot];
         if let Residence::Whole(Weight::Dense(tensor)) = &mut slot.residence {
@@ -114,13 +118,10 @@ impl Store {
         let unit = &self.units[id.unit];
         let mut all = vec![0.0; unit.spec.params[id.slot].shape.len()];
         let tag = format!("{what} {}", unit.spec.params[id.slot].name);
-        let mine = unit.slots[id.slot].shard().clone();
-        self.visit(&mut |shard| {
-            if shard.id == id && !mine.is_empty() {
-                let start = mine.start - shard.range.start;
-                all[mine.clone()].copy_from_slice(&part(&shard, start..start + mine.len()));
-            }
-        });
+        self.sweep(Some(id), false, &mut |shard| {
+            let here = shard.range.clone();
+            all[here].copy_from_slice(&part(&shard, 0..shard.range.len()));
+        })?;
         self.share(&tag, &self.units[id.unit].slots[id.slot], &mut all)?;
         Ok(all)
     }

@@ -14,8 +14,8 @@ use windlass::comm::Group;
 use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
 use windlass::progress::Progress;
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
-use windlass::store::{Placement, Stage, Store};
-use windlass::tensor::Cpu;
+use windlass::store::{Home, Placement, Stage, Store};
+use windlass::tensor::{Cpu, ParamSpec};
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
 };
@@ -222,17 +222,13 @@ impl Job {
     /// The parameters, read or made where this rank keeps them.
     fn store(&self, group: Group, cpu: &Cpu, first: bool) -> Result<Store> {
         let (dtype, model) = (self.options.dtype, decoder(&self.config));
+        let home = Home::on(group, self.placement);
         let Some(folder) = &self.origin else {
             let seed = self.options.seed;
-            return Store::build(
-                cpu,
-                group,
-                self.placement,
-                model.units(),
-                |_, param, range| Ok(param.fill_range(cpu, seed, dtype, range)),
-            );
+            let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(cpu, seed, dtype, range));
+            return Ok(Store::build(cpu, home, model.units(), fill)?);
         };
-        let (store, unused) = load_model(cpu, group, self.placement, folder, &self.config, dtype)?;
+        let (store, unused) = load_model(cpu, home, folder, &self.config, dtype)?;
         if first && !unused.is_empty() {
             eprintln!(
                 "note: {} tensors of the file have no use in the model, such as {}",

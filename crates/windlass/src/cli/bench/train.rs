@@ -98,7 +98,7 @@ pub fn run(args: Args) -> Result<()> {
     );
     let model = decoder(&config);
     let store = Store::init(&cpu, model.units(), dtype, 1);
-    let mut engine = Engine::initialize(model, store, options);
+    let mut engine = Engine::initialize(model, store, options)?;
     let mut rng = Rng::new(7);
     let mut times = Vec::new();
     for step in 0..args.steps + 1 {
