@@ -22,6 +22,7 @@ pub struct Group {
 
 enum Transport {
     Solo,
+    Dry { rank: usize, size: usize },
     Local(Member),
     #[cfg(feature = "mpi")]
     Mpi(Box<crate::mpi::World>),
@@ -38,6 +39,16 @@ impl Group {
     /// A world of one rank: collectives copy where there is something to copy, and send nothing.
     pub fn solo() -> Group {
         Group::new(Transport::Solo)
+    }
+
+    /// One rank of a world that is not there: collectives move nothing and count what they would send. For planning.
+    ///
+    /// # Panics
+    /// When `rank` is not below `size`.
+    #[track_caller]
+    pub fn dry(rank: usize, size: usize) -> Group {
+        assert!(rank < size, "rank {rank} of {size}");
+        Group::new(Transport::Dry { rank, size })
     }
 
     /// A world whose ranks are threads of this process: one handle for each, in rank order.
@@ -77,6 +88,7 @@ impl Group {
     pub fn rank(&self) -> usize {
         match &self.transport {
             Transport::Solo => 0,
+            Transport::Dry { rank, .. } => *rank,
             Transport::Local(member) => member.rank,
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.rank(),
@@ -87,16 +99,18 @@ impl Group {
     pub fn size(&self) -> usize {
         match &self.transport {
             Transport::Solo => 1,
+            Transport::Dry { size, .. } => *size,
             Transport::Local(member) => member.size,
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.size(),
         }
     }
 
-    /// What carries the messages: "solo", "local" or "mpi".
+    /// What carries the messages: "solo", "local" or "mpi"; "dry" for nothing.
     pub fn transport(&self) -> &'static str {
         match &self.transport {
             Transport::Solo => "solo",
+            Transport::Dry { .. } => "dry",
             Transport::Local(_) => "local",
             #[cfg(feature = "mpi")]
             Transport::Mpi(_) => "mpi",
@@ -115,7 +129,7 @@ impl Group {
             extent: Extent::Length(0),
         };
         self.counted(Collective::Barrier, 0, || match &self.transport {
-            Transport::Solo => Ok(()),
+            Transport::Solo | Transport::Dry { .. } => Ok(()),
             Transport::Local(member) => {
                 member
                     .hub
@@ -147,7 +161,7 @@ impl Group {
         let bytes = self.bytes::<T>(own * (self.size() - 1));
         let request = request::<T>(Collective::AllGather, tag, Extent::Shards(shards));
         self.counted(Collective::AllGather, bytes, || match &self.transport {
-            Transport::Solo => Ok(()),
+            Transport::Solo | Transport::Dry { .. } => Ok(()),
             Transport::Local(member) => lend::all_gather(member, &request, shards, data),
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.all_gather(&request, shards, data),
@@ -179,6 +193,7 @@ impl Group {
         let bytes = self.bytes::<T>(all - shard.len());
         let request = request::<T>(Collective::ReduceScatter, tag, Extent::Shards(shards));
         self.counted(Collective::ReduceScatter, bytes, || match &self.transport {
+            Transport::Dry { .. } => Ok(()),
             Transport::Solo => {
                 fold(&[&data[shard]], out, accumulate);
                 Ok(())
@@ -201,7 +216,7 @@ impl Group {
         let bytes = self.bytes::<T>(data.len() - own + own * (self.size() - 1));
         let request = request::<T>(Collective::AllReduce, tag, Extent::Length(data.len()));
         self.counted(Collective::AllReduce, bytes, || match &self.transport {
-            Transport::Solo => Ok(()),
+            Transport::Solo | Transport::Dry { .. } => Ok(()),
             Transport::Local(member) => lend::all_reduce(member, &request, &shards, data),
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.all_reduce(&request, &shards, data),
@@ -225,7 +240,7 @@ impl Group {
         let extent = Extent::FromRoot { root, length };
         let request = request::<T>(Collective::Broadcast, tag, extent);
         self.counted(Collective::Broadcast, bytes, || match &self.transport {
-            Transport::Solo => Ok(()),
+            Transport::Solo | Transport::Dry { .. } => Ok(()),
             Transport::Local(member) => lend::broadcast(member, &request, root, data),
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.broadcast(&request, root, data),
@@ -264,6 +279,7 @@ impl Group {
         };
         let request = request::<T>(Collective::AllToAll, tag, pieces);
         self.counted(Collective::AllToAll, bytes, || match &self.transport {
+            Transport::Dry { .. } => Ok(()),
             Transport::Solo => {
                 recv.copy_from_slice(send);
                 Ok(())
@@ -285,6 +301,7 @@ impl Group {
         let request = request::<T>(Collective::Collect, tag, Extent::Length(value.len()));
         self.counted(Collective::Collect, bytes, || match &self.transport {
             Transport::Solo => Ok(value.to_vec()),
+            Transport::Dry { size, .. } => Ok(value.repeat(*size)),
             Transport::Local(member) => lend::collect(member, &request, value),
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.collect(&request, value),
@@ -309,7 +326,7 @@ impl Group {
     /// Stops the world: collectives that the other ranks are in, or come to, fail at once and name this rank and `why`.
     pub fn abort(&self, why: &str) {
         match &self.transport {
-            Transport::Solo => {}
+            Transport::Solo | Transport::Dry { .. } => {}
             Transport::Local(member) => member.hub.abort(member.rank, why),
             #[cfg(feature = "mpi")]
             Transport::Mpi(world) => world.abort(why),

@@ -18,6 +18,6 @@ mod trainer;
 pub use engine::{Engine, EngineOptions, Loss, Losses, StepReport, idle, run};
 pub use error::{Error, Result};
 pub use optimizer::Optimizer;
-pub use plan::{Plan, StepShape, measure_step, plan};
+pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};
 pub use save::load_model;
 pub use trainer::{End, Event, StepEvent, TrainOptions, Trainer};

@@ -3,10 +3,11 @@
 use crate::data::Batch;
 use crate::engine::{Engine, EngineOptions};
 use crate::trainer::to_tokens;
+use windlass_comm::Group;
 use windlass_model::{DecoderConfig, decoder};
-use windlass_store::Store;
+use windlass_store::{Home, Placement, Store};
 use windlass_tensor::kernels::memory::Usage;
-use windlass_tensor::{Cpu, DType};
+use windlass_tensor::{Cpu, DType, ParamSpec};
 
 /// The size of a training run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,8 +16,10 @@ pub struct Plan {
     pub parameters: usize,
     /// Memory at its highest, by category.
     pub memory: Usage,
-    /// Tokens of one optimizer step.
+    /// Tokens of one optimizer step, on all ranks.
     pub tokens_per_step: usize,
+    /// Bytes that one rank sends in a step.
+    pub sent_per_step: usize,
 }
 
 /// Sequences that a step computes on.
@@ -42,27 +45,54 @@ pub fn plan(
     options: EngineOptions,
     shape: StepShape,
 ) -> Plan {
+    plan_rank(config, dtype, options, shape, Placement::default(), 1)
+}
+
+/// As [`plan`], of the first of several ranks, which has the largest part of everything.
+pub fn plan_rank(
+    config: &DecoderConfig,
+    dtype: DType,
+    options: EngineOptions,
+    shape: StepShape,
+    placement: Placement,
+    ranks: usize,
+) -> Plan {
+    const PURE: &str = "a machine that computes nothing cannot fail";
     let cpu = Cpu::dry();
     let model = decoder(config);
     let parameters = model.num_params();
-    let store = Store::init(&cpu, model.units(), dtype, 0);
-    let mut engine = Engine::initialize(model, store, options).expect("nothing can fail in memory");
+    let group = match ranks {
+        1 => Group::solo(),
+        _ => Group::dry(0, ranks),
+    };
+    let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(&cpu, 0, dtype, range));
+    let store = Store::build(&cpu, Home::on(group, placement), model.units(), fill).expect(PURE);
+    let options = EngineOptions {
+        gradient_accumulation_steps: shape.gradient_accumulation_steps,
+        ..options
+    };
+    let mut engine = Engine::initialize(model, store, options).expect(PURE);
+    let mut sent = 0;
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
     for _ in 0..2 {
-        for _ in 0..shape.gradient_accumulation_steps.min(2) {
+        let before = engine.store().group().traffic();
+        for _ in 0..shape.gradient_accumulation_steps {
             let batch = to_tokens(blank(shape), config, dtype, 1.0, 1);
-            let loss = engine.forward(batch).expect("nothing can fail in memory");
-            engine.backward(loss).expect("nothing can fail in memory");
+            let loss = engine.forward(batch).expect(PURE);
+            engine.backward(loss).expect(PURE);
         }
-        engine.step(0.0).expect("a norm of nothing is finite");
+        engine.step(0.0).expect(PURE);
+        let traffic = engine.store().group().traffic().since(&before);
+        sent = (traffic.total().bytes - traffic.control.bytes) as usize;
     }
     let memory = cpu.memory.peak();
-    let tokens_per_step = shape.micro_batch * shape.seq_len * shape.gradient_accumulation_steps;
+    let sequences = shape.micro_batch * shape.gradient_accumulation_steps * ranks;
     Plan {
         parameters,
         memory,
-        tokens_per_step,
+        tokens_per_step: sequences * shape.seq_len,
+        sent_per_step: sent,
     }
 }
 

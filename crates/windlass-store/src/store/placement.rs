@@ -105,10 +105,10 @@ impl Default for Placement {
 pub const BLOCK: usize = 256;
 
 /// The parts of `len` elements that each of `ranks` ranks owns: contiguous, in rank order, cut at multiples of
-/// [`BLOCK`]; some are empty where there are fewer blocks than ranks.
+/// [`BLOCK`]; the first is the largest, and some are empty where there are fewer blocks than ranks.
 pub fn partition(len: usize, ranks: usize) -> Vec<Range<usize>> {
     let blocks = len.div_ceil(BLOCK);
-    let cut = |rank: usize| (rank * blocks / ranks * BLOCK).min(len);
+    let cut = |rank: usize| ((rank * blocks).div_ceil(ranks) * BLOCK).min(len);
     (0..ranks).map(|rank| cut(rank)..cut(rank + 1)).collect()
 }
 
