@@ -22,7 +22,10 @@ pub struct Group {
 
 enum Transport {
     Solo,
-    Dry { rank: usize, size: usize },
+    Dry {
+        rank: usize,
+        size: usize,
+    },
     Local(Member),
     #[cfg(feature = "mpi")]
     Mpi(Box<crate::mpi::World>),

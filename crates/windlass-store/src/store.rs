@@ -12,10 +12,13 @@ mod disk;
 mod owner;
 mod placement;
 mod slot;
+mod state;
 mod whole;
 
-pub use owner::{ArrayKind, Shard, StateEntry, Values};
+pub use owner::{ArrayKind, Shard, Values};
 pub use placement::{BLOCK, Placement, Stage, Tier, Wire, partition};
+
+pub use state::StateEntry;
 
 use crate::error::Result;
 use crate::swap::{IoStats, SwapFile};
