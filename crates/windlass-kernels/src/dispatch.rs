@@ -234,6 +234,10 @@ macro_rules! kernels {
                 choose::<half::bf16>(level)
             }
             #[inline(never)]
+            fn f16s(level: $crate::dispatch::Level) -> Pointer<half::f16> {
+                choose::<half::f16>(level)
+            }
+            #[inline(never)]
             fn f64s() -> Pointer<f64> {
                 $($scalar)::+::<f64>
             }
@@ -241,6 +245,7 @@ macro_rules! kernels {
             match E::DTYPE {
                 DType::F64 => unsafe { std::mem::transmute::<Pointer<f64>, Pointer<$E>>(f64s()) },
                 DType::F32 => unsafe { std::mem::transmute::<Pointer<f32>, Pointer<$E>>(f32s(level)) },
+                DType::F16 => unsafe { std::mem::transmute::<Pointer<half::f16>, Pointer<$E>>(f16s(level)) },
                 DType::Bf16 => unsafe { std::mem::transmute::<Pointer<half::bf16>, Pointer<$E>>(bf16s(level)) },
             }
         }

@@ -1,6 +1,6 @@
 //! The storage types that kernels are generic over.
 
-use half::bf16;
+use half::{bf16, f16};
 
 /// Storage type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -9,6 +9,8 @@ pub enum DType {
     F32,
     /// The upper half of an `f32`: 8 exponent bits, 7 mantissa bits.
     Bf16,
+    /// IEEE half precision: 5 exponent bits, 10 mantissa bits; infinite beyond 65 504.
+    F16,
     /// IEEE double precision: the scalar reference only, for finite differences.
     F64,
 }
@@ -18,7 +20,7 @@ impl DType {
     pub const fn size(self) -> usize {
         match self {
             DType::F32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::F16 => 2,
             DType::F64 => 8,
         }
     }
@@ -36,6 +38,7 @@ impl DType {
         match self {
             DType::F32 => "F32",
             DType::Bf16 => "BF16",
+            DType::F16 => "F16",
             DType::F64 => "F64",
         }
     }
@@ -52,9 +55,10 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for f64 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
 }
 
-/// A storage type: `f32`, `bf16` (arithmetic in `f32`), or `f64` (scalar reference only).
+/// A storage type: `f32`, `bf16` or `f16` (arithmetic in `f32`), or `f64` (scalar reference only).
 ///
 /// Arithmetic is done in [`Element::Acc`]; loads widen, stores round to nearest even.
 pub trait Element:
@@ -186,5 +190,18 @@ impl Element for bf16 {
         }
         let rounding = 0x7fff + ((bits >> 16) & 1);
         bf16::from_bits((bits.wrapping_add(rounding) >> 16) as u16)
+    }
+}
+
+impl Element for f16 {
+    type Acc = f32;
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    fn load(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    fn store(value: f32) -> f16 {
+        f16::from_f32(value)
     }
 }

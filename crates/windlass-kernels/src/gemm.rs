@@ -1,8 +1,8 @@
 //! Matrix products: `C = op(A) op(B)`, with what usually follows them.
 //!
 //! Operands are packed into slivers that a micro-kernel multiplies in registers; the layouts differ in packing only.
-//! `bf16` is widened to `f32` while it is packed, multiplied in pairs where a CPU does that at twice the rate, or
-//! multiplied by AMX tiles. Few rows (a decode step) stream B once instead of sharing a packed copy.
+//! `f16` and `bf16` are widened to `f32` while they are packed; `bf16` is multiplied in pairs where a CPU does that at
+//! twice the rate, or by AMX tiles. Few rows (a decode step) stream B once instead of sharing a packed copy.
 //!
 //! What holds for the bits of a result, at one level and storage type: they depend on one row of A, one column of B and
 //! the epilogue's operands; not on the number of threads, on other rows or columns, on the layout, nor on strides. On

@@ -241,7 +241,7 @@ fn reduce_by_ln2<S: Simd>(x: S, low: f32, high: f32) -> (S, S) {
     }
 }
 
-/// A storage type that vectors read and write: `f32` or `bf16`.
+/// A storage type that vectors read and write: `f32`, `bf16` or `f16`.
 ///
 /// # Safety
 /// As for [`Simd`].
@@ -293,6 +293,13 @@ simd_element!(
     load_bf16_partial,
     store_bf16,
     store_bf16_partial
+);
+simd_element!(
+    f16,
+    load_f16,
+    load_f16_partial,
+    store_f16,
+    store_f16_partial
 );
 
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -458,6 +465,18 @@ mod tests {
                 }));
             unsafe { S::load_bf16_partial(z.as_ptr(), n).store(y.as_mut_ptr()) };
             assert!((0..S::LANES).all(|i| y[i] == if i < n { z[i].load() } else { 0.0 }));
+            let mut h = [f16::ONE; 16];
+            unsafe { v.store_f16_partial(h.as_mut_ptr(), n) };
+            let stored = |i: usize| {
+                if i < n {
+                    f16::store(xs[100 + i])
+                } else {
+                    f16::ONE
+                }
+            };
+            assert!((0..16).all(|i| h[i] == stored(i)));
+            unsafe { S::load_f16_partial(h.as_ptr(), n).store(y.as_mut_ptr()) };
+            assert!((0..S::LANES).all(|i| y[i] == if i < n { h[i].load() } else { 0.0 }));
         }
         for i in (0..xs.len()).step_by(S::LANES) {
             let (mut z, mut back) = ([bf16::ONE; 16], [0.0; 16]);
@@ -468,6 +487,15 @@ mod tests {
                 let want = bf16::store(xs[i + l]);
                 assert_eq!(z[l].to_bits(), want.to_bits(), "bf16 of {}", xs[i + l]);
                 assert_eq!(back[l].to_bits(), want.load().to_bits());
+            }
+            let mut h = [f16::ONE; 16];
+            unsafe { v.store_f16(h.as_mut_ptr()) };
+            unsafe { S::load_f16(h.as_ptr()).store(back.as_mut_ptr()) };
+            for l in 0..S::LANES {
+                let want = f16::store(xs[i + l]);
+                let same = h[l] == want && back[l] == want.load();
+                let nan = h[l].is_nan() && want.is_nan() && back[l].is_nan();
+                assert!(same || nan, "f16 of {}", xs[i + l]);
             }
             let lanes = &xs[i..i + S::LANES];
             assert_eq!(v.all_finite(), lanes.iter().all(|x| x.is_finite()));

@@ -264,6 +264,7 @@ fn stored(
         g.to_vec(),
         g.iter().map(|&g| bf16::store(g)).collect::<Vec<_>>(),
     );
+    let mut h16: Vec<f16> = g.iter().map(|&g| f16::from_f32(g)).collect();
     let to = match values {
         "f32" => Values::F32(&mut plain),
         "split" => Values::Split {
@@ -278,13 +279,16 @@ fn stored(
     let from = match grad {
         "f32" => Grad::F32(&g32),
         "bf16" => Grad::Bf16(&g16),
+        "f16" => Grad::F16(&h16),
         "take f32" => Grad::TakeF32(&mut g32),
+        "take f16" => Grad::TakeF16(&mut h16),
         _ => Grad::TakeBf16(&mut g16),
     };
     let mut lent: Vec<_> = moments.iter_mut().map(Held::lend).collect();
     optim::step(pool, rule, to, from, &mut lent);
     match grad {
         "take f32" => assert!(g32.iter().all(|g| g.to_bits() == 0)),
+        "take f16" => assert!(h16.iter().all(|g| g.to_bits() == 0)),
         "take bf16" => assert!(g16.iter().all(|g| g.to_bits() == 0)),
         _ => {}
     }
@@ -310,8 +314,13 @@ fn every_storage_gives_the_bits_of_f32() {
     for pools in POOLS.iter() {
         for n in [0, 1, 7, 16, 31, 255, 256, 300, 1025, 20_001] {
             let (p, g, states) = state(n);
-            // In `bf16` from the start, so that both kinds of gradients are the same numbers.
-            let g: Vec<f32> = g.iter().map(|&g| bf16::store(g).to_f32()).collect();
+            // Numbers that `bf16` and `f16` hold, so that all kinds of gradients are the same.
+            let both = |&g: &f32| f16::from_f32(bf16::store(g.clamp(-4e4, 4e4)).to_f32()).to_f32();
+            let g: Vec<f32> = g
+                .iter()
+                .map(both)
+                .map(|g| bf16::store(g).to_f32())
+                .collect();
             for rule in rules(3) {
                 for storage in [Storage::F32, Storage::Bf16, Storage::Q8] {
                     if rule.supports(storage).is_err() {
@@ -332,7 +341,7 @@ fn every_storage_gives_the_bits_of_f32() {
                     let values = Values::F32(&mut want);
                     optim::step(&pools[0], &rule, values, Grad::F32(&g), &mut moments);
                     for values in ["f32", "split", "half"] {
-                        for grad in ["f32", "bf16", "take f32", "take bf16"] {
+                        for grad in ["f32", "bf16", "f16", "take f32", "take bf16", "take f16"] {
                             let pool = &pools[if n > 20_000 { 2 } else { 0 }];
                             let left = stored(pool, &rule, values, grad, (&p, &g), start.clone());
                             let name = format!("{rule:?}, {values}, {grad}, {storage:?}, {n}");

@@ -3,7 +3,7 @@
 
 use std::sync::LazyLock;
 
-use half::bf16;
+use half::{bf16, f16};
 use windlass_kernels::activation::{self, Activation};
 use windlass_kernels::cross_entropy::{IGNORED, cross_entropy_rows};
 use windlass_kernels::dispatch::Level;
@@ -67,7 +67,15 @@ impl Numbers {
     }
 
     fn many<E: Element>(&mut self, n: usize) -> Vec<E> {
-        (0..n).map(|_| E::from_f64(self.one())).collect()
+        // Where a type holds no number of this size, one that it holds.
+        let fit = |x: f64| {
+            if E::DTYPE == DType::F16 && x.is_finite() && x.abs() > 6e4 {
+                x.signum() * 1e4
+            } else {
+                x
+            }
+        };
+        (0..n).map(|_| E::from_f64(fit(self.one()))).collect()
     }
 }
 
@@ -95,12 +103,13 @@ fn compare(name: &str, got: &Outputs, want: &Outputs, arithmetic: f64) {
             .filter(|w| w.is_finite())
             .fold(0.0, |m: f64, w| m.max(w.abs()));
         for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
-            let rounding = if *dtype == DType::Bf16 {
-                1.0 / 128.0
-            } else {
-                0.0
+            // Of a number, and of the smallest.
+            let (rounding, least) = match dtype {
+                DType::Bf16 => (1.0 / 128.0, 2e-44),
+                DType::F16 => (1.0 / 1024.0, 6e-8),
+                _ => (0.0, 2e-44),
             };
-            let limit = w.abs() * (rounding + arithmetic) + size * arithmetic + 2e-44;
+            let limit = w.abs() * (rounding + arithmetic) + size * arithmetic + least;
             let close = g == w || g.is_nan() && w.is_nan() || (g - w).abs() <= limit;
             assert!(
                 close,
@@ -236,10 +245,12 @@ fn elementwise_of<E: Element>() {
             vec![bf16::ONE; n],
             vec![0f64; n],
         );
+        let mut h = vec![f16::ONE; n];
+        call!(pool, cast::cast, reference::cast, (&a, &mut h));
         call!(pool, cast::cast, reference::cast, (&a, &mut f));
         call!(pool, cast::cast, reference::cast, (&a, &mut b));
         call!(pool, cast::cast, reference::cast, (&a, &mut w));
-        let outputs = vec![output(&f), output(&b), output(&w)];
+        let outputs = vec![output(&f), output(&b), output(&w), output(&h)];
         assert!(
             outputs[2]
                 .1
@@ -669,6 +680,15 @@ fn kernels_agree_with_the_reference_in_bf16() {
     norms_of::<bf16>();
     softmaxes_of::<bf16>();
     lookups_of::<bf16>();
+}
+
+#[test]
+fn kernels_agree_with_the_reference_in_f16() {
+    elementwise_of::<f16>();
+    reductions_of::<f16>();
+    norms_of::<f16>();
+    softmaxes_of::<f16>();
+    lookups_of::<f16>();
 }
 
 #[test]

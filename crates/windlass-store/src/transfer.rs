@@ -158,6 +158,7 @@ pub fn save_weights(
     let kind = match dtype {
         DType::F32 => Dtype::F32,
         DType::Bf16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
         DType::F64 => Dtype::F64,
     };
     let specs: Vec<Spec> = map

@@ -12,7 +12,7 @@ mod tape;
 mod tensor;
 mod weight;
 
-pub use half::bf16;
+pub use half::{bf16, f16};
 pub use layout::{FileTensor, Layout, ParamId, UnitSpec};
 pub use ops::{IGNORED, RopeTable, RouterStats, Routing};
 pub use packed::Packed;

@@ -19,6 +19,10 @@ macro_rules! each_dtype {
                 type $E = $crate::bf16;
                 $body
             }
+            $crate::DType::F16 => {
+                type $E = $crate::f16;
+                $body
+            }
             $crate::DType::F64 => {
                 type $E = f64;
                 $body

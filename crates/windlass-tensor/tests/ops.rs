@@ -262,10 +262,12 @@ fn check(case: &Case) {
             case.name
         );
     }
-    // f32 sums short rows: some units of 2^-24. bf16 rounds once to 8 bits in the forward pass, more often backward.
+    // f32 sums short rows: some units of 2^-24. bf16 rounds once to 8 bits in the forward pass, more often backward;
+    // f16 to 11 bits.
     for (dtype, forward, backward) in [
         (DType::F32, 2e-6, 1e-5),
         (DType::Bf16, 1.0 / 256.0, 1.0 / 32.0),
+        (DType::F16, 1.0 / 2048.0, 1.0 / 256.0),
     ] {
         let (narrow_y, narrow) = run(&one, dtype).gradients(&dy);
         let d = difference(&narrow_y, &y);
@@ -700,7 +702,7 @@ impl Head {
 #[test]
 fn eager_cross_entropy_is_cross_entropy() {
     let cpu = Cpu::new(2);
-    for dtype in [DType::F64, DType::F32, DType::Bf16] {
+    for dtype in [DType::F64, DType::F32, DType::Bf16, DType::F16] {
         for (rows, softcap, seed, trained) in [
             (9, None, 1.0, true),
             (600, Some(2.0), 0.25, true),
@@ -735,7 +737,12 @@ fn token_losses_and_logits_agree_with_the_loss() {
     let cpu = Cpu::new(2);
     let (rows, v) = (600, 5);
     let targets = targets(rows, v as i64);
-    for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5), (DType::Bf16, 1e-5)] {
+    for (dtype, tolerance) in [
+        (DType::F64, 1e-12),
+        (DType::F32, 1e-5),
+        (DType::Bf16, 1e-5),
+        (DType::F16, 1e-5),
+    ] {
         for softcap in [None, Some(2.0)] {
             let weights =
                 Weights::new(vec![tensor(&cpu, dtype, &normal(2, v * 8), &[v, 8]).into()]);
@@ -772,7 +779,7 @@ fn packed_weights_are_their_unpacked_numbers() {
     let (n, k, rows) = (700, 40, 6);
     let targets = targets(rows, n as i64);
     type Op<'a> = &'a dyn Fn(&mut Tape, &Var, &Weights) -> Var;
-    for dtype in [DType::F64, DType::F32, DType::Bf16] {
+    for dtype in [DType::F64, DType::F32, DType::Bf16, DType::F16] {
         let packed = Packed::quantize(&cpu, &tensor(&cpu, DType::F32, &normal(3, n * k), &[n, k]));
         let dense = packed.unpack_rows(&cpu, 0..n, dtype);
         let error = difference(&dense.to_f64(), &normal(3, n * k));
@@ -825,6 +832,7 @@ fn packed_weights_are_their_unpacked_numbers() {
                 DType::F64 => 1e-12,
                 DType::F32 => 1e-6,
                 DType::Bf16 => 1.0 / 128.0,
+                DType::F16 => 1.0 / 1024.0,
             };
             assert_eq!(packed.1.is_some(), dense.1.is_some());
             if let (Some(packed), Some(dense)) = (packed.1, dense.1) {

@@ -80,10 +80,10 @@ impl Progress {
 /// The `config.json` of a saved model: what was read, with the storage type as it is now.
 fn config_json(config: &DecoderConfig, dtype: DType) -> Value {
     let mut json = config.json.clone();
-    let name = if dtype == DType::Bf16 {
-        "bfloat16"
-    } else {
-        "float32"
+    let name = match dtype {
+        DType::Bf16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F32 | DType::F64 => "float32",
     };
     if let Some(map) = json.as_object_mut() {
         let key = if map.contains_key("dtype") {
@@ -174,6 +174,7 @@ impl FileTensors {
         map.sort_by_key(|t| t.parts[0].unit);
         let kind = match engine.store().dtype() {
             DType::Bf16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
             DType::F64 => Dtype::F64,
             _ => Dtype::F32,
         };

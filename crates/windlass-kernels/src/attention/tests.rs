@@ -1,6 +1,6 @@
 //! Every level against a naive softmax in double precision; the same bits however a batch is cut.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::*;
 use crate::Float;
@@ -336,6 +336,7 @@ fn agrees_with_a_naive_softmax() {
         check::<f64>(shape, &segments, 1e-12);
         check::<f32>(shape, &segments, 1e-5);
         check::<bf16>(shape, &segments, 2e-2);
+        check::<f16>(shape, &segments, 3e-3);
     }
 }
 
@@ -464,6 +465,7 @@ fn bits_do_not_depend_on_how_a_prompt_is_cut() {
             };
             check_cuts::<f32>(shape, 203);
             check_cuts::<bf16>(shape, 203);
+            check_cuts::<f16>(shape, 203);
         }
     }
 }

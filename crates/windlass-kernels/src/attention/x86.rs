@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::tile::{Product, Tiles, product};
 use crate::simd::{Avx2, Avx512};
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn product_avx2(p: &Product) {
     // SAFETY: the caller's promise.
     unsafe { product::<Avx2>(p) }

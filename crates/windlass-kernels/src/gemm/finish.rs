@@ -1,6 +1,6 @@
 //! The epilogue: sums become C, rounded once.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::DType;
 use crate::dispatch::Level;
@@ -42,12 +42,17 @@ pub(super) fn select(operands: DType, results: DType, level: Level) -> Finish {
         (DType::F32, DType::Bf16) => at::<f32, bf16>(level),
         (DType::Bf16, DType::F32) => at::<bf16, f32>(level),
         (DType::Bf16, DType::Bf16) => at::<bf16, bf16>(level),
+        (DType::F32, DType::F16) => at::<f32, f16>(level),
+        (DType::Bf16, DType::F16) => at::<bf16, f16>(level),
+        (DType::F16, DType::F32) => at::<f16, f32>(level),
+        (DType::F16, DType::Bf16) => at::<f16, bf16>(level),
+        (DType::F16, DType::F16) => at::<f16, f16>(level),
         (DType::F64, _) | (_, DType::F64) => unreachable!("f64 runs the reference"),
     }
 }
 
 fn at<E: SimdElement, C: SimdElement>(level: Level) -> Finish {
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2<E: SimdElement, C: SimdElement>(target: &Target, block: Block) {
         // SAFETY: the features are enabled here; the rest is the caller's promise.
         unsafe { finish::<Avx2, E, C>(target, block) }

@@ -5,7 +5,7 @@ use crate::dispatch::Level;
 
 use super::amx;
 use super::lanes::{Lanes8, Lanes16, Pairs16};
-use super::micro::{self, F32, PAIRS, WIDEN};
+use super::micro::{self, F32, HALF, PAIRS, WIDEN};
 
 /// An operand as packing sees it: lanes (rows of A, columns of B) by steps of the inner dimension.
 #[derive(Clone, Copy)]
@@ -122,6 +122,8 @@ pub(super) fn select(dtype: DType, level: Level) -> Option<&'static Kernel> {
         (DType::Bf16, Level::Avx512) if fast_pairs() => Some(&AVX512_PAIRS),
         (DType::Bf16, Level::Avx512) => Some(&AVX512_BF16),
         (DType::Bf16, Level::Amx) => Some(&AMX_BF16),
+        (DType::F16, Level::Avx2) => Some(&AVX2_F16),
+        (DType::F16, Level::Avx512 | Level::Amx) => Some(&AVX512_F16),
     }
 }
 
@@ -146,8 +148,15 @@ macro_rules! packing {
         }
     };
 }
-packing!(pack_avx2_f32, "avx2,fma", Lanes8, F32);
-packing!(pack_avx2_bf16, "avx2,fma", Lanes8, WIDEN);
+packing!(pack_avx2_f32, "avx2,fma,f16c", Lanes8, F32);
+packing!(pack_avx2_bf16, "avx2,fma,f16c", Lanes8, WIDEN);
+packing!(pack_avx2_f16, "avx2,fma,f16c", Lanes8, HALF);
+packing!(
+    pack_avx512_f16,
+    "avx512f,avx512bw,avx512vl,avx512dq",
+    Lanes16,
+    HALF
+);
 packing!(
     pack_avx512_f32,
     "avx512f,avx512bw,avx512vl,avx512dq",
@@ -182,7 +191,7 @@ macro_rules! micro_kernel {
         }
     };
 }
-micro_kernel!(multiply_avx2, "avx2,fma", Lanes8, [1 2 3 4 5 6]);
+micro_kernel!(multiply_avx2, "avx2,fma,f16c", Lanes8, [1 2 3 4 5 6]);
 micro_kernel!(multiply_avx512, "avx512f,avx512bw,avx512vl,avx512dq", Lanes16, [1 2 3 4 5 6 7 8 9 10 11 12 13 14]);
 micro_kernel!(
     multiply_pairs,
@@ -217,6 +226,12 @@ const AVX2_BF16: Kernel = Kernel {
     pack_b: pack_avx2_bf16,
     ..AVX2_F32
 };
+const AVX2_F16: Kernel = Kernel {
+    name: "avx2 f16 widened",
+    pack_a: pack_avx2_f16,
+    pack_b: pack_avx2_f16,
+    ..AVX2_F32
+};
 const AVX512_F32: Kernel = Kernel {
     name: "avx512 f32",
     mr: 14,
@@ -230,6 +245,12 @@ pub(super) const AVX512_BF16: Kernel = Kernel {
     name: "avx512 bf16 widened",
     pack_a: pack_avx512_bf16,
     pack_b: pack_avx512_bf16,
+    ..AVX512_F32
+};
+const AVX512_F16: Kernel = Kernel {
+    name: "avx512 f16 widened",
+    pack_a: pack_avx512_f16,
+    pack_b: pack_avx512_f16,
     ..AVX512_F32
 };
 /// Pairs of `bf16`: for CPUs that multiply them at twice the rate.

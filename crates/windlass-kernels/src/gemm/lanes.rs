@@ -3,7 +3,9 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
+
+use crate::simd::{Avx2, Avx512, Simd};
 
 /// A vector of 32-bit words and the product step of a micro-kernel.
 ///
@@ -31,6 +33,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn load_pairs(from: *const bf16, n: usize) -> Self::V;
     /// The first `n` of `N` `bf16` widened to `f32`, zeros after.
     unsafe fn load_widened(from: *const bf16, n: usize) -> Self::V;
+    /// The first `n` of `N` `f16` widened to `f32`, zeros after.
+    unsafe fn load_half(from: *const f16, n: usize) -> Self::V;
     /// The lower `bf16` of every word as `f32`.
     unsafe fn low(v: Self::V) -> Self::V;
     /// The upper `bf16` of every word as `f32`.
@@ -113,6 +117,16 @@ impl Lanes for Lanes8 {
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f16, n: usize) -> __m256 {
+        unsafe {
+            if n >= 8 {
+                Avx2::load_f16(from).0
+            } else {
+                Avx2::load_f16_partial(from, n).0
+            }
         }
     }
     #[inline(always)]
@@ -207,6 +221,10 @@ macro_rules! sixteen_lanes {
                     let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.cast()));
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
                 }
+            }
+            #[inline(always)]
+            unsafe fn load_half(from: *const f16, n: usize) -> __m512 {
+                unsafe { Avx512::load_f16_partial(from, n).0 }
             }
             #[inline(always)]
             unsafe fn low(v: __m512) -> __m512 {

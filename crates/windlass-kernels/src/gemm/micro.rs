@@ -1,12 +1,12 @@
 //! Packing and the micro-kernel of the vector levels.
 //!
 //! A packed sliver holds, for every step of the inner dimension, one 32-bit word a lane (row of A or column of B): an
-//! `f32`, widened from `bf16` where needed, or a pair of `bf16` for the kernel that multiplies pairs. The micro-kernel
+//! `f32`, widened from `bf16` or `f16` where needed, or a pair of `bf16` for the kernel that multiplies pairs. The micro-kernel
 //! keeps `R x 2 N` sums in registers over a whole K block.
 
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::kernel::Source;
 use super::lanes::Lanes;
@@ -15,6 +15,8 @@ use super::lanes::Lanes;
 pub(super) const F32: u8 = 0;
 /// A `bf16` widened to `f32`.
 pub(super) const WIDEN: u8 = 1;
+/// An `f16` widened to `f32`.
+pub(super) const HALF: u8 = 3;
 /// Two consecutive `bf16` of the inner dimension.
 pub(super) const PAIRS: u8 = 2;
 
@@ -57,7 +59,7 @@ unsafe fn pack_across<L: Lanes, const MODE: u8>(
     dst: *mut f32,
     pitch: usize,
 ) {
-    let per_word = if MODE == F32 { 1 } else { 2 };
+    let per_word = if MODE == F32 || MODE == HALF { 1 } else { 2 };
     let block = L::N * per_word;
     let mut k = 0;
     while k < depth {
@@ -68,10 +70,10 @@ unsafe fn pack_across<L: Lanes, const MODE: u8>(
             if lanes == L::N && left == block {
                 for (i, row) in rows.iter_mut().take(L::N).enumerate() {
                     let at = src.at(i, k);
-                    *row = if MODE == F32 {
-                        L::load(at.cast())
-                    } else {
-                        L::load_pairs(at.cast(), block)
+                    *row = match MODE {
+                        F32 => L::load(at.cast()),
+                        HALF => L::load_half(at.cast::<f16>(), block),
+                        _ => L::load_pairs(at.cast(), block),
                     };
                     // The next block of this row: a row is read in short runs, which hides it from the hardware.
                     _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH).cast());
@@ -79,10 +81,10 @@ unsafe fn pack_across<L: Lanes, const MODE: u8>(
             } else {
                 for (i, row) in rows.iter_mut().take(lanes).enumerate() {
                     let at = src.at(i, k);
-                    *row = if MODE == F32 {
-                        L::load_partial(at.cast(), left)
-                    } else {
-                        L::load_pairs(at.cast(), left)
+                    *row = match MODE {
+                        F32 => L::load_partial(at.cast(), left),
+                        HALF => L::load_half(at.cast::<f16>(), left),
+                        _ => L::load_pairs(at.cast(), left),
                     };
                 }
             }
@@ -156,6 +158,15 @@ unsafe fn pack_along<L: Lanes, const MODE: u8>(
                     L::store(
                         dst.add(k * pitch),
                         L::load_partial(src.at(0, k).cast(), lanes),
+                    );
+                }
+            }
+            HALF => {
+                for k in 0..depth {
+                    _mm_prefetch::<_MM_HINT_T0>(src.at(0, k + STEPS_AHEAD).cast());
+                    L::store(
+                        dst.add(k * pitch),
+                        L::load_half(src.at(0, k).cast::<f16>(), lanes),
                     );
                 }
             }

@@ -1,7 +1,7 @@
 //! Every kernel against the reference: bit for bit on small whole numbers, whose sums are exact in any order, and on
 //! fractions within the bound of a dot product.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::*;
 use crate::DType;
@@ -139,6 +139,12 @@ fn kernels(dtype: DType) -> Vec<(Level, Option<&'static Kernel>)> {
     all
 }
 
+/// [`kernels`] of the types that have kernels.
+fn every_kernel() -> impl Iterator<Item = (Level, Option<&'static Kernel>)> {
+    let types = [DType::F32, DType::Bf16, DType::F16];
+    types.into_iter().flat_map(kernels)
+}
+
 fn name(kernel: Option<&Kernel>) -> &'static str {
     kernel.map_or("reference", |kernel| kernel.name)
 }
@@ -225,6 +231,15 @@ fn bf16_equals_the_reference() {
 }
 
 #[test]
+fn f16_equals_the_reference() {
+    check::<f16, f16>(&sizes());
+    check::<f16, f32>(&sizes());
+    check::<f32, f16>(&sizes()[20..30]);
+    check::<bf16, f16>(&sizes()[30..40]);
+    check::<f16, bf16>(&sizes()[40..50]);
+}
+
+#[test]
 fn f64_runs_the_reference_on_every_level() {
     check::<f64, f64>(&sizes()[..40]);
 }
@@ -233,18 +248,21 @@ fn f64_runs_the_reference_on_every_level() {
 fn depth_in_several_parts() {
     check::<f32, f32>(&[(130, 33, 4097)]);
     check::<bf16, bf16>(&[(130, 33, 4097), (131, 17, 8500)]);
+    check::<f16, f16>(&[(131, 17, 2500)]);
     // More rows than partial sums are kept for.
     check::<f32, f32>(&[(4200, 1, 4100)]);
 }
 
 #[test]
 fn fractions_are_within_the_bound() {
-    for (level, kernel) in kernels(DType::F32).into_iter().chain(kernels(DType::Bf16)) {
+    for (level, kernel) in every_kernel() {
         let pool = Pool::with_level(2, level);
         for size in [(150, 70, 1000), (3, 40, 2500)] {
             for layout in LAYOUTS {
                 if kernel.is_none_or(|k| k.name.contains("f32")) {
                     check_bound::<f32>(&pool, kernel, layout, size);
+                } else if kernel.is_some_and(|k| k.name.contains(" f16")) {
+                    check_bound::<f16>(&pool, kernel, layout, size);
                 } else {
                     check_bound::<bf16>(&pool, kernel, layout, size);
                 }
@@ -296,10 +314,12 @@ fn check_bound<E: Element<Acc = f32>>(
 #[test]
 fn bits_depend_on_nothing_else() {
     let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    for (level, kernel) in kernels(DType::F32).into_iter().chain(kernels(DType::Bf16)) {
+    for (level, kernel) in every_kernel() {
         let pool = Pool::with_level(2, level);
         if kernel.is_none_or(|k| k.name.contains("f32")) {
             check_rows::<f32>(&pool, kernel);
+        } else if kernel.is_some_and(|k| k.name.contains(" f16")) {
+            check_rows::<f16>(&pool, kernel);
         } else {
             check_rows::<bf16>(&pool, kernel);
         }

@@ -122,10 +122,14 @@ pub enum Grad<'a> {
     F32(&'a [f32]),
     /// In `bf16`.
     Bf16(&'a [bf16]),
+    /// In `f16`.
+    F16(&'a [f16]),
     /// As [`Grad::F32`], set to zero in the same pass.
     TakeF32(&'a mut [f32]),
     /// As [`Grad::Bf16`], set to zero in the same pass.
     TakeBf16(&'a mut [bf16]),
+    /// As [`Grad::F16`], set to zero in the same pass.
+    TakeF16(&'a mut [f16]),
     /// Double precision: the scalar reference only.
     F64(&'a [f64]),
 }
@@ -138,6 +142,8 @@ impl Grad<'_> {
             Grad::Bf16(g) => g.len(),
             Grad::TakeF32(g) => g.len(),
             Grad::TakeBf16(g) => g.len(),
+            Grad::F16(g) => g.len(),
+            Grad::TakeF16(g) => g.len(),
             Grad::F64(g) => g.len(),
         }
     }
@@ -323,6 +329,8 @@ pub(super) enum SharedGrad<'a> {
     Bf16(&'a [bf16]),
     TakeF32(SharedMut<'a, f32>),
     TakeBf16(SharedMut<'a, bf16>),
+    F16(&'a [f16]),
+    TakeF16(SharedMut<'a, f16>),
     F64(&'a [f64]),
 }
 
@@ -333,6 +341,8 @@ impl<'a> SharedGrad<'a> {
             Grad::Bf16(g) => SharedGrad::Bf16(g),
             Grad::TakeF32(g) => SharedGrad::TakeF32(SharedMut::new(g)),
             Grad::TakeBf16(g) => SharedGrad::TakeBf16(SharedMut::new(g)),
+            Grad::F16(g) => SharedGrad::F16(g),
+            Grad::TakeF16(g) => SharedGrad::TakeF16(SharedMut::new(g)),
             Grad::F64(g) => SharedGrad::F64(g),
         }
     }
@@ -346,6 +356,8 @@ impl<'a> SharedGrad<'a> {
             SharedGrad::Bf16(g) => Grad::Bf16(&g[at]),
             SharedGrad::TakeF32(g) => Grad::TakeF32(unsafe { g.part(at) }),
             SharedGrad::TakeBf16(g) => Grad::TakeBf16(unsafe { g.part(at) }),
+            SharedGrad::F16(g) => Grad::F16(&g[at]),
+            SharedGrad::TakeF16(g) => Grad::TakeF16(unsafe { g.part(at) }),
             SharedGrad::F64(g) => Grad::F64(&g[at]),
         }
     }

@@ -27,7 +27,6 @@ vector_kernels! {
     fn muon(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::muon }
     fn join(high: &[bf16], low: &[i16], to: &mut [f32]) -> () { vector::join }
     fn split(from: &[f32], high: &mut [bf16], low: &mut [i16]) -> () { vector::split }
-    fn halve(from: &[f32], to: &mut [f16]) -> () { vector::halve }
     fn decode_signed(codes: &[u8], scale: f32, to: &mut [f32]) -> () { vector::decode_signed }
     fn decode_unsigned(codes: &[u8], scale: f32, to: &mut [f32]) -> () { vector::decode_unsigned }
     fn encode_signed(from: &[f32], codes: &mut [u8]) -> f32 { vector::encode_signed }
@@ -44,6 +43,7 @@ pub(super) struct Kernels {
     update: Update,
     join: unsafe fn(&[bf16], &[i16], &mut [f32]),
     split: unsafe fn(&[f32], &mut [bf16], &mut [i16]),
+    widen_half: unsafe fn(&[f16], &mut [f32]),
     halve: unsafe fn(&[f32], &mut [f16]),
     widen: unsafe fn(&[bf16], &mut [f32]),
     narrow: unsafe fn(&[f32], &mut [bf16]),
@@ -68,7 +68,8 @@ impl Kernels {
             update: update?,
             join: join(level)?,
             split: split(level)?,
-            halve: halve(level)?,
+            widen_half: widen_chunk::<f16>(level),
+            halve: narrow_chunk::<f16>(level),
             widen: widen_chunk::<bf16>(level),
             narrow: narrow_chunk::<bf16>(level),
             decode: [decode_signed(level)?, decode_unsigned(level)?],
@@ -122,6 +123,7 @@ impl Kernels {
             match grad.as_deref_mut() {
                 Some(Grad::TakeF32(g)) => g[at].fill(0.0),
                 Some(Grad::TakeBf16(g)) => g[at].fill(bf16::ZERO),
+                Some(Grad::TakeF16(g)) => g[at].fill(f16::ZERO),
                 _ => {}
             }
         }
@@ -172,18 +174,23 @@ impl Kernels {
         at: &Range<usize>,
         copy: &'a mut [f32; TILE],
     ) -> &'a [f32] {
-        let halves = match grad {
-            None => return &[],
-            Some(Grad::F32(g)) => return &g[at.clone()],
-            Some(Grad::TakeF32(g)) => return &g[at.clone()],
-            Some(Grad::Bf16(g)) => &g[at.clone()],
-            Some(Grad::TakeBf16(g)) => &g[at.clone()],
-            Some(Grad::F64(_)) => unreachable!("refused for single precision"),
+        let Some(grad) = grad else { return &[] };
+        let wide = match grad {
+            Grad::F32(g) => return &g[at.clone()],
+            Grad::TakeF32(g) => return &g[at.clone()],
+            _ => &mut copy[..at.len()],
         };
-        let copy = &mut copy[..at.len()];
-        // SAFETY: the caller's promise.
-        unsafe { (self.widen)(halves, copy) };
-        copy
+        // SAFETY (all): the caller's promise.
+        match grad {
+            Grad::Bf16(g) => unsafe { (self.widen)(&g[at.clone()], wide) },
+            Grad::TakeBf16(g) => unsafe { (self.widen)(&g[at.clone()], wide) },
+            Grad::F16(g) => unsafe { (self.widen_half)(&g[at.clone()], wide) },
+            Grad::TakeF16(g) => unsafe { (self.widen_half)(&g[at.clone()], wide) },
+            Grad::F32(_) | Grad::TakeF32(_) | Grad::F64(_) => {
+                unreachable!("read where they lie, or refused for single precision")
+            }
+        }
+        wide
     }
 
     #[inline(always)]

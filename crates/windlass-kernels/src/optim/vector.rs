@@ -2,7 +2,7 @@
 //!
 //! SAFETY (all functions): the callers in `optim` check the lengths; the CPU has the features of `S`.
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::code::{Code, inverse};
 use super::rule::{AdagradFactors, AdamFactors, Factors, LionFactors, SgdFactors};
@@ -269,20 +269,6 @@ impl Step for Split {
 pub(super) unsafe fn split<S: Simd>(from: &[f32], high: &mut [bf16], low: &mut [i16]) {
     let halves = Halves(high.as_mut_ptr(), low.as_mut_ptr());
     unsafe { stream::<S>(from.len(), Split(from.as_ptr(), halves)) }
-}
-
-#[inline(always)]
-pub(super) unsafe fn halve<S: Simd>(from: &[f32], to: &mut [f16]) {
-    let mut i = 0;
-    unsafe {
-        while i + S::LANES <= from.len() {
-            S::load(from.as_ptr().add(i)).store_f16(to.as_mut_ptr().add(i));
-            i += S::LANES;
-        }
-        let rest = from.len() - i;
-        let last = S::load_partial(from.as_ptr().add(i), rest);
-        last.store_f16_partial(to.as_mut_ptr().add(i), rest);
-    }
 }
 
 /// Lanes of the widest vector.

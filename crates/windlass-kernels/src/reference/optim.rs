@@ -1,6 +1,6 @@
 //! Optimizer updates: formulas as in [`crate::optim`].
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::optim::{
     AdagradFactors, AdamFactors, Factors, Grad, LambFactors, LionFactors, Moment, MuonFactors,
@@ -120,6 +120,8 @@ pub(crate) fn update_stored(
         Some(Grad::TakeF32(g)) => g.to_vec(),
         Some(Grad::Bf16(g)) => g.iter().map(|g| g.load()).collect(),
         Some(Grad::TakeBf16(g)) => g.iter().map(|g| g.load()).collect(),
+        Some(Grad::F16(g)) => g.iter().map(|g| g.load()).collect(),
+        Some(Grad::TakeF16(g)) => g.iter().map(|g| g.load()).collect(),
         Some(Grad::F64(_)) => unreachable!("refused for single precision"),
     };
     let read = |i: usize| moments.get(i).map_or(Vec::new(), |m| m.read(i, 0..n));
@@ -137,6 +139,7 @@ pub(crate) fn update_stored(
     match grad {
         Some(Grad::TakeF32(g)) => g.fill(0.0),
         Some(Grad::TakeBf16(g)) => g.fill(bf16::ZERO),
+        Some(Grad::TakeF16(g)) => g.fill(f16::ZERO),
         _ => {}
     }
     sums
