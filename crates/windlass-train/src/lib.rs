@@ -7,6 +7,7 @@ pub mod corpus;
 pub mod data;
 mod engine;
 pub mod error;
+pub mod estimate;
 pub mod loss_scale;
 pub mod monitor;
 mod optimizer;

@@ -1023,6 +1023,15 @@ fn auto_without_a_run_is_the_default() {
         "{invalid}"
     );
     assert!(invalid.hint().unwrap().contains("auto"));
+    let two = bad("{train_batch_size: 3\nfp61: {}}");
+    let expected = "ds_config.json: 2 problems\n  line 1: train_batch_size: Check batch";
+    assert!(two.to_string().starts_with(expected), "{two}");
+    assert!(
+        two.to_string()
+            .contains("fp61: unknown key (nearest known: fp16)"),
+        "{two}"
+    );
+    assert!(two.hint().unwrap().contains("config check"));
 }
 
 #[test]

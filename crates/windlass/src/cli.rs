@@ -11,7 +11,9 @@ use windlass::tensor::kernels::dispatch::Level;
 use windlass::tensor::{Cpu, DType};
 
 pub mod bench;
+pub mod config;
 pub mod drive;
+pub mod estimate;
 pub mod eval;
 pub mod generate;
 pub mod info;

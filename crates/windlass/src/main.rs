@@ -27,6 +27,10 @@ enum Command {
     Eval(cli::eval::Args),
     /// Measure this machine: training steps or single kernels
     Bench(cli::bench::Args),
+    /// Read a ds_config.json and say what becomes of each key
+    Config(cli::config::Args),
+    /// Estimate the memory that training a model takes, by DeepSpeed's formulas
+    Estimate(cli::estimate::Args),
     /// Say what this machine offers and which kernels will run
     Info(cli::info::Args),
 }
@@ -40,6 +44,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => cli::generate::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Bench(args) => cli::bench::run(args),
+        Command::Config(args) => cli::config::run(args),
+        Command::Estimate(args) => cli::estimate::run(args),
         Command::Info(args) => cli::info::run(args),
     };
     match result {

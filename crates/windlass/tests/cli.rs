@@ -666,6 +666,9 @@ const HELP: &[&[&str]] = &[
     &["eval"],
     &["eval", "perplexity"],
     &["eval", "choice"],
+    &["config"],
+    &["config", "check"],
+    &["estimate"],
     &["info"],
 ];
 

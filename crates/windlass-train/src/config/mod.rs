@@ -69,7 +69,7 @@ pub struct Config {
     /// What is printed and measured.
     pub observe: Observe,
     rows: Vec<Row>,
-    notes: Vec<String>,
+    remarks: Vec<String>,
 }
 
 impl Config {
@@ -133,20 +133,19 @@ impl Config {
         for (path, value) in &context.overrides {
             refused.extend(alias::set(&mut root, path, value).err());
         }
-        let (mut notes, aliases) = alias::apply(&mut root);
+        let (mut remarks, aliases) = alias::apply(&mut root);
         refused.extend(aliases);
         let mut values = Values::new(&root);
-        notes.extend(auto::fill(&mut values, &context.auto));
+        remarks.extend(auto::fill(&mut values, &context.auto));
         let config = Self::build(&root, &mut values, context.world_size.max(1));
-        notes.extend(values.notes());
         let (rows, problems) = values.finish();
         refused.extend(problems);
         match config {
             Some(mut config) if refused.is_empty() => {
-                notes.append(&mut config.notes);
+                remarks.append(&mut config.remarks);
                 Ok(Self {
                     rows,
-                    notes,
+                    remarks,
                     ..config
                 })
             }
@@ -159,14 +158,14 @@ impl Config {
         let optimizer = OptimizerConfig::read(values);
         let base = optimizer.map(|optimizer| optimizer.lr());
         let mut scheduler = scheduler::read(values, base);
-        let mut notes = Vec::new();
+        let mut remarks = Vec::new();
         if let (Some(Scheduler::OneCycle(cycle)), Some(optimizer)) = (&mut scheduler, optimizer)
             && cycle.cycle_momentum
             && !optimizer.has_betas()
         {
             cycle.cycle_momentum = false;
             values.set(CYCLE_MOMENTUM, false.into());
-            notes.push(format!(
+            remarks.push(format!(
                 "{CYCLE_MOMENTUM} is off: this optimizer has no betas"
             ));
         }
@@ -191,7 +190,7 @@ impl Config {
             tag_validation: TagValidation::read(values),
             observe,
             rows: Vec::new(),
-            notes,
+            remarks,
         })
     }
 
@@ -200,9 +199,25 @@ impl Config {
         &self.rows
     }
 
-    /// What a user should know: older names, keys without a meaning here, `"auto"` that stayed a default.
-    pub fn notes(&self) -> &[String] {
-        &self.notes
+    /// What a user should know that is in no row: older names, `"auto"` that stayed a default.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
+    }
+
+    /// What a user should know before a run: the remarks, and a line for each key that the file sets in vain.
+    pub fn notes(&self) -> Vec<String> {
+        let given = self.rows.iter().filter(|row| row.origin != Origin::Default);
+        let vain = given.filter_map(|row| {
+            let key = &row.key;
+            match row.status {
+                Status::Honoured => None,
+                Status::NoMeaning(why) => Some(format!("{key} has no meaning here: {why}")),
+                Status::Unsupported(why) => {
+                    Some(format!("{key} is off; it would not be supported: {why}"))
+                }
+            }
+        });
+        self.remarks.iter().cloned().chain(vain).collect()
     }
 
     /// A hash of all values that change what a run computes or how: ranks compare it at the start.

@@ -43,14 +43,21 @@ fn lines(problems: &[Problem]) -> String {
         many => many
             .iter()
             .fold(format!("{} problems", many.len()), |text, problem| {
-                format!("{text}\n  {problem}")
+                let hint = problem.hint.as_ref().map(|hint| format!(" ({hint})"));
+                format!("{text}\n  {problem}{}", hint.unwrap_or_default())
             }),
     }
 }
 
 impl Invalid {
-    /// The first hint.
+    /// What to do, when one thing is wrong; several have their hints beside them.
     pub fn hint(&self) -> Option<String> {
-        self.problems.iter().find_map(|p| p.hint.clone())
+        match &self.problems[..] {
+            [one] => one.hint.clone(),
+            _ => Some(
+                "correct all of these; windlass config check prints what every key comes to"
+                    .to_owned(),
+            ),
+        }
     }
 }

@@ -383,22 +383,6 @@ impl Values {
         self.value(path).as_str()
     }
 
-    /// What the file says that has no effect: a line for each key.
-    pub fn notes(&self) -> Vec<String> {
-        let given = |slot: &&Slot| slot.origin != Origin::Default;
-        let off = self.rows.iter().filter(given).filter_map(|slot| {
-            let path = &slot.path;
-            match slot.status {
-                Status::Honoured => None,
-                Status::NoMeaning(why) => Some(format!("{path} has no meaning here: {why}")),
-                Status::Unsupported(why) => {
-                    Some(format!("{path} is off; it would not be supported: {why}"))
-                }
-            }
-        });
-        off.collect()
-    }
-
     /// The rows of the report, and what is wrong.
     pub fn finish(self) -> (Vec<Row>, Vec<Problem>) {
         let rows = self.rows.into_iter().map(|slot| Row {
