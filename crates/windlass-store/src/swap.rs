@@ -19,10 +19,13 @@ use windlass_tensor::kernels::memory::Buffer;
 
 use crate::error::{Error, Result};
 use file::DiskFile;
-use queue::{Direction, Place, Queue, Ticket};
+pub use measure::{Measured, measure, memory_for};
+pub use queue::Direction;
+use queue::{Place, Queue, Ticket};
 use sums::{BLOCK, Sums};
 
 mod file;
+mod measure;
 mod queue;
 mod ring;
 mod service;
@@ -68,8 +71,11 @@ const MAX_THREADS: usize = 64;
 const MAX_BLOCK: usize = 1 << 30;
 
 impl AioOptions {
-    /// Refuses what no disk can do, naming the key of the `aio` block.
-    fn check(&self, file: &Path) -> Result<()> {
+    /// Refuses what cannot be done, as [`SwapFile::create`] for `file` would.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], which names the key of the `aio` block.
+    pub fn check(&self, file: &Path) -> Result<()> {
         let refuse = |problem: String, hint: &str| {
             Err(Error::Unsupported {
                 path: file.to_owned(),
@@ -154,6 +160,7 @@ pub struct SwapFile {
     queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
     length: Mutex<u64>,
+    options: AioOptions,
     backend: Backend,
     asked: Option<Backend>,
     note: Option<String>,
@@ -182,6 +189,7 @@ impl SwapFile {
             queue,
             threads,
             length: Mutex::new(0),
+            options,
             backend: used,
             asked: backend,
             note: None,
@@ -200,6 +208,7 @@ impl SwapFile {
         let (queue, threads, used, refused) = start(&self.file, &options, self.asked)?;
         self.stop();
         (self.queue, self.threads, self.backend) = (queue, threads, used);
+        self.options = options;
         self.set_note(refused);
         Ok(())
     }
@@ -216,6 +225,11 @@ impl SwapFile {
             // A thread that panicked has failed its requests; their callers know.
             let _ = thread.join();
         }
+    }
+
+    /// The options in force.
+    pub fn options(&self) -> &AioOptions {
+        &self.options
     }
 
     /// Who moves the bytes.

@@ -17,6 +17,7 @@ pub mod estimate;
 pub mod eval;
 pub mod generate;
 pub mod info;
+pub mod io;
 pub mod launch;
 pub mod quickstart;
 pub mod recipe;

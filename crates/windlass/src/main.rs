@@ -31,6 +31,8 @@ enum Command {
     Config(cli::config::Args),
     /// Estimate the memory that training a model takes, by DeepSpeed's formulas
     Estimate(cli::estimate::Args),
+    /// Measure a disk for state that is offloaded to it
+    Io(cli::io::Args),
     /// Say what this machine offers and which kernels will run
     Info(cli::info::Args),
 }
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::run(args),
         Command::Config(args) => cli::config::run(args),
         Command::Estimate(args) => cli::estimate::run(args),
+        Command::Io(args) => cli::io::run(args),
         Command::Info(args) => cli::info::run(args),
     };
     match result {

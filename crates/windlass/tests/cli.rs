@@ -670,6 +670,8 @@ const HELP: &[&[&str]] = &[
     &["config", "check"],
     &["estimate"],
     &["info"],
+    &["io"],
+    &["io", "bench"],
 ];
 
 #[test]

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 
 /// Which way the bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub enum Direction {
     /// From memory to the disk.
     Write,
     /// From the disk to memory.
