@@ -4,6 +4,7 @@
 //! beyond its estimated end is the caller's to say in the message.
 
 use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
@@ -13,6 +14,21 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// The most redraws of the bar in a second.
 const REDRAWS_PER_SECOND: u8 = 10;
 
+/// Whether this process keeps still.
+static HUSHED: AtomicBool = AtomicBool::new(false);
+
+/// Lets this process keep still: of the processes of a job, one tells how it goes.
+pub fn hush() {
+    HUSHED.store(true, Ordering::Relaxed);
+}
+
+/// Writes a line to stderr, unless this process keeps still.
+pub fn say(line: &str) {
+    if !HUSHED.load(Ordering::Relaxed) {
+        eprintln!("{line}");
+    }
+}
+
 /// One piece of work with a known amount to do.
 pub struct Progress {
     display: Display,
@@ -21,11 +37,16 @@ pub struct Progress {
 enum Display {
     Bar(ProgressBar),
     Lines(Lines),
+    Nothing,
 }
 
 impl Progress {
     /// Work of `total` units (steps, bytes) under a short name.
     pub fn new(total: u64, label: &str) -> Self {
+        if HUSHED.load(Ordering::Relaxed) {
+            let display = Display::Nothing;
+            return Self { display };
+        }
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         if !std::io::stderr().is_terminal() || dumb {
             let lines = Lines::new(total, label, Instant::now());
@@ -56,6 +77,7 @@ impl Progress {
                     eprintln!("{line}");
                 }
             }
+            Display::Nothing => {}
         }
     }
 
@@ -64,6 +86,7 @@ impl Progress {
         match &self.display {
             Display::Bar(bar) => bar.suspend(|| eprintln!("{line}")),
             Display::Lines(_) => eprintln!("{line}"),
+            Display::Nothing => {}
         }
     }
 
@@ -72,6 +95,7 @@ impl Progress {
         match self.display {
             Display::Bar(bar) => bar.abandon_with_message(message.to_owned()),
             Display::Lines(lines) => eprintln!("{}", lines.last(message, Instant::now())),
+            Display::Nothing => {}
         }
     }
 }

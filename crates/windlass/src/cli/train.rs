@@ -6,13 +6,14 @@ use super::world::World;
 use super::{Machine, failure, usage};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use windlass::comm::Group;
 use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
-use windlass::progress::Progress;
+use windlass::progress::{Progress, say};
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass::store::{Home, Placement, Stage, Store};
 use windlass::tensor::{Cpu, ParamSpec};
@@ -138,6 +139,20 @@ pub fn run(args: Args) -> Result<()> {
             "they must be positive",
         ));
     }
+    let ranks = args.world.join()?;
+    let Some(job) = ranks.prepare(|| prepare(&args))? else {
+        return Ok(());
+    };
+    ranks.run(&args.machine, |group, cpu| job.run(group, &cpu))?;
+    say(&format!(
+        "next: windlass generate --model {} --prompt \"...\"",
+        args.out.display()
+    ));
+    Ok(())
+}
+
+/// What all ranks train; none if only the plan was asked for.
+fn prepare(args: &Args) -> Result<Option<Job>> {
     args.machine.cpu_threads()?;
     let engine = args.recipe.engine()?;
     let model = args
@@ -158,37 +173,32 @@ pub fn run(args: Args) -> Result<()> {
             separator: args.separator.clone(),
         },
     )?;
-    let tokenizer = tokenizer(&args, origin.as_deref(), &corpus)?;
-    let config = config(&args, origin.as_deref(), &tokenizer)?;
+    let tokenizer = tokenizer(args, origin.as_deref(), &corpus)?;
+    let config = config(args, origin.as_deref(), &tokenizer)?;
     for note in &config.notes {
-        eprintln!("note: {note}");
+        say(&format!("note: {note}"));
     }
-    let shape = shape(&args, &config);
+    let shape = shape(args, &config);
     let plan = plan(&config, args.recipe.dtype.dtype(), engine, shape);
     describe(&config, &plan);
     fits(&plan)?;
     if args.plan {
-        return Ok(());
+        return Ok(None);
     }
-    let tokenized = tokens(&args, &corpus, &tokenizer)?;
+    let tokenized = tokens(args, &corpus, &tokenizer)?;
+    let data = tokenized.file.description().key.clone();
     let split = Split::new(&Arc::new(tokenized.file), args.held_out, args.seed)?;
-    let options = options(&args, engine, shape, split.train.tokens())?;
-    let job = Job {
-        placement: placement(&args)?,
+    let options = options(args, engine, shape, split.train.tokens())?;
+    Ok(Some(Job {
+        placement: placement(args)?,
         origin,
         resume,
         config,
         tokenizer,
+        data,
         split,
         options,
-    };
-    args.world
-        .run(&args.machine, |group, cpu| job.run(group, &cpu))?;
-    eprintln!(
-        "next: windlass generate --model {} --prompt \"...\"",
-        args.out.display()
-    );
-    Ok(())
+    }))
 }
 
 /// What all ranks train.
@@ -198,6 +208,8 @@ struct Job {
     resume: Option<CheckpointDir>,
     config: DecoderConfig,
     tokenizer: Tokenizer,
+    /// The key of the tokens: data, tokenizer and how they were read.
+    data: String,
     split: Split,
     options: TrainOptions,
 }
@@ -206,6 +218,7 @@ impl Job {
     /// One rank's part.
     fn run(&self, group: Group, cpu: &Cpu) -> Result<()> {
         let first = group.rank() == 0;
+        self.agree(&group)?;
         let store = self.store(group, cpu, first)?;
         let mut trainer = Trainer::new(
             self.config.clone(),
@@ -219,6 +232,26 @@ impl Job {
         drive::train(&mut trainer, self.options.steps, first)
     }
 
+    /// Fails, on all ranks, if they are not about to do the same.
+    fn agree(&self, group: &Group) -> Result<()> {
+        let resume = self.resume.as_ref().map(CheckpointDir::step);
+        for (what, value) in [
+            ("the model", self.config.json.to_string()),
+            (
+                "the settings",
+                format!("{:?} {:?}", self.options, self.placement),
+            ),
+            ("the data and its tokenizer", self.data.clone()),
+            ("the checkpoint to resume from", format!("{resume:?}")),
+        ] {
+            // Not the hash of a map, whose keys are chosen by chance.
+            let mut hasher = DefaultHasher::new();
+            value.hash(&mut hasher);
+            group.agree(what, hasher.finish())?;
+        }
+        Ok(())
+    }
+
     /// The parameters, read or made where this rank keeps them.
     fn store(&self, group: Group, cpu: &Cpu, first: bool) -> Result<Store> {
         let (dtype, model) = (self.options.dtype, decoder(&self.config));
@@ -230,11 +263,11 @@ impl Job {
         };
         let (store, unused) = load_model(cpu, home, folder, &self.config, dtype)?;
         if first && !unused.is_empty() {
-            eprintln!(
+            say(&format!(
                 "note: {} tensors of the file have no use in the model, such as {}",
                 unused.len(),
                 unused[0]
-            );
+            ));
         }
         Ok(store)
     }
@@ -308,9 +341,12 @@ fn latest(out: &Path) -> Result<CheckpointDir> {
         )
     })?;
     if let Some(note) = found.note {
-        eprintln!("note: {note}");
+        say(&format!("note: {note}"));
     }
-    eprintln!("resuming from {}", found.checkpoint.path().display());
+    say(&format!(
+        "resuming from {}",
+        found.checkpoint.path().display()
+    ));
     Ok(found.checkpoint)
 }
 
@@ -336,11 +372,11 @@ fn tokenizer(args: &Args, origin: Option<&Path>, corpus: &Corpus) -> Result<Toke
     if let Some(folder) = origin {
         return Ok(Tokenizer::load(folder)?);
     }
-    eprintln!(
+    say(&format!(
         "training a tokenizer of up to {} tokens on {}",
         args.vocab_size,
         bytes(corpus.bytes() as usize)
-    );
+    ));
     let mut failed = None;
     let texts = corpus.pieces(Some(1 << 16)).map_while(|piece| match piece {
         Ok(piece) => Some(piece.text),
@@ -402,22 +438,22 @@ fn tokens(args: &Args, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Tokeniz
 /// Prints what the run needs.
 fn describe(config: &DecoderConfig, plan: &Plan) {
     use windlass::tensor::Category;
-    eprintln!(
+    say(&format!(
         "{}: {} parameters, {} layers, {} tokens per step",
         config.model_type,
         drive::count(plan.parameters),
         config.num_hidden_layers(),
         plan.tokens_per_step
-    );
+    ));
     let parts: Vec<String> = Category::ALL
         .iter()
         .map(|c| format!("{} {}", c.name(), bytes(plan.memory.of(*c))))
         .collect();
-    eprintln!(
+    say(&format!(
         "memory: {} ({})",
         bytes(plan.memory.reserved),
         parts.join(", ")
-    );
+    ));
 }
 
 /// Refuses what cannot fit.
