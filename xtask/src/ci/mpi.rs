@@ -83,15 +83,14 @@ pub fn processes(root: &Path, totals: &mut Totals) -> anyhow::Result<Outcome> {
     )
 }
 
-/// Four ranks on two hosts against four threads: every collective gives the same numbers.
+/// Four ranks on two hosts against four threads: every collective gives the same numbers, and a training the same
+/// losses and weights.
 pub fn hosts(root: &Path) -> anyhow::Result<Outcome> {
     if may_skip("hosts") {
         return Ok(Outcome::Skipped("WINDLASS_CI_SKIP names it".to_owned()));
     }
     install()?;
-    let build = [
-        "build",
-        "--release",
+    let comm = [
         "-p",
         "windlass-comm",
         "--features",
@@ -99,32 +98,122 @@ pub fn hosts(root: &Path) -> anyhow::Result<Outcome> {
         "--example",
         "selftest",
     ];
-    if let Outcome::Failed(detail) = cargo(root, &build)? {
-        return Ok(Outcome::Failed(format!("the build: {detail}")));
+    let train = ["-p", "windlass", "--features", "mpi"];
+    for package in [&comm[..], &train] {
+        if let Outcome::Failed(detail) = cargo(root, &[&["build", "--release"], package].concat())?
+        {
+            return Ok(Outcome::Failed(format!("the build: {detail}")));
+        }
     }
-    let selftest = built(root)?.join("examples/selftest");
-    let expected = output(command(root, &selftest.to_string_lossy(), &["local", "4"]))?;
+    let programs = built(root)?;
     let hosts = Hosts::new()?;
+    let results = collectives(&hosts, root, &programs.join("examples/selftest"))?;
+    let files = training(&hosts, root, &programs.join("windlass"))?;
+    Ok(Outcome::Passed(format!(
+        "4 ranks on 2 hosts as 4 threads: {results}; {files} files of a training"
+    )))
+}
+
+/// Compares the results of all collectives.
+fn collectives(hosts: &Hosts, root: &Path, selftest: &Path) -> anyhow::Result<String> {
+    let selftest = selftest.to_string_lossy();
+    let expected = output(command(root, &selftest, &["local", "4"]))?;
     let before = hosts.bytes_sent()?;
-    let (program, folder) = (selftest.to_string_lossy(), root);
-    let found = output(hosts.mpirun(folder, 4, &[program.as_ref(), "mpi"]))?;
+    let found = output(hosts.mpirun(root, 4, &[selftest.as_ref(), "mpi"]))?;
     let sent = hosts.bytes_sent()? - before;
     println!("{found}");
     if found != expected {
-        return Ok(Outcome::Failed(format!("four threads gave\n{expected}")));
+        bail!("four threads gave\n{expected}");
     }
     // Otherwise the messages went another way, and nothing was tested.
     if sent < 100_000_000 {
-        return Ok(Outcome::Failed(format!(
-            "only {sent} bytes left the first host"
-        )));
+        bail!("only {sent} bytes left the first host");
     }
     let lines = found.lines().count();
-    let detail = format!(
-        "{lines} results of 4 ranks on 2 hosts as of 4 threads; {} MB sent",
-        sent / 1_000_000
-    );
-    Ok(Outcome::Passed(detail))
+    Ok(format!("{lines} results, {} MB sent", sent / 1_000_000))
+}
+
+/// Compares a training by four threads with one that `windlass launch` starts on two hosts; how many files are equal.
+fn training(hosts: &Hosts, root: &Path, windlass: &Path) -> anyhow::Result<usize> {
+    let folder = root.join("target/ci-hosts");
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder)?;
+    }
+    std::fs::create_dir_all(&folder)?;
+    let line = |n: u32| {
+        format!(
+            "The ship {n} left port {} for port {}.\n",
+            n * 7 % 13,
+            n * n % 31
+        )
+    };
+    std::fs::write(
+        folder.join("text.txt"),
+        (0..500).map(line).collect::<String>(),
+    )?;
+    let slots = hosts
+        .addresses()
+        .map(|address| format!("{address} slots=2\n"));
+    std::fs::write(folder.join("hosts"), slots.concat())?;
+    let windlass = windlass.to_string_lossy();
+    let train = "train text.txt --size 1m --vocab-size 300 --steps 6 --batch 1 --accumulate 2 --seq-len 64 \
+                 --dtype bf16 --zero-stage 3 --save-every 3";
+    let train: Vec<&str> = train.split_whitespace().collect();
+    let threads = [&train[..], &["--ranks", "4", "--out", "threads"]].concat();
+    output(command(&folder, &windlass, &threads))?;
+    let network = hosts.network().join(" ");
+    let launch = [
+        "launch",
+        "--hostfile",
+        "hosts",
+        "--bind",
+        "none",
+        "--launcher-args",
+        &network,
+        "--",
+    ];
+    let launch = [
+        &[windlass.as_ref()],
+        &launch[..],
+        &train,
+        &["--out", "processes"],
+    ]
+    .concat();
+    output(hosts.on_first(&folder, &launch))?;
+    let [expected, found] = ["threads", "processes"].map(|run| folder.join(run));
+    if losses(&expected)? != losses(&found)? {
+        bail!(
+            "the losses are not those of four threads: {}",
+            folder.display()
+        );
+    }
+    let mut equal = 0;
+    for step in ["step-00000003", "step-00000006"] {
+        for entry in expected.join(step).read_dir()? {
+            let name = entry?.file_name();
+            let read = |run: &Path| std::fs::read(run.join(step).join(&name));
+            if read(&expected)? != read(&found)? {
+                bail!(
+                    "{step}/{} is not that of four threads",
+                    name.to_string_lossy()
+                );
+            }
+            equal += 1;
+        }
+    }
+    Ok(equal)
+}
+
+/// The losses and gradient norms that a run has written down, with their steps.
+fn losses(run: &Path) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl"))?;
+    let mut losses = Vec::new();
+    for line in text.lines() {
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        let keys = ["step", "loss", "grad_norm", "eval_loss"];
+        losses.push(keys.map(|key| line[key].to_string()).join(" "));
+    }
+    Ok(losses)
 }
 
 /// Where cargo puts release builds.
