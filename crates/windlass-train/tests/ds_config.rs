@@ -481,7 +481,7 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "optimizer: {type: \"Lion\", params: {max_grad_norm: 1}}",
         "optimizer.params.max_grad_norm",
         "unknown",
-        "",
+        "gradient_clipping",
     );
     check(
         "scheduler: {type: \"Warmup\", params: {x: 1}}",
@@ -1015,7 +1015,9 @@ fn auto_without_a_run_is_the_default() {
     assert_eq!(config.batch.gradient_accumulation_steps, 1);
     assert_eq!(config.gradient_clipping, Some(1.0));
     assert_eq!(config.zero.reduce_bucket_size, 500_000_000);
-    assert_eq!(config.notes().len(), 2, "{:?}", config.notes());
+    let remark = "gradient_clipping is \"auto\" and the run does not say: the default is 1.0";
+    assert_eq!(config.remarks()[0], remark);
+    assert_eq!(config.notes().len(), 3, "{:?}", config.notes());
     assert_eq!(row(&config, "gradient_clipping").origin.to_string(), "auto");
     let invalid = bad(r#"{"train_micro_batch_size_per_gpu": "auto"}"#);
     assert!(

@@ -55,8 +55,8 @@ impl Context {
     }
 }
 
-/// Fills in `"auto"`, and refuses what the file and the run say differently. Gives notes.
-pub(super) fn fill(values: &mut Values, auto: &Auto) -> Vec<String> {
+/// Fills in `"auto"`, and refuses what the file and the run say differently.
+pub(super) fn fill(values: &mut Values, auto: &Auto) {
     for (key, value) in given(auto) {
         if !values.has(key) {
             continue;
@@ -75,7 +75,9 @@ pub(super) fn fill(values: &mut Values, auto: &Auto) -> Vec<String> {
     if values.has(MIN_LR) && values.is_auto(MIN_LR) {
         values.set(MIN_LR, json!(0.0));
     }
-    from_hidden_size(values, auto.hidden_size)
+    if let Some(width) = auto.hidden_size {
+        from_hidden_size(values, width);
+    }
 }
 
 const MIN_LR: &str = "scheduler.params.warmup_min_lr";
@@ -128,29 +130,19 @@ fn given(auto: &Auto) -> impl Iterator<Item = (&'static str, Value)> {
 }
 
 /// The sizes that Hugging Face takes from the width of the model.
-fn from_hidden_size(values: &mut Values, hidden_size: Option<u64>) -> Vec<String> {
-    let mut notes = Vec::new();
-    type Size = fn(u64) -> u64;
-    let sizes: [(&str, Size); 3] = [
-        ("reduce_bucket_size", |h| h.saturating_mul(h)),
-        ("stage3_prefetch_bucket_size", |h| {
-            (0.9 * h.saturating_mul(h) as f64) as u64
-        }),
-        ("stage3_param_persistence_threshold", |h| {
-            h.saturating_mul(10)
-        }),
-    ];
-    for (key, size) in sizes {
+fn from_hidden_size(values: &mut Values, width: u64) {
+    let square = width.saturating_mul(width);
+    for (key, size) in [
+        ("reduce_bucket_size", square),
+        ("stage3_prefetch_bucket_size", (0.9 * square as f64) as u64),
+        (
+            "stage3_param_persistence_threshold",
+            width.saturating_mul(10),
+        ),
+    ] {
         let key = format!("zero_optimization.{key}");
-        if !values.is_auto(&key) {
-            continue;
-        }
-        match hidden_size {
-            Some(width) => values.set(&key, size(width).into()),
-            None => notes.push(format!(
-                "{key} is \"auto\" and the width of the model is not known: the default is used"
-            )),
+        if values.is_auto(&key) {
+            values.set(&key, size.into());
         }
     }
-    notes
 }

@@ -136,8 +136,9 @@ impl Config {
         let (mut remarks, aliases) = alias::apply(&mut root);
         refused.extend(aliases);
         let mut values = Values::new(&root);
-        remarks.extend(auto::fill(&mut values, &context.auto));
+        auto::fill(&mut values, &context.auto);
         let config = Self::build(&root, &mut values, context.world_size.max(1));
+        remarks.extend(values.unfilled());
         let (rows, problems) = values.finish();
         refused.extend(problems);
         match config {

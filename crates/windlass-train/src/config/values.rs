@@ -29,6 +29,8 @@ struct Slot {
     default: Value,
     value: Value,
     origin: Origin,
+    /// Whether something took the place of `"auto"`.
+    filled: bool,
 }
 
 impl Values {
@@ -69,6 +71,7 @@ impl Values {
             default: default.clone(),
             value: default,
             origin: Origin::Default,
+            filled: false,
         });
     }
 
@@ -168,6 +171,7 @@ impl Values {
                     default: Value::Null,
                     value: node.to_value(),
                     origin: node.origin.clone(),
+                    filled: false,
                 });
             } else if !self.params_of_nothing(&path) {
                 self.unknown(&path, name, &node.origin);
@@ -208,6 +212,7 @@ impl Values {
                 .is_some_and(|last| last == name)
         });
         let hint = match (elsewhere, nearest(name, siblings)) {
+            _ if name == "max_grad_norm" => "the largest norm is gradient_clipping".to_owned(),
             (Some(slot), _) => format!("did you mean {}?", slot.path),
             (None, Some(near)) => format!("nearest known: {parent}{near}"),
             (None, None) => String::new(),
@@ -348,6 +353,20 @@ impl Values {
             row.origin = Origin::Inferred;
         }
         row.value = value;
+        row.filled = true;
+    }
+
+    /// What the file leaves to the run and the run does not say: a line for each key.
+    pub fn unfilled(&self) -> Vec<String> {
+        let auto = |slot: &&Slot| matches!(slot.origin, Origin::Auto { .. }) && !slot.filled;
+        self.rows
+            .iter()
+            .filter(auto)
+            .map(|slot| {
+                let (path, value) = (&slot.path, show(&slot.value));
+                format!("{path} is \"auto\" and the run does not say: the default is {value}")
+            })
+            .collect()
     }
 
     /// The value of a key.
