@@ -5,7 +5,7 @@
 use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut};
 use crate::simd::{Simd, SimdElement};
-use crate::softmax::vector::{Max, SumExp};
+use crate::softmax::vector::{Max, SumExp, normal_from};
 use crate::stream::{Fold, Step, Width, fold, stream};
 use crate::tasks::{Tasks, assert_len, cells};
 use crate::{Element, reference};
@@ -108,6 +108,7 @@ struct Gradient<E> {
     d: *mut E,
     max: f32,
     factor: f32,
+    floor: f32,
     cap: Option<f32>,
 }
 
@@ -117,7 +118,8 @@ impl<E: SimdElement> Step for Gradient<E> {
         // SAFETY: the caller's promise.
         unsafe {
             let z: S = width.load(self.z.add(i));
-            let mut d = (z - S::splat(self.max)).exp() * S::splat(self.factor);
+            let e = (z - S::splat(self.max)).exp_above(S::splat(self.floor));
+            let mut d = e * S::splat(self.factor);
             if let Some(cap) = self.cap {
                 let t = z / S::splat(cap);
                 d = d * t.fnma(t, S::splat(1.0));
@@ -170,6 +172,7 @@ unsafe fn cross_entropy_vector<S: Simd, E: SimdElement>(
                         d: d.as_mut_ptr(),
                         max,
                         factor,
+                        floor: normal_from(factor),
                         cap,
                     },
                 );

@@ -131,6 +131,23 @@ pub trait Simd:
         (exp_m1_poly(r) + one).scale_by_power_of_two(n)
     }
 
+    /// [`Simd::exp`], 0 where it would be less than a normal number.
+    ///
+    /// Processors need some hundred cycles for each vector with a denormal result, and masked scores are -∞.
+    #[inline(always)]
+    fn exp_or_zero(self) -> Self {
+        // SAFETY: `self` exists, so the CPU has the features.
+        self.exp_above(unsafe { Self::splat(-87.0) })
+    }
+
+    /// [`Simd::exp`], 0 below `floor`, which is at least -87.
+    #[inline(always)]
+    fn exp_above(self, floor: Self) -> Self {
+        // SAFETY: `self` exists, so the CPU has the features.
+        let zero = unsafe { Self::splat(0.0) };
+        Self::select(self.lt(floor), zero, floor.max(self).exp())
+    }
+
     /// `e^self - 1`, within 2 ulp, also near zero; saturates at -1 and ∞, NaN stays NaN.
     #[inline(always)]
     fn exp_m1(self) -> Self {
@@ -156,7 +173,7 @@ pub trait Simd:
     fn sigmoid(self) -> Self {
         // SAFETY: `self` exists, so the CPU has the features.
         let one = unsafe { Self::splat(1.0) };
-        one / (one + (-self).exp())
+        one / (one + (-self).exp_or_zero())
     }
 
     /// The error function, within 3 ulp; NaN stays NaN.

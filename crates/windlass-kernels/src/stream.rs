@@ -258,7 +258,7 @@ unsafe fn column_group<S: Simd, W: Width, const K: usize, const V: usize>(
 
 /// Asks for a cache line; a hint, any address will do.
 #[inline(always)]
-fn prefetch(address: *const u8) {
+pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of the architecture; the instruction never faults.
     unsafe {

@@ -25,7 +25,7 @@ impl Curve for Silu {
     fn of<S: Simd>(x: S) -> (S, S) {
         // SAFETY (here and below): `x` exists, so the CPU has the features.
         let one = unsafe { S::splat(1.0) };
-        let denominator = one + (-x).exp();
+        let denominator = one + (-x).exp_or_zero();
         let s = one / denominator;
         (x / denominator, s * (one - s).fma(x, one))
     }
@@ -38,7 +38,7 @@ impl Curve for Gelu {
             let half = S::splat(0.5);
             let cdf =
                 half * (S::splat(1.0) + (x * S::splat(std::f32::consts::FRAC_1_SQRT_2)).erf());
-            let density = S::splat(SQRT_2_OVER_PI * 0.5) * (S::splat(-0.5) * x * x).exp();
+            let density = S::splat(SQRT_2_OVER_PI * 0.5) * (S::splat(-0.5) * x * x).exp_or_zero();
             (x * cdf, x.fma(density, cdf))
         }
     }

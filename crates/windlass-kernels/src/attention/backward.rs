@@ -3,8 +3,8 @@
 
 use super::forward::{Edges, TileRows};
 use super::tile::{
-    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, exp_or_zero, load_columns, load_rows, padded,
-    store_row, take,
+    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row,
+    take,
 };
 use super::{AttentionShape, Backward, Segment};
 use crate::pool::Worker;
@@ -303,7 +303,7 @@ unsafe fn softmax_backward<S: Simd>(
                     score = S::splat(cap) * t;
                     gradient = gradient * t.fnma(t, one);
                 }
-                let probability = exp_or_zero(score - lse);
+                let probability = (score - lse).exp_or_zero();
                 probability.store(p);
                 (probability * gradient).store(ds);
             }

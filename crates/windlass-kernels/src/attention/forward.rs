@@ -1,8 +1,8 @@
 //! The forward pass of one block of queries: tiles of keys from left to right, softmax kept as running maximum and sum.
 
 use super::tile::{
-    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, exp_or_zero, load_columns, load_rows, padded,
-    store_row, take,
+    Bounds, KEYS, Part, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row,
+    take,
 };
 use super::{AttentionShape, Block, Forward, KvView, Segment};
 use crate::pool::Worker;
@@ -322,7 +322,9 @@ unsafe fn softmax<S: Tiles>(
             let n = max.len() - row;
             let old = S::load_partial(max.as_ptr().add(row), n);
             let new = S::load(newest.as_ptr().add(row));
-            exp_or_zero(old - new).store(factors.as_mut_ptr().add(row));
+            (old - new)
+                .exp_or_zero()
+                .store(factors.as_mut_ptr().add(row));
             new.store_partial(max.as_mut_ptr().add(row), n);
         }
         for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
@@ -377,7 +379,7 @@ unsafe fn exponentials<S: Simd>(max: f32, line: &mut [f32]) -> f32 {
         let mut total = S::splat(0.0);
         for at in (0..KEYS).step_by(S::LANES) {
             let at = line[at..at + S::LANES].as_mut_ptr();
-            let p = exp_or_zero(S::load(at) - max);
+            let p = (S::load(at) - max).exp_or_zero();
             p.store(at);
             total = total + p;
         }
@@ -398,7 +400,7 @@ unsafe fn masked_exponentials<S: Simd>(max: f32, line: &mut [f32], (start, end):
         let mut total = S::splat(0.0);
         for at in (0..line.len()).step_by(S::LANES) {
             let p = match (start..end).contains(&at) {
-                true => exp_or_zero(S::load(line[at..at + S::LANES].as_ptr()) - max),
+                true => (S::load(line[at..at + S::LANES].as_ptr()) - max).exp_or_zero(),
                 false => S::splat(0.0),
             };
             p.store(line[at..at + S::LANES].as_mut_ptr());

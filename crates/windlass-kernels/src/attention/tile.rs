@@ -155,16 +155,6 @@ pub(super) trait Tiles: Simd {
     unsafe fn product(product: &Product);
 }
 
-/// `e^x`, 0 where it would be less than a normal number.
-///
-/// Processors need some hundred cycles for each vector with a denormal result, and masked scores are -∞.
-#[inline(always)]
-pub(super) fn exp_or_zero<S: Simd>(x: S) -> S {
-    // SAFETY: `x` exists, so the features are there.
-    let (floor, zero) = unsafe { (S::splat(-87.0), S::splat(0.0)) };
-    S::select(x.lt(floor), zero, floor.max(x).exp())
-}
-
 /// Asks for the cache line at `at` (any address) to be brought to the second-level cache.
 #[inline(always)]
 fn prefetch<E>(at: *const E) {

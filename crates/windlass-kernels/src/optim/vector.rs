@@ -8,7 +8,7 @@ use super::code::{Code, inverse};
 use super::rule::{AdagradFactors, AdamFactors, Factors, LionFactors, SgdFactors};
 use super::{LambFactors, MuonFactors};
 use crate::simd::Simd;
-use crate::stream::{First, Fold, Step, Whole, Width, fold, stream};
+use crate::stream::{First, Fold, Step, Whole, Width, fold, prefetch, stream};
 
 /// The streams of an update.
 struct Streams<F> {
@@ -17,6 +17,19 @@ struct Streams<F> {
     m: *mut f32,
     v: *mut f32,
     f: F,
+}
+
+/// Elements fetched ahead: half a page, which the hardware's own fetching stops at the end of.
+const AHEAD: usize = 512;
+
+impl<F> Streams<F> {
+    /// Asks for what is read some steps later.
+    #[inline(always)]
+    fn fetch(&self, i: usize) {
+        for from in [self.p.cast_const(), self.g, self.m, self.v] {
+            prefetch(from.wrapping_add(i + AHEAD).cast());
+        }
+    }
 }
 
 /// Makes the bodies of updates that a [`Step`] over their streams describes.
@@ -52,6 +65,7 @@ updates! {
 impl Step for Streams<AdamFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let p: S = width.load(self.p.add(i).cast_const());
@@ -73,6 +87,7 @@ impl Step for Streams<AdamFactors<f32>> {
 impl Step for Streams<AdagradFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let p: S = width.load(self.p.add(i).cast_const());
@@ -90,6 +105,7 @@ impl Step for Streams<AdagradFactors<f32>> {
 impl Step for Streams<LionFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
@@ -109,6 +125,7 @@ impl Step for Streams<LionFactors<f32>> {
 impl Step for Streams<SgdFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let p: S = width.load(self.p.add(i).cast_const());
@@ -172,6 +189,7 @@ unsafe fn lamb_update<S: Simd>(f: &LambFactors<f32>, p: S, m: S, v: S) -> S {
 impl Fold<2> for Streams<LambFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, held: [S; 2]) -> [S; 2] {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let p: S = width.load(self.p.add(i).cast_const());
@@ -208,6 +226,7 @@ pub(super) unsafe fn lamb_moments<S: Simd>(
 impl Step for Streams<LambFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         unsafe {
             let p: S = width.load(self.p.add(i).cast_const());
             let m: S = width.load(self.m.add(i).cast_const());
@@ -221,6 +240,7 @@ impl Step for Streams<LambFactors<f32>> {
 impl Step for Streams<MuonFactors<f32>> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        self.fetch(i);
         let f = &self.f;
         unsafe {
             let g = width.load::<S, f32>(self.g.add(i)) * S::splat(f.grad_scale);
@@ -240,6 +260,8 @@ struct Join(Halves, *mut f32);
 impl Step for Join {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
+        prefetch(self.0.0.wrapping_add(i + 2 * AHEAD).cast());
+        prefetch(self.0.1.wrapping_add(i + 2 * AHEAD).cast());
         unsafe {
             let value: S = width.load_split(self.0.0.add(i), self.0.1.add(i));
             width.store(self.1.add(i), value);

@@ -27,7 +27,7 @@ pub(crate) struct SumExp<E>(pub *const E, pub f32);
 impl<E: SimdElement> Fold<1> for SumExp<E> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W, [sum]: [S; 1]) -> [S; 1] {
-        unsafe { [sum + (width.load::<S, E>(self.0.add(i)) - S::splat(self.1)).exp()] }
+        unsafe { [sum + (width.load::<S, E>(self.0.add(i)) - S::splat(self.1)).exp_or_zero()] }
     }
 }
 
@@ -42,19 +42,26 @@ unsafe fn max_and_sum<S: Simd, E: SimdElement>(x: *const E, cols: usize) -> (f32
     }
 }
 
+/// From where on `e^x` times `factor` is a normal number.
+pub(crate) fn normal_from(factor: f32) -> f32 {
+    -87.0 - factor.abs().min(1.0).ln()
+}
+
 /// `y = e^(x - max) * factor`.
 struct ScaledExp<E> {
     x: *const E,
     y: *mut E,
     max: f32,
     factor: f32,
+    floor: f32,
 }
 
 impl<E: SimdElement> Step for ScaledExp<E> {
     #[inline(always)]
     unsafe fn step<S: Simd, W: Width>(&self, i: usize, width: W) {
         unsafe {
-            let e = (width.load::<S, E>(self.x.add(i)) - S::splat(self.max)).exp();
+            let x = width.load::<S, E>(self.x.add(i)) - S::splat(self.max);
+            let e = x.exp_above(S::splat(self.floor));
             width.store(self.y.add(i), e * S::splat(self.factor));
         }
     }
@@ -72,6 +79,7 @@ pub(super) unsafe fn softmax<S: Simd, E: SimdElement>(x: &[E], cols: usize, y: &
                     y: y.as_mut_ptr(),
                     max,
                     factor: 1.0 / sum,
+                    floor: normal_from(1.0 / sum),
                 },
             );
         }
@@ -151,7 +159,7 @@ impl<E: SimdElement, const LOG: bool> Step for Dx<E, LOG> {
             width.store(
                 self.dx.add(i),
                 if LOG {
-                    y.exp().fnma(sum, dy)
+                    y.exp_or_zero().fnma(sum, dy)
                 } else {
                     y * (dy - sum)
                 },
