@@ -17,7 +17,7 @@ mod transfer;
 
 pub use error::{Error, Result};
 pub use store::{
-    ArrayKind, BLOCK, Gathered, Home, Placement, Shard, Stage, StateEntry, Store, Tier, Values,
-    Wire, partition,
+    ArrayKind, Gathered, Home, Placement, Shard, Stage, StateEntry, StateSpec, Store, Tier, Wire,
+    partition,
 };
 pub use transfer::{Loader, elements, load_weights, save_weights};

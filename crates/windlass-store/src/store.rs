@@ -15,8 +15,8 @@ mod slot;
 mod state;
 mod whole;
 
-pub use owner::{ArrayKind, Shard, Values};
-pub use placement::{BLOCK, Placement, Stage, Tier, Wire, partition};
+pub use owner::{ArrayKind, Shard, StateSpec};
+pub use placement::{Placement, Stage, Tier, Wire, partition};
 
 pub use state::StateEntry;
 

@@ -12,7 +12,7 @@ pub struct UnitSpec {
 }
 
 /// A parameter of a model: which unit, which slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ParamId {
     /// Index of the unit.
     pub unit: usize,

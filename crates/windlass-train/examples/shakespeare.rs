@@ -106,7 +106,7 @@ fn main() -> Result<(), Failure> {
         let loss = engine.forward(data.batch(starts, context, storage))?;
         losses.push(loss.value());
         engine.backward(loss)?;
-        norms.push(engine.step(schedule.lr(step as u64))?.grad_norm);
+        norms.push(engine.step_at(schedule.lr(step as u64))?.grad_norm);
         if step % 25 == 0 || step + 1 == data.starts.len() {
             let seconds = began.elapsed().as_secs_f64();
             println!("step {step} loss {:.5} {seconds:.1} s", losses[step]);

@@ -1,11 +1,14 @@
 //! The engine: `forward`, `backward`, `step` over a model and a store.
 
 use crate::error::{Error, Result};
-use crate::optimizer::Optimizer;
+use crate::loss_scale::{LossScale, LossScaler};
+use crate::optimizer::{Optimizer, Step};
+use crate::schedule::Rate;
 use std::collections::BTreeMap;
 use windlass_model::Model;
-use windlass_store::Store;
-use windlass_tensor::{Category, Cpu, DType, Grads, Recorded, Tape, Tensor};
+use windlass_store::{StateSpec, Store};
+use windlass_tensor::kernels::optim::Storage;
+use windlass_tensor::{Category, Cpu, DType, Grads, ParamId, Recorded, Tape, Tensor};
 
 /// How an engine trains.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +23,14 @@ pub struct EngineOptions {
     pub gradient_accumulation_steps: usize,
     /// What the losses of a step's batches, on all ranks, make together.
     pub losses: Losses,
+    /// How the optimizer's moments are stored.
+    pub moments: Storage,
+    /// Parameters of fewer elements keep `f32` moments where `moments` is in 8 bits.
+    pub min_8bit_size: usize,
+    /// The learning rate of each step.
+    pub rate: Rate,
+    /// How losses are scaled so that small gradients survive in `f16`.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// What the losses of a step's batches make together.
@@ -31,6 +42,8 @@ pub enum Losses {
     /// Their sum: each is already divided by the tokens of the whole step, so batches of different lengths weigh as
     /// they should.
     Sum,
+    /// The mean over the batches of a rank, summed over ranks (`"gradient_allreduce_op": "sum"`).
+    MeanSummedOverRanks,
 }
 
 impl Default for EngineOptions {
@@ -41,6 +54,10 @@ impl Default for EngineOptions {
             activation_checkpointing: false,
             gradient_accumulation_steps: 1,
             losses: Losses::Mean,
+            moments: Storage::F32,
+            min_8bit_size: 4096,
+            rate: Rate::Constant(1e-3),
+            loss_scale: None,
         }
     }
 }
@@ -53,6 +70,9 @@ pub struct Engine<B> {
     steps: u64,
     /// Backward passes since the last step.
     micro_steps: usize,
+    scaler: Option<LossScaler>,
+    skipped: u64,
+    last_norm: Option<f64>,
 }
 
 /// A loss, with all that its backward pass needs.
@@ -87,21 +107,55 @@ pub struct StepReport {
     pub step: u64,
     /// Global norm of the gradients before clipping.
     pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Whether a gradient overflowed and nothing was updated.
+    pub skipped: bool,
+}
+
+/// Where an engine stands, beside its parameters and optimizer state.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct EngineState {
+    /// Optimizer steps taken.
+    #[serde(rename = "step")]
+    pub steps: u64,
+    /// Steps skipped.
+    #[serde(default)]
+    pub skipped: u64,
+    /// The loss scale.
+    #[serde(default)]
+    pub scaler: Option<LossScaler>,
 }
 
 impl<B> Engine<B> {
     /// An engine over a model and the store of its parameters; all dense parameters are trained.
     ///
     /// # Errors
-    /// A disk without space for the optimizer's state, where that is its place.
+    /// A disk without space for the optimizer's state, where that is its place; moments in 8 bits for an optimizer
+    /// that has none.
     pub fn initialize(model: Model<B>, mut store: Store, options: EngineOptions) -> Result<Self> {
-        store.train(options.optimizer.moments(), |_| true)?;
+        let state = StateSpec {
+            moments: options.optimizer.moments(),
+            storage: options.moments,
+            min_8bit_size: options.min_8bit_size,
+        };
+        if options.moments == Storage::Q8 && !options.optimizer.has_8bit() {
+            return Err(Error::Setting {
+                setting: "the storage of moments",
+                value: "8 bits".into(),
+                range: "f32 or bf16 for this optimizer: only AdamW has moments in 8 bits",
+            });
+        }
+        store.train(state, |_| true)?;
         Ok(Engine {
             model,
             store,
             options,
             steps: 0,
             micro_steps: 0,
+            scaler: options.loss_scale.map(LossScaler::new),
+            skipped: 0,
+            last_norm: None,
         })
     }
 
@@ -125,9 +179,42 @@ impl<B> Engine<B> {
         self.steps
     }
 
-    /// Continues counting from `steps`: a resumed run.
-    pub fn set_global_steps(&mut self, steps: u64) {
-        self.steps = steps;
+    /// Forgets how often it has been stepped and what it has skipped, and continues as a saved engine would.
+    pub fn resume(&mut self, state: &EngineState) {
+        self.steps = state.steps;
+        self.skipped = state.skipped;
+        if let (Some(scaler), Some(saved)) = (&mut self.scaler, &state.scaler) {
+            *scaler = saved.clone();
+        }
+    }
+
+    /// What [`Engine::resume`] needs.
+    pub fn state(&self) -> EngineState {
+        EngineState {
+            steps: self.steps,
+            skipped: self.skipped,
+            scaler: self.scaler.clone(),
+        }
+    }
+
+    /// The learning rate of the next step.
+    pub fn lr(&self) -> f64 {
+        self.options.rate.lr(self.steps)
+    }
+
+    /// What losses are multiplied by; 1 without a loss scale.
+    pub fn loss_scale(&self) -> f64 {
+        self.scaler.as_ref().map_or(1.0, LossScaler::scale)
+    }
+
+    /// Steps that were skipped because a gradient overflowed.
+    pub fn skipped_steps(&self) -> u64 {
+        self.skipped
+    }
+
+    /// The gradient norm of the last step, before clipping; `None` before the first one.
+    pub fn last_grad_norm(&self) -> Option<f64> {
+        self.last_norm
     }
 
     /// Whether the next backward pass is the last one before a step.
@@ -145,7 +232,7 @@ impl<B> Engine<B> {
     pub fn forward(&mut self, batch: B) -> Result<Loss<B>> {
         self.store
             .set_boundary(self.is_gradient_accumulation_boundary());
-        let cpu = self.store.cpu().clone();
+        let (cpu, scale) = (self.store.cpu().clone(), self.loss_scale());
         let mut loss = Loss {
             value: 0.0,
             batch,
@@ -160,14 +247,14 @@ impl<B> Engine<B> {
             if index + 1 == count {
                 let grads = self.store.grads(unit);
                 let weights = self.store.gather(unit)?;
-                let mut tape = Tape::training_eager(&cpu, grads, 1.0);
+                let mut tape = Tape::training_eager(&cpu, grads, scale);
                 let input = tape.input(std::mem::replace(&mut x, start(&cpu)));
                 let y = layer.forward(&weights, input, &loss.batch, &mut tape);
                 let (recorded, grads) = tape.finish(&y);
                 let mut grads = grads.expect("an eager tape returns its gradients");
                 loss.value = y.tensor.item();
                 let seed = y.tensor.cast(&cpu, y.tensor.dtype(), Category::Activations);
-                loss.dx = recorded.backward(&weights, ones(&cpu, seed), &mut grads);
+                loss.dx = recorded.backward(&weights, filled(&cpu, seed, scale), &mut grads);
                 drop(weights);
                 finish_unit(&order, &mut self.store, &mut loss.held, index, grads)?;
                 break;
@@ -235,34 +322,68 @@ impl<B> Engine<B> {
         Ok(())
     }
 
-    /// Updates the parameters from the gradients, clipped by their global norm, and clears the gradients.
+    /// Updates the parameters from the gradients, clipped by their global norm, at the learning rate of the options, and
+    /// clears the gradients.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] when a gradient is not finite: nothing is updated then. As [`Engine::forward`].
-    pub fn step(&mut self, lr: f64) -> Result<StepReport> {
-        let pool = self.store.cpu().pool.clone();
+    /// As [`Engine::step_at`].
+    pub fn step(&mut self) -> Result<StepReport> {
+        self.step_at(self.lr())
+    }
+
+    /// As [`Engine::step`], at a learning rate of the caller's.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] when a gradient is not finite: nothing is updated then. With a loss scale that is an
+    /// overflow: the step is skipped and the scale falls, and it is an error only when the scale cannot fall further.
+    /// As [`Engine::forward`].
+    pub fn step_at(&mut self, lr: f64) -> Result<StepReport> {
         let grad_norm = self.global_grad_norm()?;
-        let step = self.steps + 1;
-        if !grad_norm.is_finite() {
+        self.last_norm = Some(grad_norm);
+        let number = self.steps + 1;
+        let overflow = !grad_norm.is_finite();
+        let grad_scale = self.mean();
+        let skipped = match &mut self.scaler {
+            Some(scaler) => scaler.update(overflow) && !scaler.exhausted(),
+            None => false,
+        };
+        if overflow && !skipped {
             return Err(Error::NonFinite {
-                step,
+                step: number,
                 what: "gradient norm",
                 value: grad_norm,
                 checkpoint: None,
             });
         }
-        // As torch.nn.utils.clip_grad_norm_: the coefficient never exceeds 1.
-        let clip = self
-            .options
-            .gradient_clipping
-            .map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
-        let (optimizer, scale) = (self.options.optimizer, clip * self.mean());
-        self.store
-            .update(&mut |shard| optimizer.apply(&pool, shard, lr, step, scale))?;
+        if !skipped {
+            // As torch.nn.utils.clip_grad_norm_: the coefficient never exceeds 1.
+            let clip = self
+                .options
+                .gradient_clipping
+                .map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+            let step = Step {
+                lr,
+                number,
+                grad_scale: clip * grad_scale,
+                betas: self.options.rate.betas(self.steps),
+            };
+            let ends = [self.model.layers().next(), self.model.layers().next_back()];
+            let ends = ends.map(|layer| layer.map(|(unit, _)| unit));
+            let hidden = |id: ParamId| !ends.contains(&Some(id.unit));
+            self.options
+                .optimizer
+                .update(&mut self.store, &step, hidden)?;
+            self.steps = number;
+        }
+        self.skipped += u64::from(skipped);
         self.store.clear_grads();
-        self.steps = step;
         self.micro_steps = 0;
-        Ok(StepReport { step, grad_norm })
+        Ok(StepReport {
+            step: number,
+            grad_norm,
+            lr,
+            skipped,
+        })
     }
 
     /// The norm of all gradients together, before clipping.
@@ -275,10 +396,13 @@ impl<B> Engine<B> {
 
     /// What turns the sum of gradients that the store keeps into the gradient of a step's loss.
     fn mean(&self) -> f64 {
-        match self.options.losses {
-            Losses::Sum => 1.0,
-            Losses::Mean => 1.0 / (self.store.group().size() * self.micro_steps.max(1)) as f64,
-        }
+        let (ranks, micro) = (self.store.group().size(), self.micro_steps.max(1));
+        let count = match self.options.losses {
+            Losses::Sum => 1,
+            Losses::Mean => ranks * micro,
+            Losses::MeanSummedOverRanks => micro,
+        };
+        1.0 / (count as f64 * self.loss_scale())
     }
 
     /// Runs the model without recording: what the last layer returns.
@@ -343,11 +467,11 @@ fn start(cpu: &Cpu) -> Tensor {
     Tensor::empty(cpu, [0], DType::F32, Category::Activations)
 }
 
-fn ones(cpu: &Cpu, mut like: Tensor) -> Tensor {
+fn filled(cpu: &Cpu, mut like: Tensor, value: f64) -> Tensor {
     use windlass_tensor::kernels::elementwise::fill;
     match like.dtype() {
-        DType::F64 => fill(&cpu.pool, 1.0, like.as_mut_slice::<f64>()),
-        _ => fill(&cpu.pool, 1.0, like.as_mut_slice::<f32>()),
+        DType::F64 => fill(&cpu.pool, value, like.as_mut_slice::<f64>()),
+        _ => fill(&cpu.pool, value as f32, like.as_mut_slice::<f32>()),
     }
     like
 }

@@ -16,7 +16,7 @@ mod save;
 pub mod schedule;
 mod trainer;
 
-pub use engine::{Engine, EngineOptions, Loss, Losses, StepReport, idle, run};
+pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport, idle, run};
 pub use error::{Error, Result};
 pub use optimizer::Optimizer;
 pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};

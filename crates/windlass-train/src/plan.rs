@@ -82,7 +82,7 @@ pub fn plan_rank(
             let loss = engine.forward(batch).expect(PURE);
             engine.backward(loss).expect(PURE);
         }
-        engine.step(0.0).expect(PURE);
+        engine.step_at(0.0).expect(PURE);
         let traffic = engine.store().group().traffic().since(&before);
         sent = (traffic.total().bytes - traffic.control.bytes) as usize;
     }
@@ -115,7 +115,7 @@ pub fn measure_step(
             engine.backward(loss).expect("nothing can fail in memory");
         }
         // Nothing here is learned: a step that is refused for its numbers has taken its time all the same.
-        let _ = engine.step(0.0);
+        let _ = engine.step_at(0.0);
         start.elapsed().as_secs_f64()
     });
     times.skip(1).fold(f64::INFINITY, f64::min)

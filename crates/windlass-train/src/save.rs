@@ -1,7 +1,7 @@
 //! A training run at rest: a Hugging Face folder, the optimizer's state, and where the run stands.
 
 use crate::data::{Packing, SamplerState};
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
@@ -24,7 +24,8 @@ pub(crate) const STATE_FILE: &str = "trainer_state.json";
 /// Where a run stands, with the settings that decide what comes next.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Progress {
-    pub(crate) step: u64,
+    #[serde(flatten)]
+    pub(crate) engine: EngineState,
     pub(crate) tokens_seen: u64,
     pub(crate) sampler: SamplerState,
     pub(crate) dtype: String,
@@ -221,13 +222,13 @@ pub(crate) fn save(
     let (store, group) = (engine.store(), engine.store().group());
     let first = group.rank() == 0;
     let begun = match first {
-        true => checkpoints.begin(progress.step).map(Some),
+        true => checkpoints.begin(progress.engine.steps).map(Some),
         false => Ok(None),
     };
     together(group, "begin a checkpoint", begun.as_ref().err())?;
     let mut writer = match begun? {
         Some(writer) => writer,
-        None => checkpoints.join(progress.step),
+        None => checkpoints.join(progress.engine.steps),
     };
     let written = write_part(&mut writer, engine, config);
     let written = written.and_then(|()| match first {
@@ -239,7 +240,7 @@ pub(crate) fn save(
     if !first {
         exchange(group, "checkpoint files", &writer.leave())?;
         together(group, "commit a checkpoint", None::<&Error>)?;
-        return Ok(checkpoints.get(progress.step)?);
+        return Ok(checkpoints.get(progress.engine.steps)?);
     }
     let committed = exchange(group, "checkpoint files", &[]).and_then(|lists| {
         for list in lists.iter().filter(|list| !list.is_empty()) {
@@ -325,9 +326,12 @@ fn optimizer_file(rank: usize, ranks: usize) -> String {
 fn state_spec(entry: &StateEntry) -> Spec {
     let dtype = match entry.kind {
         ArrayKind::Low => Dtype::I16,
-        ArrayKind::Moment => Dtype::F32,
+        ArrayKind::Moment | ArrayKind::Scales => Dtype::F32,
+        ArrayKind::MomentBf16 => Dtype::BF16,
+        ArrayKind::Codes => Dtype::U8,
     };
-    Spec::new(entry.name.clone(), dtype, vec![entry.range.len()])
+    let len = entry.kind.at(entry.range.clone()).len();
+    Spec::new(entry.name.clone(), dtype, vec![len])
 }
 
 /// Reads the optimizer state of a checkpoint, saved by any number of ranks, into a store whose weights are the
@@ -350,8 +354,8 @@ pub(crate) fn load_optimizer(
                 continue;
             }
             let view = file.get(&entry.name)?;
-            view.expect_shape(&[shard.len()])?;
-            store.write_state(&entry, shard.start, view.bytes)?;
+            view.expect_shape(&[entry.kind.at(shard.clone()).len()])?;
+            store.write_state(&entry, shard, view.bytes)?;
         }
     }
     Ok(())

@@ -31,6 +31,42 @@ pub enum Warmup {
     Fraction(f64),
 }
 
+/// Where the learning rate of each step comes from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rate {
+    /// The same in all steps.
+    Constant(f64),
+    /// A warm-up and a decay.
+    Schedule(Schedule),
+    /// A schedule of DeepSpeed's.
+    DeepSpeed(deepspeed::Scheduler),
+}
+
+impl Rate {
+    /// The rate of the step after `steps` others.
+    pub fn lr(&self, steps: u64) -> f64 {
+        match self {
+            Rate::Constant(lr) => *lr,
+            Rate::Schedule(schedule) => schedule.lr(steps),
+            Rate::DeepSpeed(scheduler) => scheduler.update_lr(steps),
+        }
+    }
+
+    /// The betas of the step after `steps` others, where the schedule moves them.
+    pub fn betas(&self, steps: u64) -> Option<(f64, f64)> {
+        match self {
+            Rate::DeepSpeed(scheduler) => scheduler.update_betas(steps),
+            _ => None,
+        }
+    }
+}
+
+impl From<Schedule> for Rate {
+    fn from(schedule: Schedule) -> Self {
+        Rate::Schedule(schedule)
+    }
+}
+
 /// The learning rate of every step of a run.
 ///
 /// With `w` warm-up steps of `n` in total, peak `p`, minimum `m = p · min_ratio` and `x = (i − w) / (n − w)`:

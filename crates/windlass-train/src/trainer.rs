@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::monitor::{EventWriter, Metrics};
 use crate::plan::StepShape;
 use crate::save::{self, Progress};
-use crate::schedule::Schedule;
+use crate::schedule::Rate;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub struct TrainOptions {
     /// Sequences of a step.
     pub shape: StepShape,
     /// Learning rate of every step.
-    pub schedule: Schedule,
+    pub schedule: Rate,
     /// Optimizer steps of the whole run.
     pub steps: u64,
     /// How documents share a sequence.
@@ -164,6 +164,7 @@ impl Trainer {
         let engine_options = EngineOptions {
             gradient_accumulation_steps: options.shape.gradient_accumulation_steps,
             losses: Losses::Sum,
+            rate: options.schedule,
             ..options.engine
         };
         let mut engine = Engine::initialize(decoder(&config), store, engine_options)?;
@@ -173,7 +174,7 @@ impl Trainer {
             progress.check(&options, ranks)?;
             save::load_optimizer(checkpoint, progress.ranks, engine.store_mut())?;
             sampler.resume(&progress.sampler)?;
-            engine.set_global_steps(progress.step);
+            engine.resume(&progress.engine);
             tokens_seen = progress.tokens_seen;
         }
         std::fs::create_dir_all(&options.out).map_err(|e| Error::io("create", &options.out, e))?;
@@ -296,11 +297,11 @@ impl Trainer {
             self.engine.backward(loss)?;
         }
         let mean: f64 = self.all("loss", &[mean])?.iter().sum();
-        if !mean.is_finite() {
+        // With a loss scale, what overflows in the forward pass is skipped like an overflowing gradient.
+        if !mean.is_finite() && self.options.engine.loss_scale.is_none() {
             return Err(self.non_finite(step, "loss", mean));
         }
-        let lr = self.options.schedule.lr(step - 1);
-        let report = self.engine.step(lr).map_err(|e| match e {
+        let report = self.engine.step().map_err(|e| match e {
             Error::NonFinite { value, what, .. } => self.non_finite(step, what, value),
             other => other,
         })?;
@@ -308,7 +309,7 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         let values = [
             ("loss", mean),
-            ("lr", lr),
+            ("lr", report.lr),
             ("grad_norm", report.grad_norm),
             ("tokens", self.tokens_seen as f64),
             ("tokens_per_second", tokens as f64 / seconds),
@@ -317,7 +318,7 @@ impl Trainer {
         Ok(StepEvent {
             step,
             loss: mean,
-            lr,
+            lr: report.lr,
             grad_norm: report.grad_norm,
             tokens,
             seconds,
@@ -399,7 +400,7 @@ impl Trainer {
     /// Whatever hinders writing; the checkpoints before it stay.
     pub fn save(&mut self) -> Result<CheckpointDir> {
         let progress = Progress {
-            step: self.engine.global_steps(),
+            engine: self.engine.state(),
             tokens_seen: self.tokens_seen,
             sampler: self.sampler.state(),
             dtype: self.options.dtype.name().into(),

@@ -131,7 +131,10 @@ fn gradients(engine: &Engine<Tokens>) -> Vec<(String, Vec<f64>)> {
 fn parameters(engine: &mut Engine<Tokens>) -> Vec<(String, Vec<f32>)> {
     let mut parameters = Vec::new();
     let note = &mut |shard: windlass_store::Shard<'_>| {
-        parameters.push((shard.spec.name.clone(), shard.values.to_vec()));
+        parameters.push((
+            shard.spec.name.clone(),
+            shard.values.master(0..shard.values.len()),
+        ));
     };
     engine.store_mut().visit(note).unwrap();
     parameters
@@ -214,7 +217,7 @@ fn gradients_and_ten_updates() {
             }
         }
         let Some(norm) = norm else { break };
-        let report = engine.step(1e-3).unwrap();
+        let report = engine.step_at(1e-3).unwrap();
         close(
             &format!("norm of update {k}"),
             &[report.grad_norm],
@@ -255,7 +258,7 @@ fn ten_updates_in_bf16() {
             loss.value()
         );
         engine.backward(loss).unwrap();
-        engine.step(1e-3).unwrap();
+        engine.step_at(1e-3).unwrap();
     }
 }
 
@@ -348,7 +351,7 @@ fn trace(
             trace.gradients = gradients(&engine);
         }
         trace.losses.push(total);
-        trace.norms.push(engine.step(1e-3).unwrap().grad_norm);
+        trace.norms.push(engine.step_at(1e-3).unwrap().grad_norm);
     }
     trace.parameters = parameters(&mut engine);
     trace

@@ -21,11 +21,13 @@ use windlass_train::{
 const ADAMW: Optimizer = Optimizer::ADAMW;
 const SGD: Optimizer = Optimizer::Sgd {
     momentum: 0.9,
+    dampening: 0.0,
     nesterov: true,
     weight_decay: 0.1,
 };
 const PLAIN_SGD: Optimizer = Optimizer::Sgd {
     momentum: 0.0,
+    dampening: 0.0,
     nesterov: false,
     weight_decay: 0.0,
 };
@@ -83,7 +85,9 @@ impl Bench {
                 seq_len: 32,
                 gradient_accumulation_steps: 2,
             },
-            schedule: Schedule::new(2e-3, 0.1, Warmup::Steps(2), steps, Decay::Cosine).unwrap(),
+            schedule: Schedule::new(2e-3, 0.1, Warmup::Steps(2), steps, Decay::Cosine)
+                .unwrap()
+                .into(),
             steps,
             packing: Packing::Documents,
             seed: 5,
@@ -249,8 +253,9 @@ fn a_step_is_the_same_however_it_is_cut_into_batches() {
             let mut options = bench.options(&format!("{dtype}-{micro_batch}"), 5);
             options.dtype = dtype;
             options.engine.optimizer = SGD;
-            options.schedule =
-                Schedule::new(0.2, 1.0, Warmup::Steps(0), 5, Decay::Constant).unwrap();
+            options.schedule = Schedule::new(0.2, 1.0, Warmup::Steps(0), 5, Decay::Constant)
+                .unwrap()
+                .into();
             options.shape.micro_batch = micro_batch;
             options.shape.gradient_accumulation_steps = parts;
             bench.train(2, &options, &[]);
@@ -323,7 +328,9 @@ fn a_run_leaves_its_last_checkpoints_and_its_records() {
 fn a_loss_that_is_no_number_stops_the_run() {
     let bench = Bench::new("nan");
     let mut options = bench.options("run", 5);
-    options.schedule = Schedule::new(1e35, 1.0, Warmup::Steps(0), 5, Decay::Constant).unwrap();
+    options.schedule = Schedule::new(1e35, 1.0, Warmup::Steps(0), 5, Decay::Constant)
+        .unwrap()
+        .into();
     options.save_every = Some(1);
     let mut trainer = bench.trainer(2, &options, false).unwrap();
     let error = trainer
@@ -439,7 +446,7 @@ fn measured(
             let loss = engine.forward(batch).unwrap();
             engine.backward(loss).unwrap();
         }
-        engine.step(1e-4).unwrap();
+        engine.step_at(1e-4).unwrap();
     }
     cpu.memory.peak().reserved
 }

@@ -7,6 +7,7 @@ use windlass_model::{DecoderConfig, Goal, Tokens, decoder, preset_config};
 use windlass_store::swap::{AioOptions, SwapFile};
 use windlass_store::{Home, Placement, Stage, Store, Tier, Wire, partition};
 use windlass_tensor::kernels::memory::Category;
+use windlass_tensor::kernels::optim::Storage;
 use windlass_tensor::{Cpu, DType, Rng};
 use windlass_train::{Engine, EngineOptions, Losses, Optimizer};
 
@@ -28,6 +29,7 @@ struct Job {
     placement: Placement,
     optimizer: Optimizer,
     checkpointing: bool,
+    moments: Storage,
 }
 
 impl Job {
@@ -43,6 +45,7 @@ impl Job {
             },
             optimizer: Optimizer::ADAMW,
             checkpointing: false,
+            moments: Storage::F32,
         }
     }
 }
@@ -110,6 +113,9 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         activation_checkpointing: job.checkpointing,
         gradient_accumulation_steps: job.accumulation,
         losses: Losses::Sum,
+        moments: job.moments,
+        min_8bit_size: 0,
+        ..Default::default()
     };
     let mut engine = Engine::initialize(model, store.unwrap(), options).unwrap();
     let mut seen = Seen::default();
@@ -130,7 +136,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
             let kinds = [Category::Weights, Category::Gradients, Category::Optimizer];
             states = kinds.map(|kind| now.of(kind));
         }
-        seen.norms.push(engine.step(1e-2).unwrap().grad_norm);
+        seen.norms.push(engine.step_at(1e-2).unwrap().grad_norm);
     }
     let traffic = engine.store().group().traffic();
     if let Some(io) = engine.store().io_stats() {
@@ -206,6 +212,68 @@ fn all_stages_give_the_same_bits() {
     }
 }
 
+/// Rules that look at whole parameters, and moments that are not stored in `f32`.
+#[test]
+fn all_optimizers_give_the_same_bits_in_all_stages() {
+    let adam = |decoupled| Optimizer::Adam {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled,
+        bias_correction: true,
+    };
+    let lamb = Optimizer::Lamb {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-6,
+        weight_decay: 0.1,
+        bias_correction: true,
+        min_coeff: 0.01,
+        max_coeff: 10.0,
+    };
+    let muon = Optimizer::Muon {
+        momentum: 0.95,
+        weight_decay: 0.1,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-10,
+        adam_lr_ratio: 0.1,
+    };
+    let adagrad = Optimizer::Adagrad {
+        eps: 1e-10,
+        weight_decay: 0.1,
+    };
+    for (optimizer, moments) in [
+        (adam(false), Storage::F32),
+        (adam(true), Storage::Bf16),
+        (adam(true), Storage::Q8),
+        (adagrad, Storage::F32),
+        (lamb, Storage::F32),
+        (lamb, Storage::Bf16),
+        (muon, Storage::F32),
+    ] {
+        for (ranks, dtype) in [(3, DType::F32), (2, DType::Bf16)] {
+            let jobs = STAGES.map(|stage| Job {
+                optimizer,
+                moments,
+                dtype,
+                ..Job::new(ranks, stage)
+            });
+            let want = run(jobs[0]).swap_remove(0).0;
+            assert!(
+                want.losses[STEPS - 1] < want.losses[0],
+                "{optimizer:?} learns"
+            );
+            for job in jobs {
+                for (index, (seen, ..)) in run(job).into_iter().enumerate() {
+                    assert!(seen == want, "rank {index} of {job:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn several_ranks_learn_what_one_does() {
     for (optimizer, tolerance) in [(Optimizer::ADAMW, 2e-3), (SGD, 1e-5)] {
@@ -243,6 +311,7 @@ fn several_ranks_learn_what_one_does() {
 
 const SGD: Optimizer = Optimizer::Sgd {
     momentum: 0.9,
+    dampening: 0.0,
     nesterov: false,
     weight_decay: 0.0,
 };

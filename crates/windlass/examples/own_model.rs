@@ -66,7 +66,7 @@ fn train() -> Result<(f64, f64), windlass::train::Error> {
         })?;
         losses.push(loss.value());
         engine.backward(loss)?;
-        engine.step(1e-2)?;
+        engine.step_at(1e-2)?;
     }
     Ok((losses[0], losses[losses.len() - 1]))
 }

@@ -23,7 +23,7 @@ fn train(texts: &[&str], steps: usize) -> Result<(f64, f64), Failure> {
         let loss = engine.forward(Tokens::next_token(ids, &[length], DType::F32))?;
         losses.push(loss.value());
         engine.backward(loss)?;
-        engine.step(2e-3)?;
+        engine.step_at(2e-3)?;
     }
     Ok((losses[0], losses[steps - 1]))
 }

@@ -214,6 +214,28 @@ impl Moment<'_> {
         }
     }
 
+    /// A part, which in 8 bits begins at a block.
+    ///
+    /// # Panics
+    /// When it does not, or is not within.
+    #[track_caller]
+    pub fn part(&mut self, range: Range<usize>) -> Moment<'_> {
+        match self {
+            Moment::F32(m) => Moment::F32(&mut m[range]),
+            Moment::Bf16(m) => Moment::Bf16(&mut m[range]),
+            Moment::Q8 { codes, scales } => {
+                let start = range.start;
+                assert!(start.is_multiple_of(BLOCK), "{start} is inside a block");
+                let blocks = start / BLOCK..range.end.div_ceil(BLOCK);
+                Moment::Q8 {
+                    codes: &mut codes[range],
+                    scales: &mut scales[blocks],
+                }
+            }
+            Moment::F64(m) => Moment::F64(&mut m[range]),
+        }
+    }
+
     /// Copies the elements of `range` out, in `f32`. `index` is the moment's place in its rule, which decides about
     /// the sign of 8-bit codes.
     pub fn read(&self, index: usize, range: Range<usize>) -> Vec<f32> {

@@ -8,11 +8,11 @@ use half::bf16;
 use std::collections::VecDeque;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::{Buffer, Category};
-use windlass_tensor::kernels::split;
+use windlass_tensor::kernels::optim::{BLOCK, Moment, Storage, Values};
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, Weight, each_dtype};
 
 /// Elements of the smallest piece that is moved or converted: whole blocks of a disk in every type.
-pub(super) const PIECE: usize = 1 << 12;
+const PIECE: usize = 1 << 12;
 
 /// What an array of optimizer state holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,15 +21,77 @@ pub enum ArrayKind {
     Low,
     /// A moment in `f32`.
     Moment,
+    /// A moment in `bf16`.
+    MomentBf16,
+    /// A moment in blocks of 8-bit codes.
+    Codes,
+    /// The scale of each block of codes, in `f32`.
+    Scales,
 }
 
 impl ArrayKind {
-    /// Bytes of one element.
+    /// Bytes of one element of the array.
     pub fn size(self) -> usize {
         match self {
-            ArrayKind::Low => 2,
-            ArrayKind::Moment => 4,
+            ArrayKind::Codes => 1,
+            ArrayKind::Low | ArrayKind::MomentBf16 => 2,
+            ArrayKind::Moment | ArrayKind::Scales => 4,
         }
+    }
+
+    /// The elements of the array for some elements of the parameter, which begin at a block.
+    pub fn at(self, range: Range<usize>) -> Range<usize> {
+        match self {
+            ArrayKind::Scales => range.start / BLOCK..range.end.div_ceil(BLOCK),
+            _ => range,
+        }
+    }
+
+    /// The bytes of the array for some elements of the parameter, which begin at a block.
+    pub(super) fn place(self, range: Range<usize>) -> Range<usize> {
+        let at = self.at(range);
+        at.start * self.size()..at.end * self.size()
+    }
+
+    /// Bytes of the array for `len` elements of the parameter.
+    pub fn bytes(self, len: usize) -> usize {
+        self.size() * self.at(0..len).len()
+    }
+}
+
+/// What an optimizer keeps of each parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateSpec {
+    /// Moments.
+    pub moments: usize,
+    /// How they are stored.
+    pub storage: Storage,
+    /// Parameters of fewer elements keep `f32` moments where `storage` is in 8 bits.
+    pub min_8bit_size: usize,
+}
+
+impl StateSpec {
+    /// Moments in `f32`.
+    pub fn f32(moments: usize) -> Self {
+        StateSpec {
+            moments,
+            storage: Storage::F32,
+            min_8bit_size: 0,
+        }
+    }
+
+    /// The arrays of a parameter.
+    fn arrays(&self, len: usize, dtype: Option<DType>) -> Vec<ArrayKind> {
+        let moment: &[ArrayKind] = match self.storage {
+            Storage::Q8 if len >= self.min_8bit_size => &[ArrayKind::Codes, ArrayKind::Scales],
+            Storage::Bf16 => &[ArrayKind::MomentBf16],
+            _ => &[ArrayKind::Moment],
+        };
+        let mut arrays = moment.repeat(self.moments);
+        if dtype == Some(DType::Bf16) {
+            arrays.push(ArrayKind::Low);
+        }
+        arrays
     }
 }
 
@@ -46,65 +108,12 @@ pub(super) enum Place {
 
 impl Array {
     fn zeros(cpu: &Cpu, kind: ArrayKind, len: usize) -> Self {
-        let mut buffer = cpu.memory.alloc(kind.size() * len, Category::Optimizer);
+        let mut buffer = cpu.memory.alloc(kind.bytes(len), Category::Optimizer);
         if !buffer.is_fresh() && !cpu.pool.is_dry() {
-            buffer.as_i16_mut().fill(0);
+            buffer.block_mut().fill(0);
         }
         let place = Place::Memory(buffer);
         Array { kind, place }
-    }
-}
-
-/// The values that an optimizer updates.
-pub enum Values<'a> {
-    /// Parameters in `f32`: the weights themselves.
-    F32(&'a mut [f32]),
-    /// Parameters in `bf16` with `f32` masters: `high` is the master rounded (half up), `low` what is missing, so
-    /// that both together are the master to the bit, in four bytes instead of six.
-    Split {
-        /// The weights that forward passes read.
-        high: &'a mut [bf16],
-        /// `master bits = (high bits << 16) + low`.
-        low: &'a mut [i16],
-    },
-}
-
-impl Values<'_> {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        match self {
-            Values::F32(values) => values.len(),
-            Values::Split { high, .. } => high.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Copies the master values of `range` out, exactly.
-    pub fn master(&self, range: Range<usize>) -> Vec<f32> {
-        match self {
-            Values::F32(values) => values[range].to_vec(),
-            Values::Split { high, low } => high[range.clone()]
-                .iter()
-                .zip(&low[range])
-                .map(|(&h, &l)| split::join(h, l))
-                .collect(),
-        }
-    }
-
-    /// Sets the values from `start` on from masters.
-    pub fn set_master(&mut self, start: usize, masters: &[f32]) {
-        match self {
-            Values::F32(values) => values[start..start + masters.len()].copy_from_slice(masters),
-            Values::Split { high, low } => {
-                for (i, &master) in masters.iter().enumerate() {
-                    (high[start + i], low[start + i]) = split::split(master);
-                }
-            }
-        }
     }
 }
 
@@ -121,15 +130,18 @@ pub struct Shard<'a> {
     /// The gradient, summed over all ranks; `None` when nothing was reduced since the last clearing.
     pub grad: Option<&'a [f32]>,
     /// The optimizer's moments, each as long as the values.
-    pub moments: Vec<&'a mut [f32]>,
+    pub moments: Vec<Moment<'a>>,
+    /// The parts of the parameter that each rank sums gradients of.
+    pub shards: &'a [Range<usize>],
 }
 
 impl Store {
-    /// Freezes the parameters that `trained` refuses, and gives the others `moments` zero moments and, in `bf16`, the
-    /// low halves of their masters (zero: the masters start as the weights are).
+    /// Freezes the parameters that `trained` refuses, and gives the others zero moments and what their `f32` masters need
+    /// beside `bf16` weights; the masters start as the weights are.
+    ///
     /// # Errors
     /// A disk that is full.
-    pub fn train(&mut self, moments: usize, trained: impl Fn(&ParamSpec) -> bool) -> Result<()> {
+    pub fn train(&mut self, spec: StateSpec, trained: impl Fn(&ParamSpec) -> bool) -> Result<()> {
         let whole = self.placement.stage == Stage::Replicated;
         let swapped = self.placement.optimizer == Tier::Nvme;
         for unit in &mut self.units {
@@ -145,18 +157,20 @@ impl Store {
                     slot.shard().clone()
                 };
                 let len = slot.owned.len();
-                let low = slot.dtype() == Some(DType::Bf16);
-                let kinds = std::iter::repeat_n(ArrayKind::Moment, moments)
-                    .chain(low.then_some(ArrayKind::Low));
-                if !swapped || len < self.placement.swap_from {
-                    slot.state = kinds
-                        .map(|kind| Array::zeros(&self.cpu, kind, len))
-                        .collect();
-                    continue;
-                }
+                let kinds = spec.arrays(param.shape.len(), slot.dtype());
+                let rests = swapped && len >= self.placement.swap_from;
                 for kind in kinds {
-                    let place = Place::Disk(self.disk.reserve(kind.size() * len)?);
-                    slot.state.push(Array { kind, place });
+                    // Scales are few, and a part of them would not begin at a block of the disk.
+                    let array = if rests && kind != ArrayKind::Scales {
+                        let place = Place::Disk(self.disk.reserve(kind.bytes(len))?);
+                        Array { kind, place }
+                    } else {
+                        Array::zeros(&self.cpu, kind, len)
+                    };
+                    slot.state.push(array);
+                }
+                if !rests {
+                    continue;
                 }
                 slot.grad_spot = Some((self.disk.reserve(4 * len)?, None));
             }
@@ -372,16 +386,25 @@ fn shard<'a>(
     grad: Option<&'a Buffer>,
 ) -> Shard<'a> {
     let (owned, alone) = (slot.owned.clone(), slot.ranks() == 1);
-    let (mut low, mut moments) = (None, Vec::new());
+    let (mut low, mut codes, mut moments) = (None, None, Vec::new());
     for (array, come) in slot.state.iter_mut().zip(arrays) {
         let (buffer, at) = match (&mut array.place, come) {
             (Place::Memory(buffer), _) => (buffer, piece.clone()),
             (Place::Disk(_), Some(buffer)) => (buffer, 0..piece.len()),
             (Place::Disk(_), None) => unreachable!("arrays on the disk are fetched"),
         };
+        let at = array.kind.at(at);
         match array.kind {
             ArrayKind::Low => low = Some(&mut buffer.as_i16_mut()[at]),
-            ArrayKind::Moment => moments.push(&mut buffer.as_mut_slice::<f32>()[at]),
+            ArrayKind::Moment => moments.push(Moment::F32(&mut buffer.as_mut_slice::<f32>()[at])),
+            ArrayKind::MomentBf16 => {
+                moments.push(Moment::Bf16(&mut buffer.as_mut_slice::<bf16>()[at]));
+            }
+            ArrayKind::Codes => codes = Some(&mut buffer.block_mut()[at]),
+            ArrayKind::Scales => moments.push(Moment::Q8 {
+                codes: codes.take().expect("codes before their scales"),
+                scales: &mut buffer.as_mut_slice::<f32>()[at],
+            }),
         }
     }
     let whole = owned.start + piece.start..owned.start + piece.end;
@@ -415,6 +438,7 @@ fn shard<'a>(
         values,
         grad,
         moments,
+        shards: &slot.shards,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Where the parts of a training run live: partitioned over ranks or whole on each.
 
 use std::ops::Range;
+use windlass_tensor::kernels::optim::BLOCK;
 
 /// What is partitioned over the ranks: the stages of ZeRO (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward
 /// Training Trillion Parameter Models"), each including the ones before it.
@@ -101,11 +102,8 @@ impl Default for Placement {
     }
 }
 
-/// Elements of the smallest piece of a parameter that has an owner of its own: the block of 8-bit optimizer state.
-pub const BLOCK: usize = 256;
-
 /// The parts of `len` elements that each of `ranks` ranks owns: contiguous, in rank order, cut at multiples of
-/// [`BLOCK`]; the first is the largest, and some are empty where there are fewer blocks than ranks.
+/// [`BLOCK`], the block of 8-bit optimizer state; the first is the largest, and some are empty where there are fewer blocks than ranks.
 pub fn partition(len: usize, ranks: usize) -> Vec<Range<usize>> {
     let blocks = len.div_ceil(BLOCK);
     let cut = |rank: usize| ((rank * blocks).div_ceil(ranks) * BLOCK).min(len);

@@ -2,7 +2,7 @@
 
 use super::Store;
 use super::disk::Spot;
-use super::owner::{ArrayKind, PIECE, Place};
+use super::owner::{ArrayKind, Place};
 use crate::error::Result;
 use std::ops::Range;
 use windlass_tensor::ParamId;
@@ -29,11 +29,15 @@ impl Store {
         let mut entries = Vec::new();
         for (unit, held) in self.units.iter().enumerate() {
             for (index, (param, slot)) in held.spec.params.iter().zip(&held.slots).enumerate() {
+                let mut moment = 0;
                 for (array, state) in slot.state.iter().enumerate() {
                     let suffix = match state.kind {
                         ArrayKind::Low => "low".to_string(),
-                        ArrayKind::Moment => format!("moment.{array}"),
+                        ArrayKind::Moment | ArrayKind::MomentBf16 => format!("moment.{moment}"),
+                        ArrayKind::Codes => format!("moment.{moment}.codes"),
+                        ArrayKind::Scales => format!("moment.{moment}.scales"),
                     };
+                    moment += usize::from(!matches!(state.kind, ArrayKind::Low | ArrayKind::Codes));
                     entries.push(StateEntry {
                         id: ParamId { unit, slot: index },
                         array,
@@ -47,7 +51,7 @@ impl Store {
         entries
     }
 
-    /// The little-endian bytes of an entry's elements, in pieces.
+    /// The little-endian bytes of an entry's elements.
     ///
     /// # Errors
     /// Those of `out`.
@@ -67,69 +71,45 @@ impl Store {
                 &fetched
             }
         };
-        match state.kind {
-            ArrayKind::Low => buffer.as_i16()[range]
-                .chunks(PIECE)
-                .try_for_each(|piece| out(&bytes_of(piece, |v| v.to_le_bytes()))),
-            ArrayKind::Moment => buffer.as_slice::<f32>()[range]
-                .chunks(PIECE)
-                .try_for_each(|piece| out(&bytes_of(piece, |v| v.to_le_bytes()))),
-        }
+        out(&buffer.block()[state.kind.place(range)])
     }
 
     fn fetch_array(&self, kind: ArrayKind, spot: &Spot, len: usize) -> Result<Buffer> {
-        let buffer = self
-            .cpu
-            .memory
-            .alloc(kind.size() * len, Category::Workspace);
+        let buffer = self.cpu.memory.alloc(kind.bytes(len), Category::Workspace);
         self.disk.read(spot, 0, buffer).wait()
     }
 
-    /// Sets elements of an entry's array: `bytes` are those of the parameter's elements from `start` on, of which this
-    /// rank takes what it owns.
+    /// Sets elements of an entry's array: `bytes` are those of the elements `span` of the parameter, which begin at a
+    /// block; this rank takes what it owns of them.
     ///
     /// # Errors
     /// A failing disk.
-    pub fn write_state(&mut self, entry: &StateEntry, start: usize, bytes: &[u8]) -> Result<()> {
-        let slot = &self.units[entry.id.unit].slots[entry.id.slot];
+    pub fn write_state(
+        &mut self,
+        entry: &StateEntry,
+        span: Range<usize>,
+        bytes: &[u8],
+    ) -> Result<()> {
+        let slot = &mut self.units[entry.id.unit].slots[entry.id.slot];
         let (kind, owned) = (slot.state[entry.array].kind, slot.owned.clone());
-        let end = start + bytes.len() / kind.size();
-        let (from, to) = (owned.start.max(start), owned.end.min(end));
+        let (from, to) = (owned.start.max(span.start), owned.end.min(span.end));
         if from >= to {
             return Ok(());
         }
-        let bytes = &bytes[(from - start) * kind.size()..(to - start) * kind.size()];
-        let at = from - owned.start..to - owned.start;
-        if let Place::Disk(spot) = &slot.state[entry.array].place {
-            let mut buffer = self.fetch_array(kind, spot, owned.len())?;
-            set_bytes(kind, &mut buffer, at, bytes);
-            return self.disk.write(spot, 0, buffer);
-        }
-        let slot = &mut self.units[entry.id.unit].slots[entry.id.slot];
-        if let Place::Memory(buffer) = &mut slot.state[entry.array].place {
-            set_bytes(kind, buffer, at, bytes);
+        let bytes = &bytes[kind.place(from - span.start..to - span.start)];
+        let at = kind.place(from - owned.start..to - owned.start);
+        match &mut slot.state[entry.array].place {
+            Place::Memory(buffer) => buffer.block_mut()[at].copy_from_slice(bytes),
+            Place::Disk(spot) => {
+                let spot = spot.clone();
+                let mut buffer = self.fetch_array(kind, &spot, owned.len())?;
+                buffer.block_mut()[at].copy_from_slice(bytes);
+                self.disk.write(&spot, 0, buffer)?;
+            }
         }
         Ok(())
     }
 }
 
-fn bytes_of<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|&v| bytes(v)).collect()
-}
-
-fn set_bytes(kind: ArrayKind, buffer: &mut Buffer, at: Range<usize>, bytes: &[u8]) {
-    match kind {
-        ArrayKind::Low => {
-            let out = &mut buffer.as_i16_mut()[at];
-            for (v, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *v = i16::from_le_bytes([b[0], b[1]]);
-            }
-        }
-        ArrayKind::Moment => {
-            let out = &mut buffer.as_mut_slice::<f32>()[at];
-            for (v, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-    }
-}
+// Arrays are written as they lie in memory; files are little-endian.
+const _: () = assert!(cfg!(target_endian = "little"));

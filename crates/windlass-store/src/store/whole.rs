@@ -1,7 +1,7 @@
 //! Whole parameters, gradients and optimizer state, from the parts of all ranks: for reports, tests and edits.
 
 use super::slot::{Residence, fetch_grad};
-use super::{Shard, Store, Values};
+use super::{Shard, Stage, Store};
 use crate::error::Result;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::Category;
@@ -75,7 +75,7 @@ impl Store {
     /// When the optimizer keeps no such moment.
     #[track_caller]
     pub fn moment(&mut self, id: ParamId, n: usize) -> Result<Vec<f32>> {
-        self.whole(id, "moment of", |shard, at| shard.moments[n][at].to_vec())
+        self.whole(id, "moment of", |shard, at| shard.moments[n].read(n, at))
     }
 
     /// Sets a trained parameter to `values` on all ranks, which must give the same ones. Collective.
@@ -109,6 +109,36 @@ impl Store {
         Ok(())
     }
 
+    /// Completes a vector as long as a parameter, of which each rank has computed its part, on all ranks; in stage 0 all
+    /// have computed it all. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn share_values(&self, what: &str, id: ParamId, values: &mut [f32]) -> Result<()> {
+        if self.placement.stage == Stage::Replicated {
+            return Ok(());
+        }
+        let unit = &self.units[id.unit];
+        let tag = format!("{what} {}", unit.spec.params[id.slot].name);
+        self.share(&tag, &unit.slots[id.slot], values)
+    }
+
+    /// Adds up numbers of which each rank has computed its own and left the others 0; in stage 0 all have computed them
+    /// all. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn exchange(&self, what: &str, values: &[f64]) -> Result<Vec<f64>> {
+        if self.placement.stage == Stage::Replicated {
+            return Ok(values.to_vec());
+        }
+        let all = self.group.collect(what, values)?;
+        let len = values.len().max(1);
+        Ok((0..values.len())
+            .map(|i| all.iter().skip(i).step_by(len).sum())
+            .collect())
+    }
+
     fn whole(
         &mut self,
         id: ParamId,
@@ -124,12 +154,5 @@ impl Store {
         })?;
         self.share(&tag, &self.units[id.unit].slots[id.slot], &mut all)?;
         Ok(all)
-    }
-}
-
-impl Values<'_> {
-    /// All master values.
-    pub fn to_vec(&self) -> Vec<f32> {
-        self.master(0..self.len())
     }
 }

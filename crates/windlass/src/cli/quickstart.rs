@@ -157,7 +157,7 @@ fn trainer(
         dtype: DType::Bf16,
         engine,
         shape: SHAPE,
-        schedule: Schedule::new(4e-3, 0.05, Warmup::Fraction(0.1), steps, Decay::Cosine)?,
+        schedule: Schedule::new(4e-3, 0.05, Warmup::Fraction(0.1), steps, Decay::Cosine)?.into(),
         steps,
         packing: Packing::Documents,
         seed: args.seed,

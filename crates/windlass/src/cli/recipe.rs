@@ -3,7 +3,7 @@
 use super::{Precision, usage};
 use anyhow::Result;
 use clap::ValueEnum;
-use windlass::train::schedule::{Decay, Schedule, Warmup};
+use windlass::train::schedule::{Decay, Rate, Schedule, Warmup};
 use windlass::train::{EngineOptions, Optimizer};
 
 /// How weights move.
@@ -88,6 +88,7 @@ impl Recipe {
                 },
                 Rule::Sgd => Optimizer::Sgd {
                     momentum: beta1,
+                    dampening: 0.0,
                     nesterov: false,
                     weight_decay,
                 },
@@ -104,7 +105,7 @@ impl Recipe {
     }
 
     /// The learning rate of each of `steps` steps.
-    pub fn schedule(&self, steps: u64) -> Result<Schedule> {
+    pub fn schedule(&self, steps: u64) -> Result<Rate> {
         let warmup = match self.warmup {
             w if w < 1.0 => Warmup::Fraction(w),
             w => Warmup::Steps(w as u64),
@@ -114,12 +115,6 @@ impl Recipe {
             Fall::Linear => Decay::Linear,
             Fall::Constant => Decay::Constant,
         };
-        Ok(Schedule::new(
-            self.lr,
-            self.min_lr_ratio,
-            warmup,
-            steps,
-            decay,
-        )?)
+        Ok(Schedule::new(self.lr, self.min_lr_ratio, warmup, steps, decay)?.into())
     }
 }

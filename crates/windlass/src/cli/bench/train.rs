@@ -108,7 +108,7 @@ pub fn run(args: Args) -> Result<()> {
         let forward = start.elapsed().as_secs_f64();
         engine.backward(loss)?;
         let backward = start.elapsed().as_secs_f64() - forward;
-        engine.step(3e-4)?;
+        engine.step_at(3e-4)?;
         let total = start.elapsed().as_secs_f64();
         if step > 0 {
             times.push([total, forward, backward, total - forward - backward]);
