@@ -8,6 +8,7 @@ pub mod data;
 mod engine;
 pub mod error;
 pub mod estimate;
+mod initialize;
 pub mod loss_scale;
 pub mod monitor;
 mod optimizer;
@@ -18,6 +19,7 @@ mod trainer;
 
 pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport, idle, run};
 pub use error::{Error, Result};
+pub use initialize::{initialize, initialize_on};
 pub use optimizer::Optimizer;
 pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};
 pub use save::load_model;

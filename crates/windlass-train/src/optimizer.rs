@@ -143,6 +143,7 @@ impl Optimizer {
         hidden: impl Fn(ParamId) -> bool,
     ) -> Result<()> {
         let pool = store.cpu().pool.clone();
+        store.finish_gradients()?;
         match *self {
             Optimizer::Lamb { .. } => self.update_lamb(store, &pool, step),
             Optimizer::Muon { .. } => self.update_muon(store, &pool, step, hidden),

@@ -21,6 +21,7 @@ pub mod io;
 pub mod launch;
 pub mod quickstart;
 pub mod recipe;
+mod settings;
 pub mod source;
 pub mod train;
 mod world;

@@ -185,13 +185,20 @@ impl Store {
     /// # Errors
     /// A lost rank, a failing disk.
     pub fn update(&mut self, each: &mut dyn FnMut(Shard<'_>)) -> Result<()> {
-        let ranks = self.group.size();
-        if ranks > 1 && self.placement.stage == Stage::Replicated {
-            self.share_all(true)?;
-        }
         self.visit(each)?;
-        if ranks > 1 && self.placement.stage != Stage::Replicated {
+        if self.group.size() > 1 && self.placement.stage != Stage::Replicated {
             self.share_all(false)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the reduction of a step's gradients: in stage 0 every rank gets the owners' sums. Collective.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn finish_gradients(&mut self) -> Result<()> {
+        if self.group.size() > 1 && self.placement.stage == Stage::Replicated {
+            self.share_all(true)?;
         }
         Ok(())
     }

@@ -135,12 +135,26 @@ impl Reduction {
             let message = "sum is not defined for stage 3";
             values.wrong("gradient_allreduce_op", message, "use \"mean\"");
         }
+        let sent = FloatType::read(values, "communication_data_type");
+        if sent == Some(FloatType::Fp16) {
+            let message = "gradients in fp16 overflow on their way";
+            values.wrong(
+                "communication_data_type",
+                message,
+                "use \"bf16\" or \"fp32\"",
+            );
+        }
+        let accumulated = FloatType::read(values, "data_types.grad_accum_dtype");
+        if accumulated.is_some_and(|dtype| dtype != FloatType::Fp32) {
+            let message = "gradients are summed in fp32";
+            values.wrong("data_types.grad_accum_dtype", message, "use \"fp32\"");
+        }
         Self {
             op: if sum { ReduceOp::Sum } else { ReduceOp::Mean },
             prescale_gradients: values.bool("prescale_gradients"),
             gradient_predivide_factor: values.number("gradient_predivide_factor"),
-            communication_data_type: FloatType::read(values, "communication_data_type"),
-            grad_accum_dtype: FloatType::read(values, "data_types.grad_accum_dtype"),
+            communication_data_type: sent,
+            grad_accum_dtype: accumulated,
         }
     }
 }

@@ -3,42 +3,45 @@
 use super::{Precision, usage};
 use anyhow::Result;
 use clap::ValueEnum;
+use serde_json::{Value, json};
+use windlass::tensor::DType;
+use windlass::train::config::Auto;
 use windlass::train::schedule::{Decay, Rate, Schedule, Warmup};
 use windlass::train::{EngineOptions, Optimizer};
 
 /// How weights move.
 #[derive(clap::Args)]
 pub struct Recipe {
-    /// Storage type of weights and activations
-    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
-    pub dtype: Precision,
-    /// Update rule
-    #[arg(long, value_enum, default_value_t = Rule::Adamw)]
-    optimizer: Rule,
-    /// Highest learning rate
-    #[arg(long, default_value_t = 6e-4)]
-    lr: f64,
-    /// Lowest learning rate, as a part of the highest
-    #[arg(long, default_value_t = 0.1)]
-    min_lr_ratio: f64,
-    /// Warm-up: steps, or a fraction of all steps when below 1
-    #[arg(long, default_value_t = 0.03)]
-    warmup: f64,
-    /// How the learning rate falls after the warm-up
-    #[arg(long, value_enum, default_value_t = Fall::Cosine)]
-    schedule: Fall,
-    /// Decay of weights (not of biases and norms)
-    #[arg(long, default_value_t = 0.1)]
-    weight_decay: f64,
-    /// Decay of the mean gradient (momentum of sgd)
-    #[arg(long, default_value_t = 0.9)]
-    beta1: f64,
-    /// Decay of the mean squared gradient
-    #[arg(long, default_value_t = 0.95)]
-    beta2: f64,
-    /// Largest global gradient norm; 0 does not clip
-    #[arg(long, default_value_t = 1.0)]
-    clip: f64,
+    /// Storage type of weights and activations [default: bf16]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// Update rule [default: adamw]
+    #[arg(long, value_enum)]
+    optimizer: Option<Rule>,
+    /// Highest learning rate [default: 6e-4]
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Lowest learning rate, as a part of the highest [default: 0.1]
+    #[arg(long)]
+    min_lr_ratio: Option<f64>,
+    /// Warm-up: steps, or a fraction of all steps when below 1 [default: 0.03]
+    #[arg(long)]
+    warmup: Option<f64>,
+    /// How the learning rate falls after the warm-up [default: cosine]
+    #[arg(long, value_enum)]
+    schedule: Option<Fall>,
+    /// Decay of weights (not of biases and norms) [default: 0.1]
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// Decay of the mean gradient (momentum of sgd) [default: 0.9]
+    #[arg(long)]
+    beta1: Option<f64>,
+    /// Decay of the mean squared gradient [default: 0.95]
+    #[arg(long)]
+    beta2: Option<f64>,
+    /// Largest global gradient norm; 0 does not clip [default: 1]
+    #[arg(long)]
+    clip: Option<f64>,
     /// Keep only the input of each layer for the backward pass and run the layer again there
     #[arg(long)]
     checkpoint_activations: bool,
@@ -58,10 +61,20 @@ enum Fall {
     Constant,
 }
 
+const LR: f64 = 6e-4;
+const WEIGHT_DECAY: f64 = 0.1;
+const BETAS: (f64, f64) = (0.9, 0.95);
+
 impl Recipe {
+    /// The storage type.
+    pub fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(Precision::Bf16).dtype()
+    }
+
     /// The engine's options.
     pub fn engine(&self) -> Result<EngineOptions> {
-        for (flag, value) in [("--beta1", self.beta1), ("--beta2", self.beta2)] {
+        let (beta1, beta2) = (self.beta1.unwrap_or(BETAS.0), self.beta2.unwrap_or(BETAS.1));
+        for (flag, value) in [("--beta1", beta1), ("--beta2", beta2)] {
             if !(0.0..1.0).contains(&value) {
                 return Err(usage(
                     format!("{flag} {value}"),
@@ -69,7 +82,9 @@ impl Recipe {
                 ));
             }
         }
-        for (flag, value) in [("--weight-decay", self.weight_decay), ("--clip", self.clip)] {
+        let weight_decay = self.weight_decay.unwrap_or(WEIGHT_DECAY);
+        let clip = self.clip.unwrap_or(1.0);
+        for (flag, value) in [("--weight-decay", weight_decay), ("--clip", clip)] {
             if !(value >= 0.0 && value.is_finite()) {
                 return Err(usage(
                     format!("{flag} {value}"),
@@ -77,9 +92,8 @@ impl Recipe {
                 ));
             }
         }
-        let (beta1, beta2, weight_decay) = (self.beta1, self.beta2, self.weight_decay);
         Ok(EngineOptions {
-            optimizer: match self.optimizer {
+            optimizer: match self.optimizer.unwrap_or(Rule::Adamw) {
                 Rule::Adamw => Optimizer::AdamW {
                     beta1,
                     beta2,
@@ -98,7 +112,7 @@ impl Recipe {
                     weight_decay,
                 },
             },
-            gradient_clipping: (self.clip > 0.0).then_some(self.clip),
+            gradient_clipping: (clip > 0.0).then_some(clip),
             activation_checkpointing: self.checkpoint_activations,
             ..EngineOptions::default()
         })
@@ -106,15 +120,60 @@ impl Recipe {
 
     /// The learning rate of each of `steps` steps.
     pub fn schedule(&self, steps: u64) -> Result<Rate> {
-        let warmup = match self.warmup {
+        let warmup = match self.warmup.unwrap_or(0.03) {
             w if w < 1.0 => Warmup::Fraction(w),
             w => Warmup::Steps(w as u64),
         };
-        let decay = match self.schedule {
+        let decay = match self.schedule.unwrap_or(Fall::Cosine) {
             Fall::Cosine => Decay::Cosine,
             Fall::Linear => Decay::Linear,
             Fall::Constant => Decay::Constant,
         };
-        Ok(Schedule::new(self.lr, self.min_lr_ratio, warmup, steps, decay)?.into())
+        let (lr, ratio) = (self.lr.unwrap_or(LR), self.min_lr_ratio.unwrap_or(0.1));
+        Ok(Schedule::new(lr, ratio, warmup, steps, decay)?.into())
+    }
+
+    /// What fills the `"auto"` values of a configuration file: what was asked for and nothing else, since a file that
+    /// says something different is refused.
+    pub fn auto(&self) -> Auto {
+        let dtype = self.dtype.map(Precision::dtype);
+        Auto {
+            gradient_clipping: self.clip,
+            lr: self.lr,
+            weight_decay: self.weight_decay,
+            warmup_num_steps: self.warmup.filter(|&w| w >= 1.0).map(|w| w as u64),
+            fp16: dtype.map(|dtype| dtype == DType::F16),
+            bf16: dtype.map(|dtype| dtype == DType::Bf16),
+            ..Auto::default()
+        }
+    }
+
+    /// The keys of a configuration file that flags set.
+    ///
+    /// # Errors
+    /// A flag that says what the file says in another way.
+    pub fn overrides(&self) -> Result<Vec<(String, Value)>> {
+        let clashes = [
+            ("--optimizer", self.optimizer.is_some(), "optimizer.type"),
+            ("--schedule", self.schedule.is_some(), "scheduler.type"),
+            (
+                "--min-lr-ratio",
+                self.min_lr_ratio.is_some(),
+                "scheduler.params",
+            ),
+            ("--beta1", self.beta1.is_some(), "optimizer.params.betas"),
+            ("--beta2", self.beta2.is_some(), "optimizer.params.betas"),
+        ];
+        if let Some((flag, _, key)) = clashes.into_iter().find(|(_, given, _)| *given) {
+            return Err(usage(
+                format!("{flag} together with --config"),
+                format!("set \"{key}\" in the file"),
+            ));
+        }
+        let mut overrides = Vec::new();
+        if self.checkpoint_activations {
+            overrides.push(("activation_checkpointing".into(), json!({})));
+        }
+        Ok(overrides)
     }
 }

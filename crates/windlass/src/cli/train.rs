@@ -1,7 +1,7 @@
 //! `windlass train`: a model from scratch or from a Hugging Face folder, on the user's own texts.
 
 use super::drive::{self, bytes, machine_memory};
-use super::recipe::Recipe;
+use super::settings::{self, Settings};
 use super::world::World;
 use super::{Machine, failure, usage};
 use anyhow::{Context, Result};
@@ -14,8 +14,8 @@ use std::time::Duration;
 use windlass::comm::Group;
 use windlass::model::{DecoderConfig, PRESETS, Tokenizer, decoder, preset_config};
 use windlass::progress::{Progress, say};
+use windlass::store::Store;
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
-use windlass::store::{Home, Placement, Stage, Store};
 use windlass::tensor::{Cpu, ParamSpec};
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
@@ -36,14 +36,14 @@ pub struct Args {
     separator: Option<String>,
 
     /// Architecture of a new model (llama, gpt2, qwen3, ...)
-    #[arg(long, conflicts_with_all = ["config", "model"], default_value = "llama")]
+    #[arg(long, conflicts_with_all = ["model_config", "model"], default_value = "llama")]
     arch: String,
     /// Size of a new model (1m, 3m, 15m, 42m, 110m, 350m, 1b)
-    #[arg(long, conflicts_with_all = ["config", "model"], default_value = "15m")]
+    #[arg(long, conflicts_with_all = ["model_config", "model"], default_value = "15m")]
     size: String,
-    /// A config.json that describes a new model
+    /// A model's config.json that describes a new model
     #[arg(long, value_name = "FILE", conflicts_with = "model")]
-    config: Option<PathBuf>,
+    model_config: Option<PathBuf>,
     /// A Hugging Face folder or id whose weights training starts from
     #[arg(long, value_name = "FOLDER|ID")]
     model: Option<String>,
@@ -70,12 +70,6 @@ pub struct Args {
     /// Passes over the data [default: 1]
     #[arg(long)]
     epochs: Option<f64>,
-    /// Sequences of one forward pass
-    #[arg(long, default_value_t = 8)]
-    batch: usize,
-    /// Forward passes of one step
-    #[arg(long, default_value_t = 1)]
-    accumulate: usize,
     /// Tokens of a sequence [default: 512, or the model's context where that is shorter]
     #[arg(long)]
     seq_len: Option<usize>,
@@ -90,7 +84,7 @@ pub struct Args {
     seed: u64,
 
     #[command(flatten)]
-    recipe: Recipe,
+    how: settings::Args,
 
     /// Steps between evaluations
     #[arg(long, value_name = "STEPS")]
@@ -109,9 +103,6 @@ pub struct Args {
     keep: NonZeroUsize,
     #[command(flatten)]
     world: World,
-    /// What the ranks share out among them: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
-    #[arg(long, value_name = "STAGE", default_value_t = 0)]
-    zero_stage: u8,
     #[command(flatten)]
     machine: Machine,
 }
@@ -133,14 +124,11 @@ impl Args {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    if args.batch == 0 || args.accumulate == 0 || args.seq_len == Some(0) {
-        return Err(usage(
-            "--batch, --accumulate or --seq-len is 0",
-            "they must be positive",
-        ));
+    if args.seq_len == Some(0) {
+        return Err(usage("--seq-len 0", "it must be positive"));
     }
     let ranks = args.world.join()?;
-    let Some(job) = ranks.prepare(|| prepare(&args))? else {
+    let Some(job) = ranks.prepare(|| prepare(&args, ranks.count()))? else {
         return Ok(());
     };
     ranks.run(&args.machine, |group, cpu| job.run(group, &cpu))?;
@@ -152,9 +140,8 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// What all ranks train; none if only the plan was asked for.
-fn prepare(args: &Args) -> Result<Option<Job>> {
+fn prepare(args: &Args, ranks: usize) -> Result<Option<Job>> {
     args.machine.cpu_threads()?;
-    let engine = args.recipe.engine()?;
     let model = args
         .model
         .as_deref()
@@ -178,32 +165,45 @@ fn prepare(args: &Args) -> Result<Option<Job>> {
     for note in &config.notes {
         say(&format!("note: {note}"));
     }
-    let shape = shape(args, &config);
-    let plan = plan(&config, args.recipe.dtype.dtype(), engine, shape);
-    describe(&config, &plan);
-    fits(&plan)?;
+    let seq_len = args
+        .seq_len
+        .unwrap_or(512.min(config.max_position_embeddings));
+    // The length of the run may follow from the data; what a step needs does not depend on it.
+    let known = args.steps.unwrap_or(1);
+    let settings = args
+        .how
+        .settings(ranks, known, config.hidden_size, seq_len)?;
+    for note in settings.notes() {
+        say(&format!("note: {note}"));
+    }
+    let plan = settings.plan(&config, ranks);
+    describe(&config, &plan, ranks);
+    fits(&plan, ranks)?;
     if args.plan {
         return Ok(None);
     }
     let tokenized = tokens(args, &corpus, &tokenizer)?;
     let data = tokenized.file.description().key.clone();
     let split = Split::new(&Arc::new(tokenized.file), args.held_out, args.seed)?;
-    let options = options(args, engine, shape, split.train.tokens())?;
+    let steps = steps(args, settings.shape, split.train.tokens() / ranks as u64);
+    let settings = args
+        .how
+        .settings(ranks, steps, config.hidden_size, seq_len)?;
     Ok(Some(Job {
-        placement: placement(args)?,
+        options: options(args, &settings, steps)?,
+        settings,
         origin,
         resume,
         config,
         tokenizer,
         data,
         split,
-        options,
     }))
 }
 
 /// What all ranks train.
 struct Job {
-    placement: Placement,
+    settings: Settings,
     origin: Option<PathBuf>,
     resume: Option<CheckpointDir>,
     config: DecoderConfig,
@@ -239,7 +239,7 @@ impl Job {
             ("the model", self.config.json.to_string()),
             (
                 "the settings",
-                format!("{:?} {:?}", self.options, self.placement),
+                format!("{:?} {:?}", self.options, self.settings.placement),
             ),
             ("the data and its tokenizer", self.data.clone()),
             ("the checkpoint to resume from", format!("{resume:?}")),
@@ -255,7 +255,12 @@ impl Job {
     /// The parameters, read or made where this rank keeps them.
     fn store(&self, group: Group, cpu: &Cpu, first: bool) -> Result<Store> {
         let (dtype, model) = (self.options.dtype, decoder(&self.config));
-        let home = Home::on(group, self.placement);
+        let home = self.settings.home(group)?;
+        if let Some(note) = home.swap.as_ref().and_then(|swap| swap.note())
+            && first
+        {
+            say(&format!("note: swap file: {note}"));
+        }
         let Some(folder) = &self.origin else {
             let seed = self.options.seed;
             let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(cpu, seed, dtype, range));
@@ -273,49 +278,21 @@ impl Job {
     }
 }
 
-/// What is partitioned over the ranks.
-fn placement(args: &Args) -> Result<Placement> {
-    let stage = Stage::from_number(args.zero_stage).ok_or_else(|| {
-        usage(
-            format!("--zero-stage {}", args.zero_stage),
-            "the stages are 0, 1, 2 and 3",
-        )
-    })?;
-    Ok(Placement {
-        stage,
-        ..Placement::default()
-    })
-}
-
-/// A micro-batch and how many make a step.
-fn shape(args: &Args, config: &DecoderConfig) -> StepShape {
-    let seq_len = args
-        .seq_len
-        .unwrap_or(512.min(config.max_position_embeddings));
-    StepShape {
-        micro_batch: args.batch,
-        seq_len,
-        gradient_accumulation_steps: args.accumulate,
-    }
-}
-
-/// How the run trains on `tokens` tokens.
-fn options(
-    args: &Args,
-    engine: EngineOptions,
-    shape: StepShape,
-    tokens: u64,
-) -> Result<TrainOptions> {
+/// Steps of a run over `tokens` tokens on each rank.
+fn steps(args: &Args, shape: StepShape, tokens: u64) -> u64 {
     let per_step = (shape.micro_batch * shape.seq_len * shape.gradient_accumulation_steps) as f64;
-    let steps = match args.steps {
-        Some(steps) => steps,
-        None => (args.epochs.unwrap_or(1.0) * tokens as f64 / per_step).ceil() as u64,
-    };
+    let passes = args.epochs.unwrap_or(1.0);
+    args.steps
+        .unwrap_or_else(|| (passes * tokens as f64 / per_step).ceil() as u64)
+}
+
+/// How the run trains.
+fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions> {
     Ok(TrainOptions {
-        dtype: args.recipe.dtype.dtype(),
-        engine,
-        shape,
-        schedule: args.recipe.schedule(steps)?,
+        dtype: settings.dtype,
+        engine: settings.engine,
+        shape: settings.shape,
+        schedule: args.how.rate(settings, steps)?,
         steps,
         packing: match args.pack {
             Pack::Documents => Packing::Documents,
@@ -400,9 +377,10 @@ fn config(args: &Args, origin: Option<&Path>, tokenizer: &Tokenizer) -> Result<D
     if let Some(folder) = origin {
         return Ok(DecoderConfig::load(folder)?);
     }
-    if let Some(path) = &args.config {
+    if let Some(path) = &args.model_config {
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).with_context(|| format!("--config {file}"))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("--model-config {file}"))?;
         return Ok(DecoderConfig::from_json(&file, &text)?);
     }
     // A vocabulary divisible by 64 costs nothing and keeps matrix products on full tiles.
@@ -436,7 +414,7 @@ fn tokens(args: &Args, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<Tokeniz
 }
 
 /// Prints what the run needs.
-fn describe(config: &DecoderConfig, plan: &Plan) {
+fn describe(config: &DecoderConfig, plan: &Plan, ranks: usize) {
     use windlass::tensor::Category;
     say(&format!(
         "{}: {} parameters, {} layers, {} tokens per step",
@@ -449,28 +427,41 @@ fn describe(config: &DecoderConfig, plan: &Plan) {
         .iter()
         .map(|c| format!("{} {}", c.name(), bytes(plan.memory.of(*c))))
         .collect();
+    let each = if ranks > 1 {
+        format!(" for each of {ranks} ranks")
+    } else {
+        String::new()
+    };
     say(&format!(
-        "memory: {} ({})",
+        "memory: {}{each} ({})",
         bytes(plan.memory.reserved),
         parts.join(", ")
     ));
+    if ranks > 1 {
+        say(&format!(
+            "communication: {} sent by each rank in a step",
+            bytes(plan.sent_per_step)
+        ));
+    }
 }
 
 /// Refuses what cannot fit.
-fn fits(plan: &Plan) -> Result<()> {
+fn fits(plan: &Plan, ranks: usize) -> Result<()> {
     let Some(available) = machine_memory() else {
         return Ok(());
     };
-    if plan.memory.reserved <= available {
+    let needed = plan.memory.reserved * ranks;
+    if needed <= available {
         return Ok(());
     }
     Err(failure(
         format!(
             "the run needs {} and {} are available",
-            bytes(plan.memory.reserved),
+            bytes(needed),
             bytes(available)
         ),
         "a smaller --batch with more --accumulate, a shorter --seq-len, --checkpoint-activations, --dtype bf16, \
+         a higher --zero-stage on several ranks, \"offload_optimizer\" and \"offload_param\" to nvme in a --config, \
          --optimizer lion or a smaller model need less",
     ))
 }

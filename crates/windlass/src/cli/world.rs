@@ -121,6 +121,14 @@ fn over_mpi(_: Duration) -> Result<Group> {
 }
 
 impl Ranks {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Ranks::Threads(ranks, _) => *ranks,
+            Ranks::Process(group) => group.size(),
+        }
+    }
+
     /// Prepares files that all ranks use: the first process, then the first of each other host, then the rest, which
     /// find them. Every process needs what this returns.
     ///

@@ -144,6 +144,6 @@ const MUON: &[Key] = &[
         "ns_method",
         Kind::Choice(&["gram", "standard"]),
         r#""gram""#,
-        YES,
+        Status::NoMeaning("both ways give the same matrix"),
     ),
 ];

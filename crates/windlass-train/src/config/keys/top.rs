@@ -7,6 +7,9 @@ use super::{
 
 const ALWAYS: Status = NoMeaning("it is always so");
 const ONE_OPTIMIZER: Status = NoMeaning("there is one implementation of each optimizer");
+const IN_ORDER: Status = NoMeaning("gradients are summed in f32, in rank order, and divided once");
+const EVERY_LAYER: Status = NoMeaning("the input of every layer is kept");
+const IN_MEMORY: Status = NoMeaning("activations are in the memory of the CPU");
 const CUDA: Status = NoMeaning("it concerns GPUs");
 const POOLED: Status = NoMeaning("activations come from a pool that does not fragment");
 const NO_MODEL_PARALLEL: Status = NoMeaning("there are no tensor-parallel ranks to share with");
@@ -29,8 +32,8 @@ pub(super) const SECTIONS: &[Section] = &[
                 Unsupported("the engine counts the micro batches"),
             ),
             key("gradient_clipping", NOT_NEGATIVE, "1.0", YES),
-            key("prescale_gradients", BOOL, "false", YES),
-            key("gradient_predivide_factor", POSITIVE, "1.0", YES),
+            key("prescale_gradients", BOOL, "false", IN_ORDER),
+            key("gradient_predivide_factor", POSITIVE, "1.0", IN_ORDER),
             key(
                 "gradient_allreduce_op",
                 Kind::Choice(&["mean", "sum"]),
@@ -169,9 +172,9 @@ pub(super) const SECTIONS: &[Section] = &[
         "activation_checkpointing",
         &[
             key("partition_activations", BOOL, "false", NO_MODEL_PARALLEL),
-            key("number_checkpoints", COUNT, "null", YES),
+            key("number_checkpoints", COUNT, "null", EVERY_LAYER),
             key("contiguous_memory_optimization", BOOL, "false", POOLED),
-            key("cpu_checkpointing", BOOL, "false", YES),
+            key("cpu_checkpointing", BOOL, "false", IN_MEMORY),
             key("synchronize_checkpoint_boundary", BOOL, "false", CUDA),
             key(
                 "profile",

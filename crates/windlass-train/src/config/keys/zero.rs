@@ -6,6 +6,10 @@ use super::{BOOL, COUNT, INT, Kind, Section, Status, TEXT, UNIT, YES, key, secti
 const DEVICE: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
 const ALWAYS: Status = NoMeaning("it is always so");
 const PINNED: Status = NoMeaning("there is no device that copies from pinned memory");
+const ONE_AHEAD: Status =
+    NoMeaning("the next unit is fetched while one computes; no more are whole at a time");
+const BUFFERS: Status = NoMeaning("buffers have the size of what they hold");
+const OVERLAPS: Status = NoMeaning("reading, computing and writing always overlap");
 const UNITS: Status = NoMeaning("weights are gathered by units, each whole");
 const COLLECTIVE: Status = NoMeaning("there is one way to reduce, in rank order");
 const RESHARDS: Status = NoMeaning("every checkpoint loads at any number of ranks");
@@ -23,21 +27,21 @@ pub(super) const SECTIONS: &[Section] = &[
             key("reduce_bucket_size", INT, "500000000", YES),
             key("allgather_bucket_size", INT, "500000000", YES),
             key("sub_group_size", INT, "1000000000", YES),
-            key("stage3_prefetch_bucket_size", INT, "50000000", YES),
+            key("stage3_prefetch_bucket_size", INT, "50000000", ONE_AHEAD),
             key("stage3_param_persistence_threshold", INT, "100000", YES),
             key(
                 "stage3_model_persistence_threshold",
                 INT,
                 "9223372036854775807",
-                YES,
+                NoMeaning("stage3_param_persistence_threshold alone decides"),
             ),
-            key("stage3_max_live_parameters", INT, "1000000000", YES),
-            key("stage3_max_reuse_distance", INT, "1000000000", YES),
+            key("stage3_max_live_parameters", INT, "1000000000", ONE_AHEAD),
+            key("stage3_max_reuse_distance", INT, "1000000000", ONE_AHEAD),
             key(
                 "stage3_gather_16bit_weights_on_model_save",
                 BOOL,
                 "false",
-                YES,
+                NoMeaning("every checkpoint is a Hugging Face folder too"),
             ),
             key("stage3_module_granularity_threshold", INT, "0", UNITS),
             key(
@@ -129,9 +133,9 @@ pub(super) const SECTIONS: &[Section] = &[
         &[
             key("device", DEVICE, r#""none""#, YES),
             key("nvme_path", TEXT, "null", YES),
-            key("buffer_count", COUNT, "5", YES),
-            key("buffer_size", COUNT, "100000000", YES),
-            key("max_in_cpu", INT, "1000000000", YES),
+            key("buffer_count", COUNT, "5", ONE_AHEAD),
+            key("buffer_size", COUNT, "100000000", BUFFERS),
+            key("max_in_cpu", INT, "1000000000", BUFFERS),
             key("pin_memory", BOOL, "true", PINNED),
         ],
     ),
@@ -142,8 +146,8 @@ pub(super) const SECTIONS: &[Section] = &[
             key("nvme_path", TEXT, "null", YES),
             key("buffer_count", COUNT, "4", YES),
             key("pin_memory", BOOL, "true", PINNED),
-            key("pipeline_read", BOOL, "false", YES),
-            key("pipeline_write", BOOL, "false", YES),
+            key("pipeline_read", BOOL, "false", OVERLAPS),
+            key("pipeline_write", BOOL, "false", OVERLAPS),
             key(
                 "fast_init",
                 BOOL,

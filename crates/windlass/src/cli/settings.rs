@@ -1,0 +1,187 @@
+//! How a run trains: from flags, or from a `ds_config.json` with flags in place of some of its values.
+
+use super::recipe::Recipe;
+use super::usage;
+use anyhow::Result;
+use serde_json::json;
+use std::path::PathBuf;
+use windlass::comm::Group;
+use windlass::model::DecoderConfig;
+use windlass::store::{Home, Placement, Stage};
+use windlass::tensor::DType;
+use windlass::train::config::{Config, Context};
+use windlass::train::schedule::Rate;
+use windlass::train::{EngineOptions, Plan, StepShape, plan_rank};
+
+/// Flags that both ways share.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Sequences of one forward pass, on each rank [default: 8]
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Forward passes of one step, on each rank [default: 1]
+    #[arg(long)]
+    accumulate: Option<usize>,
+    /// A ds_config.json: batch, optimizer, schedule, precision, ZeRO; flags fill its "auto" values and replace others
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// What ranks share out among them: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters [default: 0]
+    #[arg(long, value_name = "STAGE")]
+    zero_stage: Option<u8>,
+}
+
+/// How a run trains.
+pub struct Settings {
+    /// Storage type of weights and activations.
+    pub dtype: DType,
+    /// Optimizer, clipping, precision.
+    pub engine: EngineOptions,
+    /// Sequences of a step on each rank.
+    pub shape: StepShape,
+    /// What is partitioned, and where it rests.
+    pub placement: Placement,
+    /// The file, where there is one.
+    pub config: Option<Config>,
+    rate: Option<Rate>,
+}
+
+impl Settings {
+    /// What the user should know.
+    pub fn notes(&self) -> Vec<String> {
+        let config = self.config.as_ref();
+        let mut notes: Vec<String> = config.map_or(Vec::new(), Config::notes);
+        if config.is_some_and(|c| c.offloads_to_cpu()) {
+            notes.push(
+                "offloading to the cpu: ranks are on the CPU, so it is where everything is".into(),
+            );
+        }
+        notes
+    }
+
+    /// What one rank needs.
+    pub fn plan(&self, config: &DecoderConfig, ranks: usize) -> Plan {
+        plan_rank(
+            config,
+            self.dtype,
+            self.engine,
+            self.shape,
+            self.placement,
+            ranks,
+        )
+    }
+
+    /// The place of a rank's store.
+    ///
+    /// # Errors
+    /// A folder that cannot hold swap files.
+    pub fn home(&self, group: Group) -> Result<Home> {
+        match &self.config {
+            Some(config) => Ok(config.home(group)?),
+            None => Ok(Home::on(group, self.placement)),
+        }
+    }
+}
+
+impl Args {
+    /// The settings of a run on `ranks` ranks, of `steps` steps, of a model of a width.
+    ///
+    /// # Errors
+    /// Flags and files that cannot be used, or contradict each other.
+    pub fn settings(
+        &self,
+        ranks: usize,
+        steps: u64,
+        hidden_size: usize,
+        seq_len: usize,
+    ) -> Result<Settings> {
+        if self.batch == Some(0) || self.accumulate == Some(0) {
+            return Err(usage(
+                "--batch or --accumulate is 0",
+                "they must be positive",
+            ));
+        }
+        match &self.config {
+            Some(_) => self.from_file(ranks, steps, hidden_size, seq_len),
+            None => self.from_flags(seq_len),
+        }
+    }
+
+    fn from_flags(&self, seq_len: usize) -> Result<Settings> {
+        let number = self.zero_stage.unwrap_or(0);
+        let stage = Stage::from_number(number).ok_or_else(|| {
+            usage(
+                format!("--zero-stage {number}"),
+                "the stages are 0, 1, 2 and 3",
+            )
+        })?;
+        Ok(Settings {
+            dtype: self.recipe.dtype(),
+            engine: self.recipe.engine()?,
+            shape: StepShape {
+                micro_batch: self.batch.unwrap_or(8),
+                seq_len,
+                gradient_accumulation_steps: self.accumulate.unwrap_or(1),
+            },
+            placement: Placement {
+                stage,
+                ..Placement::default()
+            },
+            config: None,
+            rate: None,
+        })
+    }
+
+    fn from_file(
+        &self,
+        ranks: usize,
+        steps: u64,
+        hidden_size: usize,
+        seq_len: usize,
+    ) -> Result<Settings> {
+        let path = self.config.as_deref().expect("called with a file");
+        let mut context = Context::ranks(ranks as u64);
+        context.auto = self.recipe.auto();
+        context.auto.train_micro_batch_size_per_gpu = self.batch.map(|n| n as u64);
+        context.auto.gradient_accumulation_steps = self.accumulate.map(|n| n as u64);
+        context.auto.hidden_size = Some(hidden_size as u64);
+        context.overrides = self.recipe.overrides()?;
+        if let Some(stage) = self.zero_stage {
+            let key = "zero_optimization.stage".to_string();
+            context.overrides.push((key, json!(stage)));
+        }
+        // A file that gives the number of steps means it; one that leaves it open learns it from the run.
+        let config = match Config::load(path, &context) {
+            Err(_) => {
+                context.auto.total_num_steps = Some(steps);
+                Config::load(path, &context)?
+            }
+            Ok(config) => config,
+        };
+        let engine = config.engine_options()?;
+        Ok(Settings {
+            dtype: config.dtype()?,
+            engine,
+            shape: StepShape {
+                micro_batch: config.batch.train_micro_batch_size_per_gpu as usize,
+                seq_len,
+                gradient_accumulation_steps: config.batch.gradient_accumulation_steps as usize,
+            },
+            placement: config.placement(),
+            rate: Some(engine.rate),
+            config: Some(config),
+        })
+    }
+
+    /// The learning rate of each of `steps` steps.
+    ///
+    /// # Errors
+    /// A rate or a warm-up out of range.
+    pub fn rate(&self, settings: &Settings, steps: u64) -> Result<Rate> {
+        match settings.rate {
+            Some(rate) => Ok(rate),
+            None => self.recipe.schedule(steps),
+        }
+    }
+}
