@@ -36,7 +36,7 @@ pub fn initialize_on<B>(
     seed: u64,
 ) -> Result<Engine<B>> {
     let options = config.engine_options()?;
-    let dtype = config.dtype()?;
+    let dtype = config.dtype();
     group
         .agree("the configuration", hash(&config.fingerprint()))
         .map_err(|e| Error::Store(e.into()))?;
@@ -54,18 +54,11 @@ fn hash(fingerprint: &[u8; 32]) -> u64 {
 
 impl Config {
     /// The storage type of weights and activations.
-    ///
-    /// # Errors
-    /// For `fp16`, which is not supported yet.
-    pub fn dtype(&self) -> Result<DType> {
+    pub fn dtype(&self) -> DType {
         match self.precision.float_type() {
-            FloatType::Fp32 => Ok(DType::F32),
-            FloatType::Bf16 => Ok(DType::Bf16),
-            FloatType::Fp16 => Err(Error::Setting {
-                setting: "\"fp16\" of the configuration",
-                value: "enabled".into(),
-                range: "off: use \"bf16\"",
-            }),
+            FloatType::Fp32 => DType::F32,
+            FloatType::Bf16 => DType::Bf16,
+            FloatType::Fp16 => DType::F16,
         }
     }
 

@@ -326,7 +326,7 @@ fn optimizer_file(rank: usize, ranks: usize) -> String {
 fn state_spec(entry: &StateEntry) -> Spec {
     let dtype = match entry.kind {
         ArrayKind::Low => Dtype::I16,
-        ArrayKind::Moment | ArrayKind::Scales => Dtype::F32,
+        ArrayKind::Master | ArrayKind::Moment | ArrayKind::Scales => Dtype::F32,
         ArrayKind::MomentBf16 => Dtype::BF16,
         ArrayKind::Codes => Dtype::U8,
     };

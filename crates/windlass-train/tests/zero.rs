@@ -9,6 +9,7 @@ use windlass_store::{Home, Placement, Stage, Store, Tier, Wire, partition};
 use windlass_tensor::kernels::memory::Category;
 use windlass_tensor::kernels::optim::Storage;
 use windlass_tensor::{Cpu, DType, Rng};
+use windlass_train::loss_scale::LossScale;
 use windlass_train::{Engine, EngineOptions, Losses, Optimizer};
 
 const STAGES: [Stage; 4] = [
@@ -30,6 +31,7 @@ struct Job {
     optimizer: Optimizer,
     checkpointing: bool,
     moments: Storage,
+    loss_scale: Option<LossScale>,
 }
 
 impl Job {
@@ -46,6 +48,7 @@ impl Job {
             optimizer: Optimizer::ADAMW,
             checkpointing: false,
             moments: Storage::F32,
+            loss_scale: None,
         }
     }
 }
@@ -57,7 +60,7 @@ struct Seen {
     norms: Vec<f64>,
     /// Masters of all parameters after the last step.
     masters: Vec<Vec<f32>>,
-    gradient: Vec<f64>,
+    skipped: u64,
 }
 
 fn config() -> DecoderConfig {
@@ -115,6 +118,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         losses: Losses::Sum,
         moments: job.moments,
         min_8bit_size: 0,
+        loss_scale: job.loss_scale,
         ..Default::default()
     };
     let mut engine = Engine::initialize(model, store.unwrap(), options).unwrap();
@@ -138,6 +142,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         }
         seen.norms.push(engine.step_at(1e-2).unwrap().grad_norm);
     }
+    seen.skipped = engine.skipped_steps();
     let traffic = engine.store().group().traffic();
     if let Some(io) = engine.store().io_stats() {
         assert!(io.bytes_read > 0 && io.bytes_written > 0, "{io:?}");
@@ -208,6 +213,36 @@ fn all_stages_give_the_same_bits() {
                     assert!(seen == want, "rank {index} of {job:?}");
                 }
             }
+        }
+    }
+}
+
+/// In `f16` the loss is scaled; a scale that is too high makes every stage skip the same steps.
+#[test]
+fn half_precision_skips_the_same_steps_in_all_stages() {
+    let jobs = STAGES.map(|stage| Job {
+        dtype: DType::F16,
+        optimizer: SGD,
+        loss_scale: Some(LossScale::Dynamic {
+            initial_scale_power: 24,
+            loss_scale_window: 1,
+            hysteresis: 1,
+            consecutive_hysteresis: false,
+            min_loss_scale: 1.0,
+        }),
+        ..Job::new(2, stage)
+    });
+    let want = run(jobs[0]).swap_remove(0).0;
+    assert!(
+        want.norms[0].is_infinite() || want.norms[0].is_nan(),
+        "{want:?}"
+    );
+    assert_ne!(want.skipped, 0);
+    for job in jobs {
+        for (index, (seen, ..)) in run(job).into_iter().enumerate() {
+            assert_eq!(seen.skipped, want.skipped);
+            assert!(seen.masters == want.masters, "rank {index} of {job:?}");
+            assert!(seen.losses == want.losses, "rank {index} of {job:?}");
         }
     }
 }

@@ -19,6 +19,8 @@ const PIECE: usize = 1 << 12;
 pub enum ArrayKind {
     /// Low halves of `f32` masters whose high halves are the `bf16` weights, as 16-bit integers.
     Low,
+    /// `f32` masters of `f16` weights.
+    Master,
     /// A moment in `f32`.
     Moment,
     /// A moment in `bf16`.
@@ -35,7 +37,7 @@ impl ArrayKind {
         match self {
             ArrayKind::Codes => 1,
             ArrayKind::Low | ArrayKind::MomentBf16 => 2,
-            ArrayKind::Moment | ArrayKind::Scales => 4,
+            ArrayKind::Master | ArrayKind::Moment | ArrayKind::Scales => 4,
         }
     }
 
@@ -88,8 +90,10 @@ impl StateSpec {
             _ => &[ArrayKind::Moment],
         };
         let mut arrays = moment.repeat(self.moments);
-        if dtype == Some(DType::Bf16) {
-            arrays.push(ArrayKind::Low);
+        match dtype {
+            Some(DType::Bf16) => arrays.push(ArrayKind::Low),
+            Some(DType::F16) => arrays.push(ArrayKind::Master),
+            _ => {}
         }
         arrays
     }
@@ -137,7 +141,7 @@ pub struct Shard<'a> {
 
 impl Store {
     /// Freezes the parameters that `trained` refuses, and gives the others zero moments and what their `f32` masters need
-    /// beside `bf16` weights; the masters start as the weights are.
+    /// beside `bf16` and `f16` weights; the masters start as the weights are.
     ///
     /// # Errors
     /// A disk that is full.
@@ -175,6 +179,16 @@ impl Store {
                 slot.grad_spot = Some((self.disk.reserve(4 * len)?, None));
             }
             unit.local = Some(Grads::new(unit.slots.iter().map(|slot| slot.trained)));
+        }
+        if self.dtype() == DType::F16 && !self.cpu.pool.is_dry() {
+            self.visit(&mut |shard| {
+                if let Values::Half { low, master } = shard.values {
+                    master
+                        .iter_mut()
+                        .zip(low)
+                        .for_each(|(m, l)| *m = l.to_f32());
+                }
+            })?;
         }
         Ok(())
     }
@@ -393,7 +407,7 @@ fn shard<'a>(
     grad: Option<&'a Buffer>,
 ) -> Shard<'a> {
     let (owned, alone) = (slot.owned.clone(), slot.ranks() == 1);
-    let (mut low, mut codes, mut moments) = (None, None, Vec::new());
+    let (mut rest, mut codes, mut moments) = (Rest::None, None, Vec::new());
     for (array, come) in slot.state.iter_mut().zip(arrays) {
         let (buffer, at) = match (&mut array.place, come) {
             (Place::Memory(buffer), _) => (buffer, piece.clone()),
@@ -402,7 +416,8 @@ fn shard<'a>(
         };
         let at = array.kind.at(at);
         match array.kind {
-            ArrayKind::Low => low = Some(&mut buffer.as_i16_mut()[at]),
+            ArrayKind::Low => rest = Rest::Low(&mut buffer.as_i16_mut()[at]),
+            ArrayKind::Master => rest = Rest::Master(&mut buffer.as_mut_slice::<f32>()[at]),
             ArrayKind::Moment => moments.push(Moment::F32(&mut buffer.as_mut_slice::<f32>()[at])),
             ArrayKind::MomentBf16 => {
                 moments.push(Moment::Bf16(&mut buffer.as_mut_slice::<bf16>()[at]));
@@ -416,14 +431,18 @@ fn shard<'a>(
     }
     let whole = owned.start + piece.start..owned.start + piece.end;
     let values = match (&mut slot.residence, weight) {
-        (Residence::Whole(Weight::Dense(tensor)), _) => values(tensor, whole.clone(), low),
-        (Residence::Part(tensor), _) => values(tensor, piece.clone(), low),
-        (Residence::Disk(..), Some(buffer)) => match low {
-            Some(low) => Values::Split {
+        (Residence::Whole(Weight::Dense(tensor)), _) => values_of(tensor, whole.clone(), rest),
+        (Residence::Part(tensor), _) => values_of(tensor, piece.clone(), rest),
+        (Residence::Disk(..), Some(buffer)) => match rest {
+            Rest::Low(low) => Values::Split {
                 high: buffer.as_mut_slice(),
                 low,
             },
-            None => Values::F32(buffer.as_mut_slice()),
+            Rest::Master(master) => Values::Half {
+                low: buffer.as_mut_slice(),
+                master,
+            },
+            Rest::None => Values::F32(buffer.as_mut_slice()),
         },
         _ => unreachable!("packed weights are not trained, weights on the disk are fetched"),
     };
@@ -449,12 +468,23 @@ fn shard<'a>(
     }
 }
 
-fn values<'a>(tensor: &'a mut Tensor, at: Range<usize>, low: Option<&'a mut [i16]>) -> Values<'a> {
-    match low {
-        Some(low) => Values::Split {
+/// What completes a weight to its master.
+enum Rest<'a> {
+    None,
+    Low(&'a mut [i16]),
+    Master(&'a mut [f32]),
+}
+
+fn values_of<'a>(tensor: &'a mut Tensor, at: Range<usize>, rest: Rest<'a>) -> Values<'a> {
+    match rest {
+        Rest::Low(low) => Values::Split {
             high: &mut tensor.as_mut_slice()[at],
             low,
         },
-        None => Values::F32(&mut tensor.as_mut_slice()[at]),
+        Rest::Master(master) => Values::Half {
+            low: &mut tensor.as_mut_slice()[at],
+            master,
+        },
+        Rest::None => Values::F32(&mut tensor.as_mut_slice()[at]),
     }
 }

@@ -33,11 +33,15 @@ impl Store {
                 for (array, state) in slot.state.iter().enumerate() {
                     let suffix = match state.kind {
                         ArrayKind::Low => "low".to_string(),
+                        ArrayKind::Master => "master".to_string(),
                         ArrayKind::Moment | ArrayKind::MomentBf16 => format!("moment.{moment}"),
                         ArrayKind::Codes => format!("moment.{moment}.codes"),
                         ArrayKind::Scales => format!("moment.{moment}.scales"),
                     };
-                    moment += usize::from(!matches!(state.kind, ArrayKind::Low | ArrayKind::Codes));
+                    moment += usize::from(!matches!(
+                        state.kind,
+                        ArrayKind::Low | ArrayKind::Master | ArrayKind::Codes
+                    ));
                     entries.push(StateEntry {
                         id: ParamId { unit, slot: index },
                         array,

@@ -3,6 +3,7 @@
 use super::slot::{Residence, fetch_grad};
 use super::{Shard, Stage, Store};
 use crate::error::Result;
+use half::f16;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::Category;
 use windlass_tensor::kernels::split;
@@ -102,6 +103,11 @@ impl Store {
                     out.iter_mut().zip(rounded).for_each(|(o, v)| *o = v);
                 }
                 DType::F32 => tensor.as_mut_slice::<f32>().copy_from_slice(values),
+                DType::F16 => {
+                    let out = tensor.as_mut_slice::<f16>();
+                    let rounded = values.iter().map(|&v| f16::from_f32(v));
+                    out.iter_mut().zip(rounded).for_each(|(o, v)| *o = v);
+                }
                 other => panic!("parameters in {other} are not trained"),
             }
         }

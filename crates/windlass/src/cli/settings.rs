@@ -161,7 +161,7 @@ impl Args {
         };
         let engine = config.engine_options()?;
         Ok(Settings {
-            dtype: config.dtype()?,
+            dtype: config.dtype(),
             engine,
             shape: StepShape {
                 micro_batch: config.batch.train_micro_batch_size_per_gpu as usize,
