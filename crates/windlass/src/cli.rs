@@ -139,6 +139,8 @@ pub enum Precision {
     F32,
     /// Half the memory: bf16 weights and activations; sums, master weights and moments in f32
     Bf16,
+    /// The same in f16, with a dynamic loss scale in training
+    F16,
 }
 
 impl Precision {
@@ -147,6 +149,7 @@ impl Precision {
         match self {
             Precision::F32 => DType::F32,
             Precision::Bf16 => DType::Bf16,
+            Precision::F16 => DType::F16,
         }
     }
 }

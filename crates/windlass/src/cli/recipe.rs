@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use windlass::tensor::DType;
 use windlass::train::config::Auto;
+use windlass::train::loss_scale::LossScale;
 use windlass::train::schedule::{Decay, Rate, Schedule, Warmup};
 use windlass::train::{EngineOptions, Optimizer};
 
@@ -114,6 +115,7 @@ impl Recipe {
             },
             gradient_clipping: (clip > 0.0).then_some(clip),
             activation_checkpointing: self.checkpoint_activations,
+            loss_scale: (self.dtype() == DType::F16).then(LossScale::default),
             ..EngineOptions::default()
         })
     }
