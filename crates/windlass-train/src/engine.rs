@@ -164,6 +164,11 @@ impl<B> Engine<B> {
         &self.model
     }
 
+    /// How it trains.
+    pub fn options(&self) -> &EngineOptions {
+        &self.options
+    }
+
     /// The parameters.
     pub fn store(&self) -> &Store {
         &self.store
@@ -195,6 +200,11 @@ impl<B> Engine<B> {
             skipped: self.skipped,
             scaler: self.scaler.clone(),
         }
+    }
+
+    /// Bounds the global gradient norm from the next step on; `None` does not.
+    pub fn set_gradient_clipping(&mut self, clip: Option<f64>) {
+        self.options.gradient_clipping = clip;
     }
 
     /// The learning rate of the next step.

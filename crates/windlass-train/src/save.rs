@@ -109,7 +109,7 @@ pub(crate) fn save_model(
 ) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     let dtype = engine.store().dtype();
-    let files = FileTensors::new(engine, config);
+    let files = FileTensors::new(engine, config.naming.file_tensors(engine.model()));
     let mut units = Units::new(engine.store());
     write_folder(
         &RealDisk,
@@ -170,8 +170,7 @@ struct FileTensors {
 }
 
 impl FileTensors {
-    fn new(engine: &Engine<Tokens>, config: &DecoderConfig) -> Self {
-        let mut map = config.naming.file_tensors(engine.model());
+    fn new<B>(engine: &Engine<B>, mut map: Vec<FileTensor>) -> Self {
         map.sort_by_key(|t| t.parts[0].unit);
         let kind = match engine.store().dtype() {
             DType::Bf16 => Dtype::BF16,
@@ -219,20 +218,38 @@ pub(crate) fn save(
     progress: &Progress,
     keep: Option<NonZeroUsize>,
 ) -> Result<CheckpointDir> {
-    let (store, group) = (engine.store(), engine.store().group());
+    let map = config.naming.file_tensors(engine.model());
+    let dtype = engine.store().dtype();
+    let step = progress.engine.steps;
+    together_save(checkpoints, engine, map, step, keep, &mut |writer| {
+        write_head(writer, config, tokenizer, progress, dtype)
+    })
+}
+
+/// Writes a checkpoint: each rank its part of the weights, in the layout of `map`, and its optimizer state, and the
+/// first rank what `head` writes. Collective.
+fn together_save<B>(
+    checkpoints: &Checkpoints,
+    engine: &Engine<B>,
+    map: Vec<FileTensor>,
+    step: u64,
+    keep: Option<NonZeroUsize>,
+    head: &mut dyn FnMut(&mut Writer<'_>) -> Result<()>,
+) -> Result<CheckpointDir> {
+    let group = engine.store().group();
     let first = group.rank() == 0;
     let begun = match first {
-        true => checkpoints.begin(progress.engine.steps).map(Some),
+        true => checkpoints.begin(step).map(Some),
         false => Ok(None),
     };
     together(group, "begin a checkpoint", begun.as_ref().err())?;
     let mut writer = match begun? {
         Some(writer) => writer,
-        None => checkpoints.join(progress.engine.steps),
+        None => checkpoints.join(step),
     };
-    let written = write_part(&mut writer, engine, config);
+    let written = write_part(&mut writer, engine, map);
     let written = written.and_then(|()| match first {
-        true => write_head(&mut writer, config, tokenizer, progress, store.dtype()),
+        true => head(&mut writer),
         false => Ok(()),
     });
     together(group, "write a checkpoint", written.as_ref().err())?;
@@ -240,7 +257,7 @@ pub(crate) fn save(
     if !first {
         exchange(group, "checkpoint files", &writer.leave())?;
         together(group, "commit a checkpoint", None::<&Error>)?;
-        return Ok(checkpoints.get(progress.engine.steps)?);
+        return Ok(checkpoints.get(step)?);
     }
     let committed = exchange(group, "checkpoint files", &[]).and_then(|lists| {
         for list in lists.iter().filter(|list| !list.is_empty()) {
@@ -253,14 +270,10 @@ pub(crate) fn save(
 }
 
 /// Writes this rank's part of the weights and its optimizer state.
-fn write_part(
-    writer: &mut Writer<'_>,
-    engine: &Engine<Tokens>,
-    config: &DecoderConfig,
-) -> Result<()> {
+fn write_part<B>(writer: &mut Writer<'_>, engine: &Engine<B>, map: Vec<FileTensor>) -> Result<()> {
     let store = engine.store();
     let (rank, ranks) = (store.group().rank(), store.group().size());
-    let files = FileTensors::new(engine, config);
+    let files = FileTensors::new(engine, map);
     let mut units = Units::new(store);
     let mut fill =
         |index: usize, out: &mut TensorWriter| out.values(&files.values(index, &mut units)?);
@@ -423,4 +436,87 @@ pub fn load_model(
     })?;
     let unused = loader.unused();
     Ok((store, unused))
+}
+
+/// What an engine's own checkpoint says beside its tensors.
+#[derive(Serialize, Deserialize)]
+struct Client {
+    engine: EngineState,
+    ranks: usize,
+    dtype: String,
+    optimizer: Optimizer,
+    client_state: Value,
+}
+
+/// The file of [`Client`].
+const CLIENT_FILE: &str = "engine_state.json";
+
+/// The parameters under their own names, as they are.
+fn plain<B>(engine: &Engine<B>) -> Vec<FileTensor> {
+    let tensor = |(id, spec): (ParamId, &windlass_tensor::ParamSpec)| FileTensor {
+        name: spec.name.clone(),
+        shape: spec.shape,
+        parts: vec![id],
+        layout: windlass_tensor::Layout::Rows,
+    };
+    engine.store().params().map(tensor).collect()
+}
+
+impl<B> Engine<B> {
+    /// Writes a checkpoint in `dir`, of any model: weights under their parameters' names, optimizer state, and
+    /// `client_state`. Every rank writes its part; [`Engine::load_checkpoint`] continues on any number of ranks, in any
+    /// stage and tier. Collective.
+    ///
+    /// # Errors
+    /// Whatever hinders writing, on all ranks when it hinders one; checkpoints before it stay.
+    pub fn save_checkpoint(&self, dir: &Path, client_state: &Value) -> Result<std::path::PathBuf> {
+        let state = Client {
+            engine: self.state(),
+            ranks: self.store().group().size(),
+            dtype: self.store().dtype().name().into(),
+            optimizer: self.options().optimizer,
+            client_state: client_state.clone(),
+        };
+        let checkpoints = Checkpoints::open(dir);
+        let step = state.engine.steps;
+        let map = plain(self);
+        let saved = together_save(&checkpoints, self, map, step, None, &mut |writer| {
+            Ok(writer.json(CLIENT_FILE, &state)?)
+        })?;
+        Ok(saved.path().to_owned())
+    }
+
+    /// Continues from the latest checkpoint in `dir`: its folder and client state, or `None` where there is none.
+    /// Collective.
+    ///
+    /// # Errors
+    /// A damaged checkpoint, one of another model, optimizer or storage type.
+    pub fn load_checkpoint(&mut self, dir: &Path) -> Result<Option<(std::path::PathBuf, Value)>> {
+        let Some(found) = Checkpoints::open(dir).latest()? else {
+            return Ok(None);
+        };
+        let checkpoint = found.checkpoint;
+        let saved: Client = checkpoint.json(CLIENT_FILE)?;
+        let now = self.store().dtype().name().to_string();
+        if saved.dtype != now {
+            let (what, saved) = ("the storage type", saved.dtype);
+            return Err(Error::Changed { what, saved, now });
+        }
+        if saved.optimizer != self.options().optimizer {
+            return Err(Error::Changed {
+                what: "the optimizer",
+                saved: format!("{:?}", saved.optimizer),
+                now: format!("{:?}", self.options().optimizer),
+            });
+        }
+        let (cpu, dtype) = (self.store().cpu().clone(), self.store().dtype());
+        let tensors = checkpoint.weights()?;
+        let (units, map) = (self.model().units().to_vec(), plain(self));
+        let mut loader = Loader::new(&cpu, &tensors, &units, &map, |_| None);
+        self.store_mut()
+            .refill(|id, _, range| loader.read(id, range, dtype))?;
+        load_optimizer(&checkpoint, saved.ranks, self.store_mut())?;
+        self.resume(&saved.engine);
+        Ok(Some((checkpoint.path().to_owned(), saved.client_state)))
+    }
 }

@@ -1,13 +1,17 @@
 //! The trainer: resuming, accumulation, checkpoints, errors, the memory plan, threads, records.
 
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_config};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
-use windlass_store::{Home, Store};
+use windlass_store::swap::{AioOptions, SwapFile};
+use windlass_store::{Home, Placement, Stage, Store, Tier};
 use windlass_tensor::{Cpu, DType, Rng, RouterStats};
 use windlass_train::data::{
     Corpus, Packing, ReadOptions, Split, TokenFile, TokenizeOptions, tokenize,
@@ -107,7 +111,17 @@ impl Bench {
         options: &TrainOptions,
         resume: bool,
     ) -> Result<Trainer, Error> {
-        let cpu = Cpu::new(threads);
+        self.rank(&Cpu::new(threads), Home::alone(), options, resume)
+    }
+
+    /// As `trainer`, on one rank of several.
+    fn rank(
+        &self,
+        cpu: &Cpu,
+        home: Home,
+        options: &TrainOptions,
+        resume: bool,
+    ) -> Result<Trainer, Error> {
         let checkpoint: Option<CheckpointDir> = resume.then(|| {
             let found = Checkpoints::open(&options.out).latest().unwrap().unwrap();
             assert_eq!(found.note, None);
@@ -116,10 +130,11 @@ impl Bench {
         let store = match &checkpoint {
             Some(c) => {
                 let config = DecoderConfig::load(c.path()).unwrap();
-
-                load_model(&cpu, Home::alone(), c.path(), &config, options.dtype)?.0
+                load_model(cpu, home, c.path(), &config, options.dtype)?.0
             }
-            None => Store::init(&cpu, decoder(&self.config).units(), options.dtype, 3),
+            None => Store::build(cpu, home, decoder(&self.config).units(), |_, p, range| {
+                Ok(p.fill_range(cpu, 3, options.dtype, range))
+            })?,
         };
         let split = Split::new(&self.file, 0.1, 1)?;
         Trainer::new(
@@ -131,6 +146,34 @@ impl Bench {
             options.clone(),
             checkpoint.as_ref(),
         )
+    }
+
+    /// Trains on several ranks until `stop`, from new weights or from the latest checkpoint.
+    fn train_ranks(&self, world: World, options: &TrainOptions, stop: u64, resume: bool) {
+        let mut options = options.clone();
+        options.shape.micro_batch = 1;
+        options.shape.gradient_accumulation_steps = 12 / world.ranks;
+        std::thread::scope(|scope| {
+            for group in Group::local(world.ranks, Duration::from_secs(60)) {
+                let options = &options;
+                scope.spawn(move || {
+                    let mut home = Home::on(group, world.placement);
+                    if world.placement.optimizer == Tier::Nvme {
+                        let folder = std::env::temp_dir();
+                        let aio = AioOptions::default();
+                        home.swap = Some(SwapFile::create(&folder, "test", aio, None).unwrap());
+                    }
+                    let mut trainer = self.rank(&Cpu::new(1), home, options, resume).unwrap();
+                    let flag = AtomicBool::new(false);
+                    let end = trainer.run(&flag, &mut |event| {
+                        if matches!(event, Event::Step(s) if s.step == stop) {
+                            flag.store(true, Ordering::Relaxed);
+                        }
+                    });
+                    end.unwrap();
+                });
+            }
+        });
     }
 
     /// Trains from new weights to the end, interrupted after the steps in `stops` and resumed by a new trainer.
@@ -221,6 +264,122 @@ fn a_resumed_run_is_the_same_to_the_bit() {
             );
             assert_eq!(records(&whole.out), records(&parts.out));
             assert_eq!(records(&whole.out).len(), 9 + 3, "steps and evaluations");
+        }
+    }
+}
+
+/// Ranks and what they share out.
+#[derive(Clone, Copy, Debug)]
+struct World {
+    ranks: usize,
+    placement: Placement,
+}
+
+/// All bytes of a checkpoint's tensors, whatever files they lie in.
+fn everything(out: &Path, step: u64, weights_only: bool) -> BTreeMap<String, Vec<u8>> {
+    let checkpoint = Checkpoints::open(out).get(step).unwrap();
+    let weights = checkpoint.weights().unwrap();
+    let mut all: BTreeMap<String, Vec<u8>> = weights
+        .names()
+        .map(|name| (name.to_string(), weights.get(name).unwrap().bytes.to_vec()))
+        .collect();
+    for file in checkpoint
+        .files()
+        .filter(|f| f.starts_with("optimizer") && !weights_only)
+    {
+        let state = checkpoint.tensors(file).unwrap();
+        for name in state.names() {
+            let bytes = all.entry(name.to_string()).or_default();
+            bytes.extend_from_slice(state.get(name).unwrap().bytes);
+        }
+    }
+    all
+}
+
+/// A run goes on at another number of ranks, in another stage and on another tier, without conversion: with as many
+/// ranks to the bit, with others within rounding.
+#[test]
+fn a_run_resumes_on_any_ranks_in_any_stage() {
+    let bench = Bench::new("reshard");
+    let world = |ranks, stage, tier| World {
+        ranks,
+        placement: Placement {
+            stage,
+            persistence_threshold: 300,
+            optimizer: tier,
+            parameters: if stage == Stage::Parameters {
+                tier
+            } else {
+                Tier::Memory
+            },
+            swap_from: 256,
+            ..Placement::default()
+        },
+    };
+    let whole = |ranks| world(ranks, Stage::Replicated, Tier::Memory);
+    let mut wanted = BTreeMap::new();
+    for dtype in [DType::F32, DType::Bf16] {
+        let options = |name: String| {
+            let mut options = bench.options(&name, 6);
+            options.dtype = dtype;
+            options.eval_every = None;
+            options
+        };
+        for ranks in [1, 2, 3, 4] {
+            let options = options(format!("{dtype}-{ranks}"));
+            bench.train_ranks(whole(ranks), &options, u64::MAX, false);
+            wanted.insert(ranks, everything(&options.out, 6, false));
+        }
+        let changes = [
+            (whole(2), world(2, Stage::Parameters, Tier::Nvme)),
+            (
+                world(2, Stage::Parameters, Tier::Nvme),
+                world(2, Stage::Optimizer, Tier::Memory),
+            ),
+            (
+                world(4, Stage::Parameters, Tier::Memory),
+                world(3, Stage::Gradients, Tier::Nvme),
+            ),
+            (whole(1), world(4, Stage::Parameters, Tier::Nvme)),
+            (world(3, Stage::Gradients, Tier::Memory), whole(1)),
+        ];
+        for (index, (before, after)) in changes.into_iter().enumerate() {
+            let options = options(format!("{dtype}-change-{index}"));
+            bench.train_ranks(before, &options, 3, false);
+            bench.train_ranks(after, &options, u64::MAX, true);
+            let found = everything(&options.out, 6, false);
+            let want = &wanted[&after.ranks];
+            assert!(found.keys().eq(want.keys()), "{before:?} to {after:?}");
+            if before.ranks == after.ranks {
+                assert!(found == *want, "{before:?} to {after:?}");
+                continue;
+            }
+            let tensors = everything(&options.out, 6, true);
+            for (name, bytes) in &tensors {
+                let scale = want[name].len().max(1) as f64;
+                let numbers = |bytes: &[u8]| -> Vec<f64> {
+                    match dtype {
+                        DType::F32 => bytes
+                            .chunks(4)
+                            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into())
+                            .collect(),
+                        _ => bytes
+                            .chunks(2)
+                            .map(|b| {
+                                f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)
+                                    .into()
+                            })
+                            .collect(),
+                    }
+                };
+                let (found, wanted) = (numbers(bytes), numbers(&want[name]));
+                let apart = found.iter().zip(wanted).map(|(a, b)| (a - b).abs());
+                let mean = apart.sum::<f64>() / scale;
+                assert!(
+                    mean < 1e-4,
+                    "{before:?} to {after:?}: {name} is {mean} apart"
+                );
+            }
         }
     }
 }

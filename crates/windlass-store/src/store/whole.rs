@@ -115,6 +115,36 @@ impl Store {
         Ok(())
     }
 
+    /// Replaces all dense weights by what `fill` gives, which is asked as in [`Store::build`].
+    ///
+    /// # Errors
+    /// Those of `fill`; a failing disk.
+    pub fn refill(
+        &mut self,
+        mut fill: impl FnMut(ParamId, &ParamSpec, Range<usize>) -> Result<Tensor>,
+    ) -> Result<()> {
+        self.ahead().clear();
+        for (unit, held) in self.units.iter_mut().enumerate() {
+            for (slot, (param, place)) in held.spec.params.iter().zip(&mut held.slots).enumerate() {
+                let id = ParamId { unit, slot };
+                let shard = place.shard().clone();
+                match &mut place.residence {
+                    Residence::Whole(Weight::Dense(tensor)) => {
+                        *tensor = fill(id, param, 0..param.shape.len())?.reshape(param.shape);
+                    }
+                    Residence::Part(part) => *part = fill(id, param, shard)?,
+                    Residence::Disk(spot, _) => {
+                        let part = fill(id, param, shard)?;
+                        let buffer = part.into_buffer().expect("a part that nobody shares");
+                        self.disk.write(spot, 0, buffer)?;
+                    }
+                    Residence::Whole(Weight::Packed(_)) => {}
+                }
+            }
+        }
+        self.disk.flush()
+    }
+
     /// Completes a vector as long as a parameter, of which each rank has computed its part, on all ranks; in stage 0 all
     /// have computed it all. Collective.
     ///
