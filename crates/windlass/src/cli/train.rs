@@ -20,7 +20,7 @@ use windlass::tensor::{Cpu, ParamSpec};
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
 };
-use windlass::train::{EngineOptions, Plan, StepShape, TrainOptions, Trainer, load_model, plan};
+use windlass::train::{Plan, StepShape, TrainOptions, Trainer, load_model};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
