@@ -2,6 +2,7 @@
 //!
 //! This is the one place where a model and the store of its parameters meet.
 
+mod checkpoint;
 pub mod config;
 pub mod corpus;
 pub mod data;
@@ -15,6 +16,7 @@ mod optimizer;
 mod plan;
 mod save;
 pub mod schedule;
+mod together;
 mod trainer;
 
 pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport, idle, run};

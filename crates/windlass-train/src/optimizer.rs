@@ -159,53 +159,14 @@ impl Optimizer {
         }
     }
 
-    /// The kernel's rule of one step, for rules that treat every element alike. Biases and norm weights are not
-    /// decayed.
+    /// The kernel's rule of one step, for rules that treat every element alike, and for Muon's other parameters. Biases
+    /// and norm weights are not decayed.
     fn rule(&self, step: &Step, decay: bool) -> Option<Rule> {
         let decays = |weight_decay: f64| if decay { weight_decay } else { 0.0 };
-        let &Step {
-            lr,
-            number,
-            grad_scale,
-            betas,
-        } = step;
+        let &Step { lr, grad_scale, .. } = step;
         Some(match *self {
-            Optimizer::AdamW {
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-            } => {
-                let decoupled = Optimizer::Adam {
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
-                    decoupled: true,
-                    bias_correction: true,
-                };
-                return decoupled.rule(step, decay);
-            }
-            Optimizer::Adam {
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                decoupled,
-                bias_correction,
-            } => {
-                let (beta1, beta2) = betas.unwrap_or((beta1, beta2));
-                Rule::Adam(Adam {
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay: decays(weight_decay),
-                    decoupled,
-                    bias_correction,
-                    step: number,
-                    grad_scale,
-                })
+            Optimizer::AdamW { .. } | Optimizer::Adam { .. } | Optimizer::Muon { .. } => {
+                Rule::Adam(self.adam(step, decay)?)
             }
             Optimizer::Adagrad { eps, weight_decay } => Rule::Adagrad(Adagrad {
                 lr,
@@ -224,7 +185,7 @@ impl Optimizer {
                 dampening,
                 nesterov,
                 weight_decay: decays(weight_decay),
-                step: number,
+                step: step.number,
                 grad_scale,
             }),
             Optimizer::Lion {
@@ -232,7 +193,7 @@ impl Optimizer {
                 beta2,
                 weight_decay,
             } => {
-                let (beta1, beta2) = betas.unwrap_or((beta1, beta2));
+                let (beta1, beta2) = step.betas.unwrap_or((beta1, beta2));
                 Rule::Lion(Lion {
                     lr,
                     beta1,
@@ -241,32 +202,62 @@ impl Optimizer {
                     grad_scale,
                 })
             }
-            Optimizer::Muon {
-                weight_decay,
-                beta1,
-                beta2,
-                eps,
-                adam_lr_ratio,
-                ..
-            } => {
-                let adam = Optimizer::AdamW {
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
-                };
-                let step = Step {
-                    lr: lr * adam_lr_ratio,
-                    ..*step
-                };
-                return adam.rule(&step, decay);
-            }
             Optimizer::Lamb { .. } => return None,
         })
     }
 
-    /// The ratio of norms is one of whole parameters: moments and sums in a first pass, values in a second.
-    fn update_lamb(&self, store: &mut Store, pool: &Pool, step: &Step) -> Result<()> {
+    /// Adam's rule of one step, of the optimizers that have one.
+    fn adam(&self, step: &Step, decay: bool) -> Option<Adam> {
+        let (betas, eps, weight_decay) = match *self {
+            Optimizer::AdamW {
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+            }
+            | Optimizer::Adam {
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                ..
+            }
+            | Optimizer::Muon {
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                ..
+            } => ((beta1, beta2), eps, weight_decay),
+            _ => return None,
+        };
+        let (decoupled, bias_correction) = match *self {
+            Optimizer::Adam {
+                decoupled,
+                bias_correction,
+                ..
+            } => (decoupled, bias_correction),
+            _ => (true, true),
+        };
+        let ratio = match *self {
+            Optimizer::Muon { adam_lr_ratio, .. } => adam_lr_ratio,
+            _ => 1.0,
+        };
+        let (beta1, beta2) = step.betas.unwrap_or(betas);
+        Some(Adam {
+            lr: step.lr * ratio,
+            beta1,
+            beta2,
+            eps,
+            weight_decay: if decay { weight_decay } else { 0.0 },
+            decoupled,
+            bias_correction,
+            step: step.number,
+            grad_scale: step.grad_scale,
+        })
+    }
+
+    fn lamb(&self, step: &Step, decay: bool) -> Option<Lamb> {
         let &Optimizer::Lamb {
             beta1,
             beta2,
@@ -277,10 +268,10 @@ impl Optimizer {
             max_coeff,
         } = self
         else {
-            unreachable!("called for LAMB");
+            return None;
         };
         let (beta1, beta2) = step.betas.unwrap_or((beta1, beta2));
-        let rule = |decay: bool| Lamb {
+        Some(Lamb {
             lr: step.lr,
             beta1,
             beta2,
@@ -291,7 +282,12 @@ impl Optimizer {
             max_coeff,
             step: step.number,
             grad_scale: step.grad_scale,
-        };
+        })
+    }
+
+    /// The ratio of norms is one of whole parameters: moments and sums in a first pass, values in a second.
+    fn update_lamb(&self, store: &mut Store, pool: &Pool, step: &Step) -> Result<()> {
+        let rule = |decay| self.lamb(step, decay).expect("called for LAMB");
         // Sums of the parts that each rank reduces, so that a stage where a rank updates them all adds them up alike.
         let ids: Vec<ParamId> = store.params().map(|(id, _)| id).collect();
         let place: BTreeMap<ParamId, usize> =

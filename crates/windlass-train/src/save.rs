@@ -5,12 +5,12 @@ use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
+use crate::together::{exchange, together};
 use crate::trainer::TrainOptions;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::num::NonZeroUsize;
 use std::path::Path;
-use windlass_comm::Group;
 use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
@@ -228,7 +228,7 @@ pub(crate) fn save(
 
 /// Writes a checkpoint: each rank its part of the weights, in the layout of `map`, and its optimizer state, and the
 /// first rank what `head` writes. Collective.
-fn together_save<B>(
+pub(crate) fn together_save<B>(
     checkpoints: &Checkpoints,
     engine: &Engine<B>,
     map: Vec<FileTensor>,
@@ -374,43 +374,6 @@ pub(crate) fn load_optimizer(
     Ok(())
 }
 
-/// Lets all ranks know whether one of them failed: the others then fail with its message.
-fn together(
-    group: &Group,
-    what: &'static str,
-    error: Option<&impl std::fmt::Display>,
-) -> Result<()> {
-    let message = error.map_or(String::new(), |e| format!("{e}"));
-    let messages = exchange(group, what, message.as_bytes())?;
-    let failed = messages.iter().position(|m| !m.is_empty());
-    match failed {
-        Some(rank) if message.is_empty() => Err(Error::Peer {
-            rank,
-            what,
-            message: String::from_utf8_lossy(&messages[rank]).into_owned(),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// The bytes of every rank, in rank order.
-fn exchange(group: &Group, tag: &str, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-    let comm = |e: windlass_comm::Error| Error::Store(e.into());
-    let lens = group.collect(tag, &[mine.len() as u64]).map_err(comm)?;
-    let mut at = 0;
-    let shards: Vec<_> = lens
-        .iter()
-        .map(|&len| {
-            at += len as usize;
-            at - len as usize..at
-        })
-        .collect();
-    let mut all = vec![0u8; at];
-    all[shards[group.rank()].clone()].copy_from_slice(mine);
-    group.all_gather(tag, &shards, &mut all).map_err(comm)?;
-    Ok(shards.into_iter().map(|s| all[s].to_vec()).collect())
-}
-
 /// Reads the weights of a Hugging Face folder (or checkpoint) into a rank's store: of what is partitioned, only the
 /// rank's part. Returns the names of tensors that the
 /// model has no use for.
@@ -436,87 +399,4 @@ pub fn load_model(
     })?;
     let unused = loader.unused();
     Ok((store, unused))
-}
-
-/// What an engine's own checkpoint says beside its tensors.
-#[derive(Serialize, Deserialize)]
-struct Client {
-    engine: EngineState,
-    ranks: usize,
-    dtype: String,
-    optimizer: Optimizer,
-    client_state: Value,
-}
-
-/// The file of [`Client`].
-const CLIENT_FILE: &str = "engine_state.json";
-
-/// The parameters under their own names, as they are.
-fn plain<B>(engine: &Engine<B>) -> Vec<FileTensor> {
-    let tensor = |(id, spec): (ParamId, &windlass_tensor::ParamSpec)| FileTensor {
-        name: spec.name.clone(),
-        shape: spec.shape,
-        parts: vec![id],
-        layout: windlass_tensor::Layout::Rows,
-    };
-    engine.store().params().map(tensor).collect()
-}
-
-impl<B> Engine<B> {
-    /// Writes a checkpoint in `dir`, of any model: weights under their parameters' names, optimizer state, and
-    /// `client_state`. Every rank writes its part; [`Engine::load_checkpoint`] continues on any number of ranks, in any
-    /// stage and tier. Collective.
-    ///
-    /// # Errors
-    /// Whatever hinders writing, on all ranks when it hinders one; checkpoints before it stay.
-    pub fn save_checkpoint(&self, dir: &Path, client_state: &Value) -> Result<std::path::PathBuf> {
-        let state = Client {
-            engine: self.state(),
-            ranks: self.store().group().size(),
-            dtype: self.store().dtype().name().into(),
-            optimizer: self.options().optimizer,
-            client_state: client_state.clone(),
-        };
-        let checkpoints = Checkpoints::open(dir);
-        let step = state.engine.steps;
-        let map = plain(self);
-        let saved = together_save(&checkpoints, self, map, step, None, &mut |writer| {
-            Ok(writer.json(CLIENT_FILE, &state)?)
-        })?;
-        Ok(saved.path().to_owned())
-    }
-
-    /// Continues from the latest checkpoint in `dir`: its folder and client state, or `None` where there is none.
-    /// Collective.
-    ///
-    /// # Errors
-    /// A damaged checkpoint, one of another model, optimizer or storage type.
-    pub fn load_checkpoint(&mut self, dir: &Path) -> Result<Option<(std::path::PathBuf, Value)>> {
-        let Some(found) = Checkpoints::open(dir).latest()? else {
-            return Ok(None);
-        };
-        let checkpoint = found.checkpoint;
-        let saved: Client = checkpoint.json(CLIENT_FILE)?;
-        let now = self.store().dtype().name().to_string();
-        if saved.dtype != now {
-            let (what, saved) = ("the storage type", saved.dtype);
-            return Err(Error::Changed { what, saved, now });
-        }
-        if saved.optimizer != self.options().optimizer {
-            return Err(Error::Changed {
-                what: "the optimizer",
-                saved: format!("{:?}", saved.optimizer),
-                now: format!("{:?}", self.options().optimizer),
-            });
-        }
-        let (cpu, dtype) = (self.store().cpu().clone(), self.store().dtype());
-        let tensors = checkpoint.weights()?;
-        let (units, map) = (self.model().units().to_vec(), plain(self));
-        let mut loader = Loader::new(&cpu, &tensors, &units, &map, |_| None);
-        self.store_mut()
-            .refill(|id, _, range| loader.read(id, range, dtype))?;
-        load_optimizer(&checkpoint, saved.ranks, self.store_mut())?;
-        self.resume(&saved.engine);
-        Ok(Some((checkpoint.path().to_owned(), saved.client_state)))
-    }
 }
