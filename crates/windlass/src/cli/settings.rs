@@ -103,12 +103,12 @@ impl Args {
             ));
         }
         match &self.config {
-            Some(_) => self.from_file(ranks, steps, hidden_size, seq_len),
-            None => self.from_flags(seq_len),
+            Some(_) => self.with_file(ranks, steps, hidden_size, seq_len),
+            None => self.with_flags(seq_len),
         }
     }
 
-    fn from_flags(&self, seq_len: usize) -> Result<Settings> {
+    fn with_flags(&self, seq_len: usize) -> Result<Settings> {
         let number = self.zero_stage.unwrap_or(0);
         let stage = Stage::from_number(number).ok_or_else(|| {
             usage(
@@ -133,7 +133,7 @@ impl Args {
         })
     }
 
-    fn from_file(
+    fn with_file(
         &self,
         ranks: usize,
         steps: u64,
