@@ -1,16 +1,21 @@
 //! `windlass bench train`: tokens a second, time by phase, memory by category, beside the matrix products' own speed.
 
 use crate::cli::drive::{bytes, count};
+use crate::cli::world::World;
 use crate::cli::{Machine, Precision, usage};
 use anyhow::Result;
 use serde_json::json;
+use std::path::PathBuf;
 use std::time::Instant;
+use windlass::comm::Group;
 use windlass::model::{DecoderConfig, Goal, Tokens, decoder};
-use windlass::store::Store;
+use windlass::store::swap::IoStats;
+use windlass::store::{Home, Placement, Store};
 use windlass::tensor::kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_kernel_name};
 use windlass::tensor::kernels::memory::Usage;
 use windlass::tensor::{Category, Cpu, DType, Rng, Tensor, each_dtype};
-use windlass::train::{Engine, EngineOptions, StepShape, plan};
+use windlass::train::config::{Config, Context};
+use windlass::train::{Engine, EngineOptions, Plan, StepShape, plan_rank};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -18,10 +23,13 @@ pub struct Args {
     /// Shape: gpt2-124m, llama-110m or llama-1b
     #[arg(long, default_value = "llama-110m")]
     preset: String,
+    /// Layers, in place of the preset's
+    #[arg(long)]
+    layers: Option<usize>,
     /// Storage type of weights and activations
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
     dtype: Precision,
-    /// Sequences of a step
+    /// Sequences of a step, on each rank
     #[arg(long, default_value_t = 4)]
     batch: usize,
     /// Tokens of a sequence
@@ -33,6 +41,14 @@ pub struct Args {
     /// Keep only the input of each layer for the backward pass
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Steps before those that are timed
+    #[arg(long, default_value_t = 1)]
+    warmup: usize,
+    /// A ds_config.json: precision, optimizer, ZeRO and offloading; the batch is that of the flags
+    #[arg(long, value_name = "FILE", conflicts_with = "dtype")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    world: World,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -62,12 +78,19 @@ fn preset(name: &str) -> Option<serde_json::Value> {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    let shape = preset(&args.preset).ok_or_else(|| {
+    let mut shape = preset(&args.preset).ok_or_else(|| {
         usage(
             format!("--preset {}", args.preset),
             "known: gpt2-124m, llama-110m, llama-1b",
         )
     })?;
+    if let Some(layers) = args.layers {
+        for key in ["n_layer", "num_hidden_layers"] {
+            if shape.get(key).is_some() {
+                shape[key] = layers.into();
+            }
+        }
+    }
     let config = DecoderConfig::from_json("--preset", &shape.to_string())?;
     if args.seq > config.max_position_embeddings
         || args.seq == 0
@@ -80,29 +103,109 @@ pub fn run(args: Args) -> Result<()> {
         );
         return Err(usage("--batch, --seq or --steps is out of range", hint));
     }
-    let cpu = args.machine.cpu()?;
-    let dtype = args.dtype.dtype();
-    let options = EngineOptions {
-        activation_checkpointing: args.checkpoint_activations,
-        ..Default::default()
+    let ranks = args.world.join()?;
+    let how = How::new(&args, ranks.count())?;
+    ranks.run(&args.machine, |group, cpu| {
+        let first = group.rank() == 0;
+        let measured = measure(&args, &config, &how, group, &cpu)?;
+        if first {
+            let peak = gemm_peak(&cpu, how.dtype);
+            report(&args, &config, &how, &cpu, &measured, peak);
+        }
+        Ok(())
+    })
+}
+
+/// What is measured.
+struct How {
+    dtype: DType,
+    options: EngineOptions,
+    placement: Placement,
+    config: Option<Config>,
+    ranks: usize,
+}
+
+impl How {
+    fn new(args: &Args, ranks: usize) -> Result<Self> {
+        let Some(path) = &args.config else {
+            return Ok(How {
+                dtype: args.dtype.dtype(),
+                options: EngineOptions {
+                    activation_checkpointing: args.checkpoint_activations,
+                    ..Default::default()
+                },
+                placement: Placement::default(),
+                config: None,
+                ranks,
+            });
+        };
+        let mut context = Context::ranks(ranks as u64);
+        for (key, value) in [
+            ("train_micro_batch_size_per_gpu", args.batch),
+            ("gradient_accumulation_steps", 1),
+            ("train_batch_size", args.batch * ranks),
+        ] {
+            context.overrides.push((key.into(), value.into()));
+        }
+        let config = Config::load(path, &context)?;
+        let mut options = config.engine_options()?;
+        options.activation_checkpointing |= args.checkpoint_activations;
+        Ok(How {
+            dtype: config.dtype(),
+            options,
+            placement: config.placement(),
+            config: Some(config),
+            ranks,
+        })
+    }
+}
+
+/// What a run took.
+struct Measured {
+    plan: Plan,
+    /// Seconds of each step: all, forward, backward, optimizer; the fastest first.
+    times: Vec<[f64; 4]>,
+    io: Option<IoStats>,
+}
+
+/// Steps on one rank.
+fn measure(
+    args: &Args,
+    config: &DecoderConfig,
+    how: &How,
+    group: Group,
+    cpu: &Cpu,
+) -> Result<Measured> {
+    let shape = StepShape {
+        micro_batch: args.batch,
+        seq_len: args.seq,
+        gradient_accumulation_steps: 1,
     };
-    let plan = plan(
-        &config,
-        dtype,
-        options,
-        StepShape {
-            micro_batch: args.batch,
-            seq_len: args.seq,
-            gradient_accumulation_steps: 1,
-        },
+    let plan = plan_rank(
+        config,
+        how.dtype,
+        how.options,
+        shape,
+        how.placement,
+        how.ranks,
     );
-    let model = decoder(&config);
-    let store = Store::init(&cpu, model.units(), dtype, 1);
-    let mut engine = Engine::initialize(model, store, options)?;
-    let mut rng = Rng::new(7);
-    let mut times = Vec::new();
-    for step in 0..args.steps + 1 {
-        let batch = random_batch(&mut rng, &config, &args, dtype);
+    let model = decoder(config);
+    let rank = group.rank() as u64;
+    let home = match &how.config {
+        Some(config) => config.home(group)?,
+        None => Home::on(group, how.placement),
+    };
+    let store = Store::build(cpu, home, model.units(), |_, param, range| {
+        Ok(param.fill_range(cpu, 1, how.dtype, range))
+    })?;
+    let mut engine = Engine::initialize(model, store, how.options)?;
+    let mut rng = Rng::stream(7, rank);
+    let (mut times, mut before) = (Vec::new(), None);
+    for step in 0..args.steps + args.warmup {
+        if step == args.warmup {
+            before = engine.store().io_stats();
+        }
+        let batch = random_batch(&mut rng, config, args, how.dtype);
         let start = Instant::now();
         let loss = engine.forward(batch)?;
         let forward = start.elapsed().as_secs_f64();
@@ -110,14 +213,22 @@ pub fn run(args: Args) -> Result<()> {
         let backward = start.elapsed().as_secs_f64() - forward;
         engine.step_at(3e-4)?;
         let total = start.elapsed().as_secs_f64();
-        if step > 0 {
+        if step >= args.warmup {
             times.push([total, forward, backward, total - forward - backward]);
         }
     }
-    let peak = gemm_peak(&cpu, dtype);
     times.sort_by(|a, b| a[0].total_cmp(&b[0]));
-    report(&args, &config, &cpu, &plan, &times, peak);
-    Ok(())
+    let io = engine
+        .store()
+        .io_stats()
+        .zip(before)
+        .map(|(now, then)| IoStats {
+            bytes_read: now.bytes_read - then.bytes_read,
+            bytes_written: now.bytes_written - then.bytes_written,
+            busy_seconds: now.busy_seconds - then.busy_seconds,
+            waited_seconds: now.waited_seconds - then.waited_seconds,
+        });
+    Ok(Measured { plan, times, io })
 }
 
 fn random_batch(rng: &mut Rng, config: &DecoderConfig, args: &Args, dtype: DType) -> Tokens {
@@ -177,27 +288,32 @@ fn flops_per_token(config: &DecoderConfig, parameters: usize, seq: usize) -> f64
 fn report(
     args: &Args,
     config: &DecoderConfig,
+    how: &How,
     cpu: &Cpu,
-    plan: &windlass::train::Plan,
-    times: &[[f64; 4]],
+    Measured { plan, times, io }: &Measured,
     peak: f64,
 ) {
-    let tokens = (args.batch * args.seq) as f64;
+    let tokens = (args.batch * args.seq * how.ranks) as f64;
+    let peak = peak * how.ranks as f64;
     let (best, median) = (times[0], times[times.len() / 2]);
     let flops = flops_per_token(config, plan.parameters, args.seq) * tokens;
     let measured = cpu.memory.peak();
-    let kernel = each_dtype!(args.dtype.dtype(), E => gemm_kernel_name::<E>(&cpu.pool));
+    let kernel = each_dtype!(how.dtype, E => gemm_kernel_name::<E>(&cpu.pool));
     if args.json {
         let memory: serde_json::Map<_, _> = Category::ALL
             .iter()
             .map(|c| (c.name().into(), measured.of(*c).into()))
             .collect();
         let report = json!({
-            "preset": args.preset, "dtype": args.dtype.dtype().name(), "threads": cpu.pool.threads(), "kernel": kernel,
+            "preset": args.preset, "dtype": how.dtype.name(), "ranks": how.ranks, "threads": cpu.pool.threads(), "kernel": kernel,
             "batch": args.batch, "seq": args.seq, "parameters": plan.parameters,
             "tok_s_best": tokens / best[0], "tok_s_median": tokens / median[0],
             "fwd_bwd_opt": &best[1..], "gflops": flops / best[0] / 1e9, "gemm_gflops": peak / 1e9,
             "utilization": flops / best[0] / peak, "memory": memory,
+            "sent_bytes": plan.sent_per_step, "io": io.map(|io| json!({
+                "read_bytes": io.bytes_read, "written_bytes": io.bytes_written,
+                "busy_s": io.busy_seconds, "waited_s": io.waited_seconds, "steps": times.len(),
+            })),
             "memory_bytes": measured.reserved, "planned_bytes": plan.memory.reserved, "rss_bytes": resident_peak(),
         });
         println!("{report}");
@@ -207,7 +323,7 @@ fn report(
         "{} · {} parameters · {} · batch {} x {} · {} threads · {kernel}",
         args.preset,
         count(plan.parameters),
-        args.dtype.dtype(),
+        how.dtype,
         args.batch,
         args.seq,
         cpu.pool.threads()
@@ -230,6 +346,23 @@ fn report(
     );
     println!("backward     {:.3} s", best[2]);
     println!("optimizer    {:.3} s", best[3]);
+    if let Some(io) = io {
+        let steps = times.len() as f64;
+        println!(
+            "disk         {} read, {} written in a step; {:.1} s busy, {:.1} s waited for",
+            bytes((io.bytes_read as f64 / steps) as usize),
+            bytes((io.bytes_written as f64 / steps) as usize),
+            io.busy_seconds / steps,
+            io.waited_seconds / steps
+        );
+    }
+    if how.ranks > 1 {
+        println!(
+            "ranks        {}, each sends {} in a step; memory is that of the first one",
+            how.ranks,
+            bytes(plan.sent_per_step)
+        );
+    }
     report_memory(&measured, plan.memory.reserved);
 }
 
