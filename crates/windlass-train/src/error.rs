@@ -97,6 +97,9 @@ pub enum Error {
     /// The tokenizer failed or does not fit.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A model's configuration cannot be used.
+    #[error(transparent)]
+    Model(#[from] windlass_model::ModelError),
     /// Files could not be mapped or saved.
     #[error(transparent)]
     Store(#[from] windlass_store::Error),
@@ -194,6 +197,7 @@ impl Error {
         let hint = match self {
             Self::Tokenizer(error) => return error.hint(),
             Self::Store(error) => return error.hint(),
+            Self::Model(error) => return error.hint(),
             Self::Config(invalid) => return invalid.hint(),
             Self::UnknownFormat(_) => {
                 "data files are .txt, .jsonl, .json (an array) and .parquet; rename plain text to .txt".into()

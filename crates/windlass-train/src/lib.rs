@@ -9,6 +9,7 @@ pub mod data;
 mod engine;
 pub mod error;
 pub mod estimate;
+mod export;
 mod initialize;
 pub mod loss_scale;
 pub mod monitor;
@@ -21,6 +22,7 @@ mod trainer;
 
 pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport, idle, run};
 pub use error::{Error, Result};
+pub use export::{CheckpointSummary, export, summary};
 pub use initialize::{initialize, initialize_on};
 pub use optimizer::Optimizer;
 pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};

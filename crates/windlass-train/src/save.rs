@@ -79,7 +79,7 @@ impl Progress {
 }
 
 /// The `config.json` of a saved model: what was read, with the storage type as it is now.
-fn config_json(config: &DecoderConfig, dtype: DType) -> Value {
+pub(crate) fn config_json(config: &DecoderConfig, dtype: DType) -> Value {
     let mut json = config.json.clone();
     let name = match dtype {
         DType::Bf16 => "bfloat16",
@@ -329,7 +329,7 @@ fn write_head(
 }
 
 /// The file of a rank's optimizer state.
-fn optimizer_file(rank: usize, ranks: usize) -> String {
+pub(crate) fn optimizer_file(rank: usize, ranks: usize) -> String {
     match ranks {
         1 => "optimizer.safetensors".into(),
         _ => format!("optimizer-{:05}-of-{ranks:05}.safetensors", rank + 1),

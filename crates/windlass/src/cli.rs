@@ -11,6 +11,7 @@ use windlass::tensor::kernels::dispatch::Level;
 use windlass::tensor::{Cpu, DType};
 
 pub mod bench;
+pub mod checkpoint;
 pub mod config;
 pub mod drive;
 pub mod estimate;

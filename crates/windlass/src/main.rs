@@ -21,6 +21,9 @@ enum Command {
     Train(Box<cli::train::Args>),
     /// Start ranks on one host or many, and start a training that failed again
     Launch(cli::launch::Args),
+    /// Look at a checkpoint, verify it, or write its f32 masters as a Hugging Face folder
+    #[command(subcommand)]
+    Checkpoint(cli::checkpoint::Verb),
     /// Continue prompts with a model
     Generate(cli::generate::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Quickstart(args) => cli::quickstart::run(args),
         Command::Train(args) => cli::train::run(*args),
         Command::Launch(args) => cli::launch::run(args),
+        Command::Checkpoint(verb) => cli::checkpoint::run(verb),
         Command::Generate(args) => cli::generate::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Bench(args) => cli::bench::run(args),

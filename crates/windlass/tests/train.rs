@@ -44,7 +44,7 @@ impl Bench {
             .arg(self.path(data))
             .arg("--out")
             .arg(self.path(out));
-        command.arg("--config").arg(self.path("config.json"));
+        command.arg("--model-config").arg(self.path("config.json"));
         let small = "--vocab-size 300 --batch 2 --seq-len 32 --threads 1";
         command.args(small.split(' ')).args(flags);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -247,4 +247,88 @@ fn parquet(path: &Path, stories: &[String]) {
     column.close().unwrap();
     group.close().unwrap();
     writer.close().unwrap();
+}
+
+/// A `ds_config.json` on two ranks with everything offloaded; the run goes on alone, and its masters are exported.
+#[test]
+fn a_deepspeed_configuration_trains_on_ranks_and_is_exported() {
+    let bench = Bench::new();
+    let folder = bench.folder.path().display();
+    let config = format!(
+        r#"{{
+            "train_batch_size": 8,  // two ranks, two sequences, twice
+            "train_micro_batch_size_per_gpu": "auto",
+            "bf16": {{"enabled": true}},
+            "optimizer": {{"type": "Adam", "params": {{"lr": 1e-3, "weight_decay": 0.1}}}},
+            "scheduler": {{"type": "WarmupCosineLR", "params": {{"total_num_steps": "auto", "warmup_num_steps": 2}}}},
+            "zero_optimization": {{
+                "stage": 3,
+                "stage3_param_persistence_threshold": 1e2,
+                "offload_param": {{"device": "nvme", "nvme_path": "{folder}"}},
+                "offload_optimizer": {{"device": "nvme", "nvme_path": "{folder}"}},
+            }},
+        }}"#
+    );
+    bench.file("ds.json", &config);
+    let ds = bench.path("ds.json");
+    let flags = ["--config", ds.to_str().unwrap(), "--steps", "6"];
+    let run = |flags: &[&str]| bench.run("text.txt", "out", flags);
+    let (code, text) = run(&[&flags[..], &["--ranks", "2", "--save-every", "3"]].concat());
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("for each of 2 ranks"), "{text}");
+    let found = Checkpoints::open(bench.path("out")).latest().unwrap();
+    assert_eq!(found.unwrap().checkpoint.step(), 6);
+
+    // Alone it takes more of the same sequences in a step.
+    let (code, text) = run(&["--config", ds.to_str().unwrap(), "--steps", "8", "--resume"]);
+    assert_eq!(code, Some(0), "{text}");
+    let checkpoint = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_windlass"));
+        let output = command.arg("checkpoint").args(arguments).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(text).unwrap())
+    };
+    let (out, f32s) = (bench.path("out"), bench.path("f32"));
+    let (out, f32s) = (out.to_str().unwrap(), f32s.to_str().unwrap());
+    let (code, text) = checkpoint(&["verify", out]);
+    assert_eq!(
+        (code, text.matches("whole").count()),
+        (Some(0), 2),
+        "{text}"
+    );
+    let (_, text) = checkpoint(&["inspect", out, "--json"]);
+    let summary: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (&summary["step"], &summary["ranks"]),
+        (&json!(8), &json!(1))
+    );
+    for (from, saved_by) in [("out", 1), ("out/step-00000006", 2)] {
+        let (from, to) = (bench.path(from), format!("{f32s}-{saved_by}"));
+        let (code, text) = checkpoint(&["export", from.to_str().unwrap(), &to]);
+        assert_eq!(code, Some(0), "{text}");
+        let step = if saved_by == 1 { 8 } else { 6 };
+        let weights = Checkpoints::open(out).get(step).unwrap().weights().unwrap();
+        let masters = windlass::store::safetensors::Tensors::open(Path::new(&to)).unwrap();
+        let mut finer = 0;
+        for name in weights.names() {
+            let (weight, master) = (weights.get(name).unwrap(), masters.get(name).unwrap());
+            for (w, m) in weight.bytes.chunks(2).zip(master.bytes.chunks(4)) {
+                let master = u32::from_le_bytes([m[0], m[1], m[2], m[3]]);
+                let weight = u16::from_le_bytes([w[0], w[1]]);
+                let rounded = (master.wrapping_add(0x8000) >> 16) as u16;
+                assert_eq!(rounded, weight, "{name}");
+                finer += usize::from(master & 0xffff != 0);
+            }
+        }
+        assert!(finer > 1000, "{finer} masters are finer than their weights");
+    }
+    let (code, text) = checkpoint(&["export", out, out]);
+    assert_eq!(
+        code,
+        Some(0),
+        "a folder of checkpoints holds no model of its own: {text}"
+    );
+    let (code, text) = checkpoint(&["export", out, out]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("hint:"), "{text}");
 }
