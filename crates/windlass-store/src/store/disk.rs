@@ -6,10 +6,11 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use windlass_tensor::kernels::memory::Buffer;
 
-/// A disk with writes under way. Without a file (in a dry run) nothing is moved.
+/// A disk with writes under way. Without a file (in a dry run) nothing is moved, and buffers are kept as long as a slow
+/// disk would keep them.
 pub(super) struct Disk {
     file: Option<SwapFile>,
-    writing: Mutex<VecDeque<Writing>>,
+    writing: Mutex<VecDeque<Going>>,
     /// Most writes under way before the next one waits.
     limit: usize,
 }
@@ -21,6 +22,25 @@ pub(super) type Spot = Option<Region>;
 pub(super) enum Coming {
     Reading(Reading),
     Here(Buffer),
+}
+
+/// A buffer on its way to the disk.
+enum Going {
+    Writing(Writing),
+    Kept(Buffer),
+}
+
+impl Going {
+    fn is_done(&self) -> bool {
+        matches!(self, Going::Writing(writing) if writing.is_done())
+    }
+
+    fn wait(self) -> Result<Buffer> {
+        match self {
+            Going::Writing(writing) => writing.wait(),
+            Going::Kept(buffer) => Ok(buffer),
+        }
+    }
 }
 
 impl Coming {
@@ -63,12 +83,13 @@ impl Disk {
 
     /// Starts to write a buffer to `offset` bytes into a place; waits for the oldest of too many writes.
     pub(super) fn write(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Result<()> {
-        let (Some(file), Some(region)) = (&self.file, spot) else {
-            return Ok(());
+        let going = match (&self.file, spot) {
+            (Some(file), Some(region)) => Going::Writing(file.write_at(region, offset, buffer)),
+            _ => Going::Kept(buffer),
         };
         let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        writing.push_back(file.write_at(region, offset, buffer));
-        while writing.front().is_some_and(Writing::is_done) || writing.len() > self.limit {
+        writing.push_back(going);
+        while writing.front().is_some_and(Going::is_done) || writing.len() > self.limit {
             let oldest = writing.pop_front().expect("a write under way");
             oldest.wait()?;
         }
