@@ -11,8 +11,8 @@ use super::vector;
 use crate::cast::{narrow_chunk, widen_chunk};
 use crate::dispatch::{Level, vector_kernels};
 
-/// Elements of a tile: whole blocks of 8-bit codes; the copies fill a third of the first cache.
-const TILE: usize = 4 * BLOCK;
+/// Elements of a tile: whole blocks of 8-bit codes; the copies fill a sixth of the first cache.
+const TILE: usize = 2 * BLOCK;
 
 /// One step on `p`, `g` and up to two moments, in `f32`; sums of squares for LAMB.
 type Update = unsafe fn(&Factors<f32>, &mut [f32], &[f32], &mut [f32], &mut [f32]) -> [f64; 2];
