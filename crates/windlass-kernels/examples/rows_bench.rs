@@ -10,6 +10,7 @@ use half::bf16;
 use windlass_kernels::activation::{self, Activation};
 use windlass_kernels::cost::{self, Cost};
 use windlass_kernels::cross_entropy::cross_entropy_rows;
+use windlass_kernels::memory::{Buffer, Category, Memory};
 use windlass_kernels::optim::{self, Adam, Grad, Lion, Moment, Rule, Sgd, Values};
 use windlass_kernels::pool::Pool;
 use windlass_kernels::rope::{Rope, rope};
@@ -223,10 +224,22 @@ fn cross_entropy_of<E: Element>(b: &Bench, rows: usize, cols: usize) {
     });
 }
 
+/// [`numbers`] where training keeps its tensors: on huge pages.
+fn pooled<E: Element>(memory: &Memory, len: usize) -> Buffer {
+    let mut buffer = memory.alloc(len * size_of::<E>(), Category::Optimizer);
+    buffer.as_mut_slice().copy_from_slice(&numbers::<E>(len));
+    buffer
+}
+
 fn optimizers(b: &Bench, n: usize) {
-    let (mut p, mut g) = (numbers::<f32>(n), numbers::<f32>(n));
-    let (mut m, mut v) = (vec![0f32; n], vec![0f32; n]);
-    let (mut hi, mut lo, half_g) = (numbers::<bf16>(n), vec![0i16; n], numbers::<bf16>(n));
+    let memory = Memory::new();
+    let mut buffers: [Buffer; 4] = [(); 4].map(|()| pooled::<f32>(&memory, n));
+    let [p, g, m, v] = buffers.each_mut().map(|b| b.as_mut_slice::<f32>());
+    m.fill(0.0);
+    v.fill(0.0);
+    let mut halves: [Buffer; 2] = [(); 2].map(|()| pooled::<bf16>(&memory, n));
+    let [hi, half_g] = halves.each_mut().map(|b| b.as_mut_slice::<bf16>());
+    let mut lo = vec![0i16; n];
     let adamw = Rule::Adam(Adam {
         lr: 1e-4,
         beta1: 0.9,
@@ -258,17 +271,17 @@ fn optimizers(b: &Bench, n: usize) {
     for (kernel, rule) in [("adamw", &adamw), ("sgd", &sgd), ("lion", &lion)] {
         let moments = &[4, 4][..rule.moments()];
         let work = |grad| cost::optimizer(n, 4, grad, moments);
-        let mut states = [Moment::F32(&mut m), Moment::F32(&mut v)];
+        let mut states = [Moment::F32(&mut *m), Moment::F32(&mut *v)];
         let states = &mut states[..rule.moments()];
         b.row(&name(&format!("{kernel} f32")), work(4), |pool| {
-            optim::step(pool, rule, Values::F32(&mut p), Grad::F32(&g), states)
+            optim::step(pool, rule, Values::F32(&mut *p), Grad::F32(&*g), states)
         });
         b.row(&name(&format!("{kernel} f32 clears")), work(8), |pool| {
             optim::step(
                 pool,
                 rule,
-                Values::F32(&mut p),
-                Grad::TakeF32(&mut g),
+                Values::F32(&mut *p),
+                Grad::TakeF32(&mut *g),
                 states,
             )
         });
@@ -277,10 +290,10 @@ fn optimizers(b: &Bench, n: usize) {
             optim::step(pool, rule, Values::Split { high, low }, grad, states);
         };
         b.row(&name(&format!("{kernel} split")), work(4), |pool| {
-            split(pool, Grad::F32(&g), states);
+            split(pool, Grad::F32(&*g), states);
         });
         b.row(&name(&format!("{kernel} split, bf16 g")), work(2), |pool| {
-            split(pool, Grad::Bf16(&half_g), states);
+            split(pool, Grad::Bf16(&*half_g), states);
         });
     }
     let blocks = n.div_ceil(optim::BLOCK);
@@ -288,7 +301,7 @@ fn optimizers(b: &Bench, n: usize) {
     let work = cost::optimizer(n, 4, 4, &[2, 2]);
     b.row(&name("adamw f32, bf16 moments"), work, |pool| {
         let states = &mut [Moment::Bf16(&mut bm), Moment::Bf16(&mut bv)];
-        optim::step(pool, &adamw, Values::F32(&mut p), Grad::F32(&g), states);
+        optim::step(pool, &adamw, Values::F32(&mut *p), Grad::F32(&*g), states);
     });
     let (mut mc, mut vc) = (vec![0u8; n], vec![0u8; n]);
     let (mut ms, mut vs) = (vec![0f32; blocks], vec![0f32; blocks]);
@@ -298,17 +311,17 @@ fn optimizers(b: &Bench, n: usize) {
         let first = Moment::Q8 { codes, scales };
         let (codes, scales) = (&mut vc[..], &mut vs[..]);
         let states = &mut [first, Moment::Q8 { codes, scales }];
-        optim::step(pool, &adamw, Values::F32(&mut p), Grad::F32(&g), states);
+        optim::step(pool, &adamw, Values::F32(&mut *p), Grad::F32(&*g), states);
     });
     b.row(
         &name("sum_squares f32"),
         cost::sum_squares::<f32>(n),
         |pool| {
-            std::hint::black_box(reduce::sum_squares(pool, &g));
+            std::hint::black_box(reduce::sum_squares(pool, g));
         },
     );
     b.row(&name("add f32"), cost::binary::<f32>(n), |pool| {
-        elementwise::add(pool, &g, &v, &mut m)
+        elementwise::add(pool, g, v, m)
     });
 }
 
