@@ -12,6 +12,7 @@ use crate::reference;
 use crate::tasks::Tasks;
 
 mod code;
+mod convert;
 mod lamb;
 mod muon;
 mod rule;

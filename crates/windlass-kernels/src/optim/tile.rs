@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use super::rule::Factors;
 use super::state::{BLOCK, Grad, Moment, Values};
-use super::vector;
+use super::{convert, vector};
 use crate::cast::{narrow_chunk, widen_chunk};
 use crate::dispatch::{Level, vector_kernels};
 
@@ -19,20 +19,24 @@ type Update = unsafe fn(&Factors<f32>, &mut [f32], &[f32], &mut [f32], &mut [f32
 
 vector_kernels! {
     fn adam(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::adam }
+    fn adam_split_f32(f: &Factors<f32>, high: &mut [bf16], low: &mut [i16], g: &[f32], m: &mut [f32], v: &mut [f32]) -> () { vector::adam_split_f32 }
+    fn adam_split_bf16(f: &Factors<f32>, high: &mut [bf16], low: &mut [i16], g: &[bf16], m: &mut [f32], v: &mut [f32]) -> () { vector::adam_split_bf16 }
     fn adagrad(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::adagrad }
     fn lion(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::lion }
     fn sgd(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::sgd }
     fn lamb_moments(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::lamb_moments }
     fn lamb_apply(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::lamb_apply }
     fn muon(f: &Factors<f32>, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> [f64; 2] { vector::muon }
-    fn join(high: &[bf16], low: &[i16], to: &mut [f32]) -> () { vector::join }
-    fn split(from: &[f32], high: &mut [bf16], low: &mut [i16]) -> () { vector::split }
-    fn decode_signed(codes: &[u8], scale: f32, to: &mut [f32]) -> () { vector::decode_signed }
-    fn decode_unsigned(codes: &[u8], scale: f32, to: &mut [f32]) -> () { vector::decode_unsigned }
-    fn encode_signed(from: &[f32], codes: &mut [u8]) -> f32 { vector::encode_signed }
-    fn encode_unsigned(from: &[f32], codes: &mut [u8]) -> f32 { vector::encode_unsigned }
+    fn join(high: &[bf16], low: &[i16], to: &mut [f32]) -> () { convert::join }
+    fn split(from: &[f32], high: &mut [bf16], low: &mut [i16]) -> () { convert::split }
+    fn decode_signed(codes: &[u8], scale: f32, to: &mut [f32]) -> () { convert::decode_signed }
+    fn decode_unsigned(codes: &[u8], scale: f32, to: &mut [f32]) -> () { convert::decode_unsigned }
+    fn encode_signed(from: &[f32], codes: &mut [u8]) -> f32 { convert::encode_signed }
+    fn encode_unsigned(from: &[f32], codes: &mut [u8]) -> f32 { convert::encode_unsigned }
 }
 
+/// One step of Adam on split masters with a gradient in `G`.
+type AdamSplit<G> = unsafe fn(&Factors<f32>, &mut [bf16], &mut [i16], &[G], &mut [f32], &mut [f32]);
 /// Values of the codes of a block times its scale.
 type Decode = unsafe fn(&[u8], f32, &mut [f32]);
 /// Codes of the values of a block; returns its scale.
@@ -41,6 +45,8 @@ type Encode = unsafe fn(&[f32], &mut [u8]) -> f32;
 /// The functions of a level, for one kind of update.
 pub(super) struct Kernels {
     update: Update,
+    /// Where the update is Adam.
+    adam_split: Option<(AdamSplit<f32>, AdamSplit<bf16>)>,
     join: unsafe fn(&[bf16], &[i16], &mut [f32]),
     split: unsafe fn(&[f32], &mut [bf16], &mut [i16]),
     widen_half: unsafe fn(&[f16], &mut [f32]),
@@ -64,8 +70,13 @@ impl Kernels {
             Factors::LambApply(_) => lamb_apply(level),
             Factors::Muon(_) => muon(level),
         };
+        let adam_split = match factors {
+            Factors::Adam(_) => adam_split_f32(level).zip(adam_split_bf16(level)),
+            _ => None,
+        };
         Some(Kernels {
             update: update?,
+            adam_split,
             join: join(level)?,
             split: split(level)?,
             widen_half: widen_chunk::<f16>(level),
@@ -88,6 +99,10 @@ impl Kernels {
         mut grad: Option<&mut Grad<'_>>,
         moments: &mut [Moment<'_>],
     ) -> [f64; 2] {
+        // SAFETY: the caller's promise.
+        if unsafe { self.run_split(factors, values, &mut grad, moments) } {
+            return [0.0; 2];
+        }
         let len = values.len();
         let plain = matches!(values, Values::F32(_))
             && matches!(grad, None | Some(Grad::F32(_)))
@@ -130,8 +145,54 @@ impl Kernels {
         sums
     }
 
+    /// Runs the case that training meets most, split masters with `f32` moments, without copies; `false` where it is
+    /// another case.
+    ///
     /// # Safety
     /// As [`Kernels::run`], for all below.
+    unsafe fn run_split(
+        &self,
+        factors: &Factors<f32>,
+        values: &mut Values<'_>,
+        grad: &mut Option<&mut Grad<'_>>,
+        moments: &mut [Moment<'_>],
+    ) -> bool {
+        let (Some((wide, narrow)), Values::Split { high, low }) = (self.adam_split, values) else {
+            return false;
+        };
+        let ([Moment::F32(m), Moment::F32(v)], Some(grad)) = (moments, grad) else {
+            return false;
+        };
+        let tile = match grad {
+            Grad::F32(_) | Grad::Bf16(_) => high.len(),
+            // Cleared while it is in the first cache.
+            Grad::TakeF32(_) | Grad::TakeBf16(_) => TILE,
+            Grad::F16(_) | Grad::TakeF16(_) | Grad::F64(_) => return false,
+        };
+        let mut start = 0;
+        while start < high.len() {
+            let at = start..(start + tile).min(high.len());
+            start = at.end;
+            let (high, low) = (&mut high[at.clone()], &mut low[at.clone()]);
+            let (m, v) = (&mut m[at.clone()], &mut v[at.clone()]);
+            // SAFETY (all): the caller's promise; the lengths agree.
+            match grad {
+                Grad::F32(g) => unsafe { wide(factors, high, low, &g[at], m, v) },
+                Grad::Bf16(g) => unsafe { narrow(factors, high, low, &g[at], m, v) },
+                Grad::TakeF32(g) => {
+                    unsafe { wide(factors, high, low, &g[at.clone()], m, v) };
+                    g[at].fill(0.0);
+                }
+                Grad::TakeBf16(g) => {
+                    unsafe { narrow(factors, high, low, &g[at.clone()], m, v) };
+                    g[at].fill(bf16::ZERO);
+                }
+                Grad::F16(_) | Grad::TakeF16(_) | Grad::F64(_) => unreachable!("refused above"),
+            }
+        }
+        true
+    }
+
     #[inline(always)]
     unsafe fn open_values<'a>(
         &self,
