@@ -346,8 +346,14 @@ fn report(
     );
     println!("backward     {:.3} s", best[2]);
     println!("optimizer    {:.3} s", best[3]);
+    report_traffic(how, plan, times.len(), *io);
+    report_memory(&measured, plan.memory.reserved);
+}
+
+/// What the disk and the ranks have moved.
+fn report_traffic(how: &How, plan: &Plan, steps: usize, io: Option<IoStats>) {
     if let Some(io) = io {
-        let steps = times.len() as f64;
+        let steps = steps as f64;
         println!(
             "disk         {} read, {} written in a step; {:.1} s busy, {:.1} s waited for",
             bytes((io.bytes_read as f64 / steps) as usize),
@@ -363,7 +369,6 @@ fn report(
             bytes(plan.sent_per_step)
         );
     }
-    report_memory(&measured, plan.memory.reserved);
 }
 
 /// Memory by category, and beside the plan and what the system says.
