@@ -187,6 +187,18 @@ SW: Model with 2851M total params, 32M largest layer params.
         (&json!(2 * params), &json!(24 * params))
     );
     assert_eq!(report["deepspeed"]["zero3"].as_array().unwrap().len(), 6);
+    // Our own: each stage takes no more than the one before, and a disk far less.
+    let peaks: Vec<u64> = report["predicted"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["peak"].as_u64().unwrap())
+        .collect();
+    assert_eq!(peaks.len(), 5, "four stages and a disk");
+    assert!(peaks.windows(2).all(|pair| pair[1] <= pair[0]), "{peaks:?}");
+    assert!(peaks[4] < peaks[0] / 2, "{peaks:?}");
+    let states = 16 * params;
+    assert!((states..states * 3 / 2).contains(&peaks[0]), "{peaks:?}");
     for (arguments, code) in [
         (&["estimate"][..], 2),
         (&["estimate", "--params", "7e9"], 2),

@@ -1,13 +1,17 @@
-//! `windlass estimate`: the memory that training a model takes, by DeepSpeed's formulas.
+//! `windlass estimate`: the memory that training a model takes: by DeepSpeed's formulas, and by replaying a step of this
+//! program without its arithmetic.
 
 use super::usage;
 use anyhow::Result;
 use serde_json::json;
 use std::path::PathBuf;
 use windlass::model::{DecoderConfig, decoder, preset_config};
+use windlass::store::{Placement, Stage, Tier};
+use windlass::tensor::{Category, DType};
 use windlass::train::estimate::{
     Hardware, ModelSize, zero2_rows, zero2_table, zero3_rows, zero3_table,
 };
+use windlass::train::{EngineOptions, StepShape, plan_rank};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -36,6 +40,15 @@ pub struct Args {
     /// Machines
     #[arg(long, default_value_t = 1, value_name = "M", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     nodes: u64,
+    /// Sequences of a step on each rank, for this program's own prediction
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Tokens of a sequence [default: 512, or the model's context where that is shorter]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    seq_len: Option<u32>,
+    /// Predict with the layers run again in the backward pass
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -45,6 +58,21 @@ pub struct Args {
 struct Subject {
     name: String,
     size: ModelSize,
+    config: Option<DecoderConfig>,
+}
+
+/// What a rank takes in one stage, on one tier.
+#[derive(serde::Serialize)]
+struct Predicted {
+    stage: u8,
+    offload: &'static str,
+    weights: usize,
+    gradients: usize,
+    optimizer: usize,
+    activations: usize,
+    workspace: usize,
+    /// The most that is taken from the system at a time.
+    peak: usize,
 }
 
 /// Runs the verb.
@@ -54,10 +82,11 @@ pub fn run(args: Args) -> Result<()> {
         nodes: args.nodes,
         ranks_per_node: args.ranks_per_node,
     };
+    let predicted = args.predict(&subject);
     if args.json {
         let report = json!({
             "model": subject.name, "size": subject.size, "hardware": hardware,
-            "deepspeed": {
+            "predicted": predicted, "deepspeed": {
                 "zero2": zero2_rows(subject.size, hardware), "zero3": zero3_rows(subject.size, hardware),
             },
         });
@@ -66,10 +95,42 @@ pub fn run(args: Args) -> Result<()> {
     }
     let [two, three] = sections(&subject, hardware);
     print!("{two}\n{three}");
+    if !predicted.is_empty() {
+        print!("\n{}", table(&subject, &args, &predicted));
+    }
     Ok(())
 }
 
-/// What is printed for stage 2 and for stage 3: one table below the other. Predictions of this program's own belong here.
+/// Our own prediction, activations and buffers included.
+fn table(subject: &Subject, args: &Args, rows: &[Predicted]) -> String {
+    use std::fmt::Write;
+    let ranks = args.ranks_per_node * args.nodes;
+    let mut text = format!(
+        "{}, by this program, for each of {ranks} ranks: bf16 with f32 masters, AdamW, {} sequences of {} tokens a rank\n  \
+         peak      weights   gradients  optimizer  activations  workspace | options\n",
+        subject.name,
+        args.batch,
+        args.tokens(subject),
+    );
+    for row in rows {
+        let gb = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+        let _ = writeln!(
+            text,
+            "{:>7.2}GB {:>9.2}GB {:>9.2}GB {:>8.2}GB {:>10.2}GB {:>8.2}GB | stage {}, offload {}",
+            gb(row.peak),
+            gb(row.weights),
+            gb(row.gradients),
+            gb(row.optimizer),
+            gb(row.activations),
+            gb(row.workspace),
+            row.stage,
+            row.offload,
+        );
+    }
+    text
+}
+
+/// DeepSpeed's tables for stage 2 and for stage 3.
 fn sections(subject: &Subject, hardware: Hardware) -> [String; 2] {
     let heading =
         |stage: &str, table: String| format!("{}, {stage}, by DeepSpeed:\n{table}", subject.name);
@@ -80,6 +141,54 @@ fn sections(subject: &Subject, hardware: Hardware) -> [String; 2] {
 }
 
 impl Args {
+    /// Tokens of a sequence.
+    fn tokens(&self, subject: &Subject) -> usize {
+        let context = |config: &DecoderConfig| 512.min(config.max_position_embeddings);
+        let usual = subject.config.as_ref().map_or(512, context);
+        self.seq_len.map_or(usual, |n| n as usize)
+    }
+
+    /// A step of each stage, and of stage 3 with everything on a disk, without its arithmetic.
+    fn predict(&self, subject: &Subject) -> Vec<Predicted> {
+        let Some(config) = &subject.config else {
+            return Vec::new();
+        };
+        let options = EngineOptions {
+            activation_checkpointing: self.checkpoint_activations,
+            ..EngineOptions::default()
+        };
+        let shape = StepShape {
+            micro_batch: self.batch as usize,
+            seq_len: self.tokens(subject),
+            gradient_accumulation_steps: 1,
+        };
+        let ranks = (self.ranks_per_node * self.nodes) as usize;
+        let stages = (0..4)
+            .filter_map(Stage::from_number)
+            .map(|stage| (stage, Tier::Memory));
+        let rows = stages.chain([(Stage::Parameters, Tier::Nvme)]);
+        rows.map(|(stage, tier)| {
+            let placement = Placement {
+                stage,
+                parameters: tier,
+                optimizer: tier,
+                ..Placement::default()
+            };
+            let memory = plan_rank(config, DType::Bf16, options, shape, placement, ranks).memory;
+            Predicted {
+                stage: stage.number(),
+                offload: if tier == Tier::Nvme { "nvme" } else { "none" },
+                weights: memory.of(Category::Weights),
+                gradients: memory.of(Category::Gradients),
+                optimizer: memory.of(Category::Optimizer),
+                activations: memory.of(Category::Activations),
+                workspace: memory.of(Category::Workspace),
+                peak: memory.reserved,
+            }
+        })
+        .collect()
+    }
+
     fn subject(&self) -> Result<Subject> {
         if let (Some(total_params), Some(largest_layer_params)) = (self.params, self.largest_layer)
         {
@@ -95,6 +204,7 @@ impl Args {
                     total_params,
                     largest_layer_params,
                 },
+                config: None,
             });
         }
         let (name, config) = match (&self.model, &self.size) {
@@ -112,7 +222,11 @@ impl Args {
             }
         };
         let size = ModelSize::of(decoder(&config).units());
-        Ok(Subject { name, size })
+        Ok(Subject {
+            name,
+            size,
+            config: Some(config),
+        })
     }
 }
 
