@@ -3,9 +3,10 @@
 use crate::config::{self, Config, FloatType, OptimizerConfig, Precision, ReduceOp};
 use crate::engine::{Engine, EngineOptions, Losses};
 use crate::error::{Error, Result};
+use crate::monitor::MonitorOptions;
 use crate::optimizer::Optimizer;
 use crate::schedule::Rate;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use windlass_comm::Group;
 use windlass_model::Model;
 use windlass_store::swap::{AioOptions, SwapFile};
@@ -129,6 +130,19 @@ impl Config {
             swap: swap.transpose()?,
             group,
         })
+    }
+
+    /// What a run in a folder writes about itself.
+    pub fn monitor(&self, out: &Path) -> MonitorOptions {
+        let folder = |file: &config::MonitorFile| match file.output_path.as_os_str().is_empty() {
+            true => out.join(&file.job_name),
+            false => file.output_path.join(&file.job_name),
+        };
+        MonitorOptions {
+            tensorboard: self.observe.tensorboard.as_ref().map(folder),
+            csv: self.observe.csv_monitor.as_ref().map(folder),
+            wall_clock_breakdown: self.observe.wall_clock_breakdown,
+        }
     }
 
     /// What the engine does.

@@ -27,4 +27,4 @@ pub use initialize::{initialize, initialize_on};
 pub use optimizer::Optimizer;
 pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};
 pub use save::load_model;
-pub use trainer::{End, Event, StepEvent, TrainOptions, Trainer};
+pub use trainer::{End, Event, StepEvent, StepTimes, TrainOptions, Trainer};

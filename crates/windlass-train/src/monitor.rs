@@ -1,7 +1,8 @@
-//! What a run leaves for people to look at: `metrics.jsonl` and TensorBoard event files.
+//! What a run leaves for people to look at: `metrics.jsonl`, TensorBoard event files and CSV.
 //!
-//! A record is a step and named numbers. Both files hold the same; nothing here decides what is measured or shows it.
+//! A record is a step and named numbers. All files hold the same; nothing here decides what is measured or shows it.
 
+mod csv;
 mod events;
 
 use std::fs::{File, OpenOptions};
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use windlass_store::atomic::{RealDisk, write_atomic};
 
+pub use csv::CsvWriter;
 pub use events::EventWriter;
 
 use crate::error::{Error, Result};
@@ -61,6 +63,89 @@ impl Metrics {
         let line = format!("{}\n", Value::Object(record));
         let written = self.file.write_all(line.as_bytes());
         written.map_err(|error| Error::io("write", &self.path, error))
+    }
+}
+
+/// What is written beside the two files in a run's folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MonitorOptions {
+    /// A folder for TensorBoard with DeepSpeed's names, over samples.
+    pub tensorboard: Option<PathBuf>,
+    /// A folder for CSV files with DeepSpeed's names, over samples.
+    pub csv: Option<PathBuf>,
+    /// Whether records say where the time of a step went.
+    pub wall_clock_breakdown: bool,
+}
+
+/// All files of a run.
+#[derive(Debug)]
+pub struct Monitors {
+    metrics: Metrics,
+    events: EventWriter,
+    tensorboard: Option<EventWriter>,
+    csv: Option<CsvWriter>,
+    batch: u64,
+}
+
+impl Monitors {
+    /// Opens the files of a run in `folder` and those of the options, of a run that is new or resumed after `last_step`,
+    /// and whose steps are `batch` samples. `wall_time` is in seconds since 1970.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Store`] when a file cannot be read or written.
+    pub fn open(
+        folder: &Path,
+        options: &MonitorOptions,
+        wall_time: f64,
+        last_step: Option<u64>,
+        batch: u64,
+    ) -> Result<Self> {
+        let last = last_step.map(|step| step * batch);
+        let tensorboard = options.tensorboard.as_deref();
+        let csv = options.csv.as_deref();
+        Ok(Self {
+            metrics: Metrics::open(folder, last_step)?,
+            events: EventWriter::create(folder, wall_time, last_step)?,
+            tensorboard: tensorboard
+                .map(|folder| EventWriter::create(folder, wall_time, last))
+                .transpose()?,
+            csv: csv
+                .map(|folder| CsvWriter::create(folder, last))
+                .transpose()?,
+            batch,
+        })
+    }
+
+    /// Appends the record of a step to all of them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be written.
+    pub fn write(&mut self, step: u64, wall_time: f64, values: &[(&str, f64)]) -> Result<()> {
+        self.metrics.write(step, values)?;
+        self.events.write(step, wall_time, values)?;
+        if self.tensorboard.is_none() && self.csv.is_none() {
+            return Ok(());
+        }
+        let named: Vec<(String, f64)> = values.iter().map(|(n, v)| (curve(n), *v)).collect();
+        let named: Vec<(&str, f64)> = named.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+        let samples = step * self.batch;
+        if let Some(tensorboard) = &mut self.tensorboard {
+            tensorboard.write(samples, wall_time, &named)?;
+        }
+        match &mut self.csv {
+            Some(csv) => csv.write(samples, &named),
+            None => Ok(()),
+        }
+    }
+}
+
+/// DeepSpeed's name of a number.
+fn curve(name: &str) -> String {
+    match name.strip_suffix("_ms") {
+        Some("reduce") => "Train/Samples/elapsed_time_ms_backward_allreduce".into(),
+        Some(part) => format!("Train/Samples/elapsed_time_ms_{part}"),
+        None if name == "loss" => "Train/Samples/train_loss".into(),
+        None => format!("Train/Samples/{name}"),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::data::Batch;
 use crate::engine::{Engine, EngineOptions};
 use crate::trainer::to_tokens;
-use windlass_comm::Group;
+use windlass_comm::{Group, Traffic};
 use windlass_model::{DecoderConfig, decoder};
 use windlass_store::{Home, Placement, Store};
 use windlass_tensor::kernels::memory::Usage;
@@ -20,6 +20,8 @@ pub struct Plan {
     pub tokens_per_step: usize,
     /// Bytes that one rank sends in a step.
     pub sent_per_step: usize,
+    /// Calls and bytes of a step by collective.
+    pub collectives: [(&'static str, u64, u64); 6],
 }
 
 /// Sequences that a step computes on.
@@ -72,7 +74,7 @@ pub fn plan_rank(
         ..options
     };
     let mut engine = Engine::initialize(model, store, options).expect(PURE);
-    let mut sent = 0;
+    let mut traffic = Traffic::default();
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
     for _ in 0..2 {
@@ -83,8 +85,7 @@ pub fn plan_rank(
             engine.backward(loss).expect(PURE);
         }
         engine.step_at(0.0).expect(PURE);
-        let traffic = engine.store().group().traffic().since(&before);
-        sent = (traffic.total().bytes - traffic.control.bytes) as usize;
+        traffic = engine.store().group().traffic().since(&before);
     }
     let memory = cpu.memory.peak();
     let sequences = shape.micro_batch * shape.gradient_accumulation_steps * ranks;
@@ -92,7 +93,10 @@ pub fn plan_rank(
         parameters,
         memory,
         tokens_per_step: sequences * shape.seq_len,
-        sent_per_step: sent,
+        sent_per_step: (traffic.total().bytes - traffic.control.bytes) as usize,
+        collectives: traffic
+            .kinds()
+            .map(|(name, volume)| (name, volume.calls, volume.bytes)),
     }
 }
 

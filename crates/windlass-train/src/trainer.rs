@@ -1,12 +1,17 @@
 //! The training loop: data through the engine, schedule, evaluation, checkpoints, metrics.
 
+mod event;
+
+pub use event::{End, Event, StepEvent, StepTimes};
+
 use crate::data::{Batch, Evaluation, Packing, Sampler, View};
 use crate::engine::{Engine, EngineOptions, Losses, idle, run};
 use crate::error::{Error, Result};
-use crate::monitor::{EventWriter, Metrics};
+use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
 use crate::save::{self, Progress};
 use crate::schedule::Rate;
+use event::timed;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,48 +52,8 @@ pub struct TrainOptions {
     pub keep: Option<NonZeroUsize>,
     /// Folder of checkpoints and metrics.
     pub out: PathBuf,
-}
-
-/// What a run tells while it goes.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// An optimizer step is done.
-    Step(StepEvent),
-    /// The held-out data were measured.
-    Evaluated {
-        /// After this step.
-        step: u64,
-        /// Mean loss of a token, in nats.
-        loss: f64,
-    },
-    /// A checkpoint is complete.
-    Saved(PathBuf),
-}
-
-/// One optimizer step.
-#[derive(Clone, Copy, Debug)]
-pub struct StepEvent {
-    /// Number of the step, from 1.
-    pub step: u64,
-    /// Mean loss of the step's tokens.
-    pub loss: f64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Global gradient norm before clipping.
-    pub grad_norm: f64,
-    /// Tokens of the step.
-    pub tokens: usize,
-    /// Seconds of the step.
-    pub seconds: f64,
-}
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// All steps are done.
-    Finished,
-    /// The stop flag was raised; a checkpoint was saved.
-    Interrupted,
+    /// What is measured and written beside them.
+    pub monitor: MonitorOptions,
 }
 
 /// A training run.
@@ -101,7 +66,7 @@ pub struct Trainer {
     options: TrainOptions,
     checkpoints: Checkpoints,
     /// On the first rank.
-    monitors: Option<(Metrics, EventWriter)>,
+    monitors: Option<Monitors>,
     tokens_seen: u64,
     last_checkpoint: Option<PathBuf>,
 }
@@ -179,11 +144,11 @@ impl Trainer {
         }
         std::fs::create_dir_all(&options.out).map_err(|e| Error::io("create", &options.out, e))?;
         let last_step = resume.map(|c| c.step());
+        let sequences = options.shape.micro_batch * options.shape.gradient_accumulation_steps;
+        let batch = (sequences * ranks) as u64;
+        let (out, monitor) = (&options.out, &options.monitor);
         let monitors = match rank {
-            0 => Some((
-                Metrics::open(&options.out, last_step)?,
-                EventWriter::create(&options.out, wall_time(), last_step)?,
-            )),
+            0 => Some(Monitors::open(out, monitor, wall_time(), last_step, batch)?),
             _ => None,
         };
         Ok(Trainer {
@@ -275,6 +240,7 @@ impl Trainer {
     /// One optimizer step.
     fn step(&mut self) -> Result<StepEvent> {
         let start = Instant::now();
+        let (before, mut times) = (self.group().traffic(), StepTimes::default());
         let shape = self.options.shape;
         let count = shape.gradient_accumulation_steps;
         let batches: Vec<Batch> = (0..count)
@@ -292,37 +258,52 @@ impl Trainer {
         let mut mean = 0.0;
         for batch in batches {
             let batch = to_tokens(batch, &self.config, self.options.dtype, denominator, count);
-            let loss = self.engine.forward(batch)?;
+            let loss = timed(&mut times.forward, || self.engine.forward(batch))?;
             mean += loss.value();
-            self.engine.backward(loss)?;
+            timed(&mut times.backward, || self.engine.backward(loss))?;
         }
         let mean: f64 = self.all("loss", &[mean])?.iter().sum();
         // With a loss scale, what overflows in the forward pass is skipped like an overflowing gradient.
         if !mean.is_finite() && self.options.engine.loss_scale.is_none() {
             return Err(self.non_finite(step, "loss", mean));
         }
-        let report = self.engine.step().map_err(|e| match e {
+        let report = timed(&mut times.step, || self.engine.step());
+        let report = report.map_err(|e| match e {
             Error::NonFinite { value, what, .. } => self.non_finite(step, what, value),
             other => other,
         })?;
         self.tokens_seen += tokens as u64;
-        let seconds = start.elapsed().as_secs_f64();
-        let values = [
-            ("loss", mean),
-            ("lr", report.lr),
-            ("grad_norm", report.grad_norm),
-            ("tokens", self.tokens_seen as f64),
-            ("tokens_per_second", tokens as f64 / seconds),
-        ];
-        self.write(step, &values)?;
-        Ok(StepEvent {
+        let event = StepEvent {
             step,
             loss: mean,
             lr: report.lr,
             grad_norm: report.grad_norm,
             tokens,
-            seconds,
-        })
+            seconds: start.elapsed().as_secs_f64(),
+            skipped: self.engine.skipped_steps(),
+            times,
+            traffic: self.group().traffic().since(&before),
+        };
+        self.record(&event)?;
+        Ok(event)
+    }
+
+    /// Writes down a step.
+    fn record(&mut self, event: &StepEvent) -> Result<()> {
+        let mut values = vec![
+            ("loss", event.loss),
+            ("lr", event.lr),
+            ("grad_norm", event.grad_norm),
+            ("tokens", self.tokens_seen as f64),
+            ("tokens_per_second", event.tokens as f64 / event.seconds),
+        ];
+        if self.options.engine.loss_scale.is_some() {
+            values.push(("loss_scale", self.engine.loss_scale()));
+        }
+        if self.options.monitor.wall_clock_breakdown {
+            values.extend(event.milliseconds());
+        }
+        self.write(event.step, &values)
     }
 
     fn non_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
@@ -335,11 +316,10 @@ impl Trainer {
     }
 
     fn write(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
-        let Some((metrics, events)) = &mut self.monitors else {
-            return Ok(());
-        };
-        metrics.write(step, values)?;
-        events.write(step, wall_time(), values)
+        match &mut self.monitors {
+            Some(monitors) => monitors.write(step, wall_time(), values),
+            None => Ok(()),
+        }
     }
 
     /// Mean loss of the held-out tokens, in nats.

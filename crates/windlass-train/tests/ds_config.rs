@@ -599,6 +599,12 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "nothing would be logged",
         "list",
     );
+    check(
+        "comms_logger: {enabled: true, prof_all: false, prof_ops: [\"all_gather_base\", \"gossip\"]}",
+        "comms_logger.prof_ops",
+        "no collective is called \"gossip\"",
+        "all_reduce",
+    );
     // Settings that do not go together.
     check(
         "fp16: {enabled: true}, bf16: {enabled: true}",
@@ -630,6 +636,13 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         &format!("{param}.nvme_path"),
         "missing",
         "folder",
+    );
+    check(
+        "zero_optimization: {stage: 3, offload_param: {device: \"nvme\", nvme_path: \"/a\"}, \
+         offload_optimizer: {device: \"nvme\", nvme_path: \"/b\"}}",
+        &format!("{param}.nvme_path"),
+        "one swap file",
+        "same folder",
     );
     check(
         "zero_optimization: {offload_optimizer: {device: \"cpu\"}}",
@@ -761,7 +774,7 @@ fn older_names_are_read_and_noted() {
         (7, 8)
     );
     assert_eq!(config.aio.intra_op_parallelism, 3);
-    assert_eq!(config.notes().len(), 8, "{:#?}", config.notes());
+    assert_eq!(config.notes().len(), 11, "{:#?}", config.notes());
     let origin = &row(&config, "aio.intra_op_parallelism").origin;
     assert_eq!(origin.to_string(), "alias thread_count, line 7");
     assert!(
@@ -1017,7 +1030,7 @@ fn auto_without_a_run_is_the_default() {
     assert_eq!(config.zero.reduce_bucket_size, 500_000_000);
     let remark = "gradient_clipping is \"auto\" and the run does not say: the default is 1.0";
     assert_eq!(config.remarks()[0], remark);
-    assert_eq!(config.notes().len(), 3, "{:?}", config.notes());
+    assert_eq!(config.notes().len(), 4, "{:?}", config.notes());
     assert_eq!(row(&config, "gradient_clipping").origin.to_string(), "auto");
     let invalid = bad(r#"{"train_micro_batch_size_per_gpu": "auto"}"#);
     assert!(

@@ -101,6 +101,7 @@ impl Bench {
             save_after: None,
             keep: None,
             out: self.folder.join(out),
+            monitor: Default::default(),
         }
     }
 

@@ -20,6 +20,7 @@ pub mod generate;
 pub mod info;
 pub mod io;
 pub mod launch;
+mod observe;
 pub mod quickstart;
 pub mod recipe;
 mod settings;

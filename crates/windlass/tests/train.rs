@@ -231,6 +231,130 @@ fn every_kind_of_file_is_learned_from() {
     assert!(said.contains("story"), "the fields that exist: {said}");
 }
 
+/// Numbers of the rows of a table of collectives: name, then calls, bytes, theory.
+fn collectives(said: &str) -> Vec<[&str; 4]> {
+    let after = said
+        .rsplit("communication of the first rank")
+        .next()
+        .unwrap();
+    let rows = after
+        .lines()
+        .skip(2)
+        .take_while(|row| row.starts_with("  "));
+    rows.map(|row| {
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        [cells[0], cells[1], cells[2], cells[3]]
+    })
+    .collect()
+}
+
+#[test]
+fn what_a_configuration_asks_to_be_shown_is_shown() {
+    let bench = Bench::new();
+    let check = |name: &str, stage: u8, accumulate: u32, ranks: u32, expected: &[&str]| {
+        let config = json!({
+            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulate,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": true},
+            "steps_per_print": 2, "wall_clock_breakdown": true, "dump_state": true,
+            "comms_logger": {"enabled": true},
+            "csv_monitor": {"enabled": true, "output_path": bench.path("curves"), "job_name": name},
+            "tensorboard": {"enabled": true, "job_name": "board"},
+        });
+        let file = bench.file("ds_config.json", &config.to_string());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_windlass"));
+        let out = bench.path(name);
+        command.env_remove("WINDLASS_KERNELS").arg("train");
+        command.arg(bench.path("text.txt")).arg("--out").arg(&out);
+        command.arg("--model-config").arg(bench.path("config.json"));
+        command.arg("--config").arg(&file);
+        command.args("--vocab-size 300 --seq-len 32 --threads 1 --steps 4".split(' '));
+        command.args(["--ranks", &ranks.to_string()]);
+        let Output { status, stderr, .. } = command.output().unwrap();
+        let said = String::from_utf8(stderr).unwrap();
+        assert!(status.success(), "{said}");
+
+        let lines = |start: &str| said.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(
+            (lines("step=2, skipped=0, lr=1e-3, loss="), lines("step=")),
+            (1, 2),
+            "{said}"
+        );
+        assert_eq!(lines("time (ms), mean of 2 steps: forward "), 2, "{said}");
+        assert_eq!(lines("time (ms), mean of 4 steps: forward "), 1, "{said}");
+        assert_eq!(lines("comms_logger.enabled "), 1, "{said}");
+
+        let rows = collectives(&said);
+        let names: Vec<&str> = rows
+            .iter()
+            .map(|row| row[0])
+            .filter(|n| *n != "control")
+            .collect();
+        assert_eq!(names, expected, "{said}");
+        for [name, calls, bytes, theory] in rows {
+            assert!(
+                name == "control" || (bytes == theory && calls != "0"),
+                "{name}: {said}"
+            );
+        }
+
+        let batch = u64::from(accumulate * ranks);
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let records: Vec<serde_json::Value> = metrics
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        for (key, column) in [
+            ("loss", "train_loss"),
+            ("lr", "lr"),
+            ("forward_ms", "elapsed_time_ms_forward"),
+            ("reduce_ms", "elapsed_time_ms_backward_allreduce"),
+            ("eval_loss", "eval_loss"),
+        ] {
+            let path = bench.path(&format!("curves/{name}/Train_Samples_{column}.csv"));
+            let text = fs::read_to_string(path).unwrap();
+            let mut rows = text.split("\r\n");
+            assert_eq!(rows.next(), Some(format!("step,{column}").as_str()));
+            let mut written = records.iter().filter(|record| record[key].is_f64());
+            for row in rows.by_ref().take_while(|row| !row.is_empty()) {
+                let record = written.next().expect("a record for each row");
+                let (samples, value) = row.split_once(',').unwrap();
+                let step = record["step"].as_u64().unwrap();
+                assert_eq!(samples.parse(), Ok(step * batch), "{text}");
+                let (value, expected): (f64, _) = (value.parse().unwrap(), record[key].as_f64());
+                // The reader of JSON is off by a bit now and then.
+                assert!(
+                    (value - expected.unwrap()).abs() <= 1e-12 * value.abs(),
+                    "{text}"
+                );
+            }
+            assert!(
+                written.next().is_none() && text.lines().count() > 1,
+                "{text}"
+            );
+        }
+        let board = fs::read_dir(out.join("board"))
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap();
+        let board = fs::read(board.path()).unwrap();
+        let tag = b"Train/Samples/train_loss";
+        assert_eq!(
+            board
+                .windows(tag.len())
+                .filter(|bytes| bytes == tag)
+                .count(),
+            4
+        );
+    };
+    check("one", 2, 1, 1, &[]);
+    let both = ["all_gather", "reduce_scatter"];
+    check("replicated", 0, 2, 3, &both);
+    check("partitioned", 3, 2, 2, &both);
+}
+
 /// A Parquet file with the column `story`.
 fn parquet(path: &Path, stories: &[String]) {
     use parquet::data_type::{ByteArray, ByteArrayType};

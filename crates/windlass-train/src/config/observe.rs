@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::values::Values;
 
 /// What a run prints and measures.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Observe {
     /// A line after this many steps; `None` prints none.
     pub steps_per_print: Option<u64>,
@@ -52,13 +52,22 @@ pub struct MonitorFile {
 }
 
 /// `comms_logger`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommsLogger {
-    /// Whether each collective is printed when it happens.
+    /// Whether the table is printed whenever a step is, and not only at the end.
     pub verbose: bool,
     /// The collectives by name; empty is all.
     pub prof_ops: Vec<String>,
 }
+
+/// The collectives that are counted, and the beginnings of DeepSpeed's names for them.
+const COLLECTIVES: [&str; 5] = [
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "broadcast",
+    "all_to_all",
+];
 
 /// `activation_checkpointing`: it is on when the section is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,10 +143,21 @@ impl CommsLogger {
             .flatten()
             .map(|name| name.as_str().map(str::to_owned))
             .collect();
-        let prof_ops = names.unwrap_or_else(|| {
+        let mut prof_ops = names.unwrap_or_else(|| {
             values.wrong("comms_logger.prof_ops", "a list of texts is expected", "");
             Vec::new()
         });
+        for name in &mut prof_ops {
+            // all_gather_into_tensor, reduce_scatter_tensor, all_to_all_single: ways of PyTorch to do the same.
+            match COLLECTIVES.iter().find(|known| name.starts_with(**known)) {
+                Some(known) => *name = (*known).to_owned(),
+                None => {
+                    let message = format!("no collective is called \"{name}\"");
+                    let hint = format!("known: {}", COLLECTIVES.join(", "));
+                    values.wrong("comms_logger.prof_ops", message, hint);
+                }
+            }
+        }
         let all = values.bool("comms_logger.prof_all");
         if !all && prof_ops.is_empty() {
             let message = "prof_all is false and prof_ops is empty: nothing would be logged";

@@ -144,6 +144,17 @@ impl Zero {
                 "set zero_optimization.stage to 1, 2 or 3, or the device to \"none\"",
             );
         }
+        if let (Tier::Nvme(one), Tier::Nvme(other)) = (&param, &optimizer)
+            && one != other
+        {
+            let message =
+                "a rank has one swap file, and this is another folder than offload_optimizer's";
+            values.wrong(
+                &format!("{PARAM}.nvme_path"),
+                message,
+                "give both the same folder",
+            );
+        }
         let size = |key: &str| values.int(&format!("zero_optimization.{key}")) as usize;
         Self {
             stage,

@@ -106,7 +106,9 @@ impl Check {
             println!("{report}");
             return Ok(());
         }
-        print_table(&rows);
+        for line in table(&rows) {
+            println!("{line}");
+        }
         for note in config.remarks() {
             eprintln!("note: {note}");
         }
@@ -156,7 +158,8 @@ fn setting(text: &str) -> Result<(String, Value)> {
     Ok((key.trim().to_owned(), value))
 }
 
-fn print_table(rows: &[&Row]) {
+/// The lines of a table of keys.
+pub(super) fn table(rows: &[&Row]) -> Vec<String> {
     let cells: Vec<[String; 4]> = rows
         .iter()
         .map(|row| {
@@ -176,14 +179,13 @@ fn print_table(rows: &[&Row]) {
         let longest = cells.iter().map(|row| row[column].chars().count()).max();
         longest.unwrap_or(0).max(head[column].len())
     };
-    let [key, value, from] = [width(0), width(1), width(2)];
-    for row in std::iter::once(&head).chain(&cells) {
-        let line = format!(
-            "{:key$}  {:value$}  {:from$}  {}",
-            row[0], row[1], row[2], row[3]
-        );
-        println!("{}", line.trim_end());
-    }
+    let [w0, w1, w2] = [width(0), width(1), width(2)];
+    let line = |row: &[String; 4]| {
+        let [key, value, from, here] = row;
+        let line = format!("{key:w0$}  {value:w1$}  {from:w2$}  {here}");
+        line.trim_end().to_owned()
+    };
+    std::iter::once(&head).chain(&cells).map(line).collect()
 }
 
 fn print_invalid(invalid: &Invalid) {

@@ -1,8 +1,9 @@
 //! A training run at the terminal: progress, Ctrl-C, sizes in words.
 
+use super::observe::Observer;
 use anyhow::Result;
 use std::sync::atomic::{AtomicBool, Ordering};
-use windlass::progress::Progress;
+use windlass::progress::{Progress, say};
 use windlass::train::{End, Event, Trainer};
 
 /// Raised by Ctrl-C.
@@ -23,16 +24,16 @@ fn listen() -> Result<()> {
     Ok(())
 }
 
-/// Runs a trainer to its end, behind a progress bar on the rank that `shows` it. Ctrl-C saves a checkpoint and ends the
+/// Runs a trainer to its end, behind a progress bar on the rank that has an observer. Ctrl-C saves a checkpoint and ends the
 /// program well.
 ///
 /// # Errors
 /// Those of the run.
-pub fn train(trainer: &mut Trainer, steps: u64, shows: bool) -> Result<()> {
-    if !shows {
+pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> Result<()> {
+    let Some(mut observer) = observer else {
         trainer.run(&STOP, &mut |_| ())?;
         return Ok(());
-    }
+    };
     listen()?;
     let memory = trainer.cpu().memory.clone();
     let mut bar = Progress::new(steps, "training");
@@ -49,6 +50,9 @@ pub fn train(trainer: &mut Trainer, steps: u64, shows: bool) -> Result<()> {
             let held = bytes(memory.now().reserved);
             last = format!("loss {:.3} · {speed:.0} tokens/s · {held}", s.loss);
             bar.set(s.step, &last);
+            for line in observer.step(&s) {
+                bar.note(&line);
+            }
         }
         Event::Evaluated { step, loss } => {
             bar.note(&format!(
@@ -64,6 +68,9 @@ pub fn train(trainer: &mut Trainer, steps: u64, shows: bool) -> Result<()> {
             bar.finish("interrupted");
             eprintln!("continue with the same command and --resume");
         }
+    }
+    for line in observer.end() {
+        say(&line);
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! `windlass quickstart`: the whole way, from a made-up language to a model that speaks it, in about a minute.
 
 use super::drive::{self, bytes, count};
+use super::observe::Observer;
 use super::{Machine, failure};
 use anyhow::Result;
 use std::io::Write;
@@ -76,7 +77,7 @@ pub fn run(args: Args) -> Result<()> {
         cpu.pool.threads()
     );
     let before = trainer.0.evaluate()?.exp();
-    drive::train(&mut trainer.0, trainer.1, true)?;
+    drive::train(&mut trainer.0, trainer.1, Some(Observer::default()))?;
     let after = trainer.0.evaluate()?.exp();
     let saved = folder.join("model");
     trainer.0.save_model(&saved)?;
@@ -167,6 +168,7 @@ fn trainer(
         save_after: None,
         keep: None,
         out,
+        monitor: Default::default(),
     };
     let store = Store::init(cpu, decoder(config).units(), DType::Bf16, args.seed);
     let trainer = Trainer::new(

@@ -1,5 +1,6 @@
 //! How a run trains: from flags, or from a `ds_config.json` with flags in place of some of its values.
 
+use super::config::table;
 use super::recipe::Recipe;
 use super::usage;
 use anyhow::Result;
@@ -7,9 +8,10 @@ use serde_json::json;
 use std::path::PathBuf;
 use windlass::comm::Group;
 use windlass::model::DecoderConfig;
+use windlass::progress::say;
 use windlass::store::{Home, Placement, Stage};
 use windlass::tensor::DType;
-use windlass::train::config::{Config, Context};
+use windlass::train::config::{Config, Context, Origin, Row, Status};
 use windlass::train::schedule::Rate;
 use windlass::train::{EngineOptions, Plan, StepShape, plan_rank};
 
@@ -48,8 +50,20 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// What the user should know.
-    pub fn notes(&self) -> Vec<String> {
+    /// Says what the user should know before the run.
+    pub fn announce(&self) {
+        for note in self.notes() {
+            say(&format!("note: {note}"));
+        }
+        let dumped = self.config.as_ref().filter(|c| c.observe.dump_state);
+        if let Some(config) = dumped {
+            let told = |row: &&Row| row.origin != Origin::Default || row.status == Status::Honoured;
+            let rows: Vec<&Row> = config.report().iter().filter(told).collect();
+            table(&rows).iter().for_each(|line| say(line));
+        }
+    }
+
+    fn notes(&self) -> Vec<String> {
         let config = self.config.as_ref();
         let mut notes: Vec<String> = config.map_or(Vec::new(), Config::notes);
         if config.is_some_and(|c| c.offloads_to_cpu()) {

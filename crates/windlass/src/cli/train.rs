@@ -1,6 +1,7 @@
 //! `windlass train`: a model from scratch or from a Hugging Face folder, on the user's own texts.
 
 use super::drive::{self, bytes, machine_memory};
+use super::observe::Observer;
 use super::settings::{self, Settings};
 use super::world::World;
 use super::{Machine, failure, usage};
@@ -17,6 +18,7 @@ use windlass::progress::{Progress, say};
 use windlass::store::Store;
 use windlass::store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass::tensor::{Cpu, ParamSpec};
+use windlass::train::config::Observe;
 use windlass::train::data::{
     Corpus, Packing, ReadOptions, Split, TokenizeOptions, Tokenized, tokenize,
 };
@@ -98,6 +100,9 @@ pub struct Args {
     /// Minutes between checkpoints
     #[arg(long, value_name = "MINUTES", default_value_t = 10.0)]
     save_minutes: f64,
+    /// Print what each collective sends and takes, beside what it should send; "comms_logger" of a --config
+    #[arg(long)]
+    comms: bool,
     /// Checkpoints kept
     #[arg(long, default_value = "2")]
     keep: NonZeroUsize,
@@ -173,9 +178,7 @@ fn prepare(args: &Args, ranks: usize) -> Result<Option<Job>> {
     let settings = args
         .how
         .settings(ranks, known, config.hidden_size, seq_len)?;
-    for note in settings.notes() {
-        say(&format!("note: {note}"));
-    }
+    settings.announce();
     let plan = settings.plan(&config, ranks);
     describe(&config, &plan, ranks);
     fits(&plan, ranks)?;
@@ -191,6 +194,8 @@ fn prepare(args: &Args, ranks: usize) -> Result<Option<Job>> {
         .settings(ranks, steps, config.hidden_size, seq_len)?;
     Ok(Some(Job {
         options: options(args, &settings, steps)?,
+        observe: observe(args, &settings),
+        plan,
         settings,
         origin,
         resume,
@@ -212,6 +217,9 @@ struct Job {
     data: String,
     split: Split,
     options: TrainOptions,
+    /// What is said about the run.
+    observe: Observe,
+    plan: Plan,
 }
 
 impl Job {
@@ -229,7 +237,8 @@ impl Job {
             self.options.clone(),
             self.resume.as_ref(),
         )?;
-        drive::train(&mut trainer, self.options.steps, first)
+        let observer = first.then(|| Observer::new(self.observe.clone(), &self.plan));
+        drive::train(&mut trainer, self.options.steps, observer)
     }
 
     /// Fails, on all ranks, if they are not about to do the same.
@@ -306,7 +315,21 @@ fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions>
             .then(|| Duration::from_secs_f64(args.save_minutes * 60.0)),
         keep: Some(args.keep),
         out: args.out.clone(),
+        monitor: settings
+            .config
+            .as_ref()
+            .map_or_else(Default::default, |config| config.monitor(&args.out)),
     })
+}
+
+/// What is said about the run.
+fn observe(args: &Args, settings: &Settings) -> Observe {
+    let config = settings.config.as_ref();
+    let mut observe = config.map_or_else(Observe::default, |config| config.observe.clone());
+    if args.comms {
+        observe.comms_logger.get_or_insert_default();
+    }
+    observe
 }
 
 /// The latest checkpoint of a run that is to be continued.

@@ -134,7 +134,7 @@ pub(super) const SECTIONS: &[Section] = &[
         &[
             key("enabled", BOOL, "false", YES),
             key("immediate_grad_update", BOOL, "false", ALWAYS),
-            key("check_grad_overflow", BOOL, "true", YES),
+            key("check_grad_overflow", BOOL, "true", ALWAYS),
             key("bf16_master_weights_and_grads", BOOL, "false", MASTERS),
             key("bf16_optimizer_states", BOOL, "false", YES),
         ],
@@ -191,7 +191,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "tag_validation",
                 Kind::Choice(&["ignore", "warn", "fail"]),
                 r#""warn""#,
-                YES,
+                NoMeaning("a checkpoint is named by its step, which is that of all ranks"),
             ),
             key(
                 "load_universal",

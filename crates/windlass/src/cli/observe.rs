@@ -1,0 +1,174 @@
+//! What a run says about itself while it goes and at its end, as `ds_config.json` asks: steps, times, communication.
+
+use windlass::comm::Volume;
+use windlass::train::config::Observe;
+use windlass::train::{Plan, StepEvent};
+
+/// Calls and bytes of a step by collective, as a plan has them.
+type Theory = [(&'static str, u64, u64); 6];
+
+/// Collects what steps tell and says it when it is due.
+#[derive(Default)]
+pub struct Observer {
+    observe: Observe,
+    theory: Theory,
+    /// Since the last lines.
+    window: Sums,
+    /// Since the start.
+    run: Sums,
+}
+
+/// What steps have in sum.
+#[derive(Clone, Default)]
+struct Sums {
+    steps: u64,
+    seconds: f64,
+    milliseconds: [(&'static str, f64); 5],
+    volumes: [Volume; 6],
+}
+
+impl Observer {
+    /// An observer of the first rank of a run.
+    pub fn new(observe: Observe, plan: &Plan) -> Self {
+        Self {
+            observe,
+            theory: plan.collectives,
+            ..Self::default()
+        }
+    }
+
+    /// Takes in a step; returns the lines that are due.
+    pub fn step(&mut self, event: &StepEvent) -> Vec<String> {
+        self.window.add(event);
+        self.run.add(event);
+        let mut lines = Vec::new();
+        let comms = self.observe.comms_logger.as_ref();
+        let each = comms.is_some_and(|comms| comms.verbose).then_some(1);
+        let every = self.observe.steps_per_print.or(each);
+        if every.is_none_or(|every| !event.step.is_multiple_of(every.max(1))) {
+            return lines;
+        }
+        if self.observe.steps_per_print.is_some() {
+            let &StepEvent {
+                step,
+                skipped,
+                lr,
+                loss,
+                ..
+            } = event;
+            lines.push(format!(
+                "step={step}, skipped={skipped}, lr={lr:e}, loss={loss:.6}"
+            ));
+            if self.observe.wall_clock_breakdown {
+                lines.push(self.window.times());
+            }
+        }
+        if each.is_some() {
+            lines.extend(self.communication(&self.window));
+        }
+        self.window = Sums::default();
+        lines
+    }
+
+    /// What is said at the end.
+    pub fn end(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if self.run.steps == 0 {
+            return lines;
+        }
+        if self.observe.wall_clock_breakdown {
+            lines.push(self.run.times());
+        }
+        if self.observe.comms_logger.is_some() {
+            lines.extend(self.communication(&self.run));
+        }
+        lines
+    }
+
+    /// A table of collectives: what a step sent, what it should have sent, and how fast.
+    fn communication(&self, sums: &Sums) -> Vec<String> {
+        let asked = self.observe.comms_logger.as_ref();
+        let asked = asked.map_or(&[][..], |comms| &comms.prof_ops);
+        let steps = sums.steps as f64;
+        let mut lines = vec![
+            format!(
+                "communication of the first rank, mean of {} steps",
+                sums.steps
+            ),
+            row(["", "calls", "bytes", "theory", "ms", "GB/s"].map(str::to_owned)),
+        ];
+        for ((name, calls, theory), volume) in self.theory.iter().zip(&sums.volumes) {
+            // Small messages are no part of the theory of ZeRO.
+            let control = *name == "control";
+            let hidden = !asked.is_empty() && !asked.iter().any(|asked| asked == name);
+            if hidden || (volume.calls == 0 && *calls == 0) {
+                continue;
+            }
+            let rate = match volume.bytes {
+                0 => "-".to_owned(),
+                bytes => format!("{:.3}", bytes as f64 / volume.seconds / 1e9),
+            };
+            let theory = match control {
+                true => "-".to_owned(),
+                false => theory.to_string(),
+            };
+            lines.push(row([
+                (*name).to_owned(),
+                mean(volume.calls, sums.steps),
+                mean(volume.bytes, sums.steps),
+                theory,
+                format!("{:.3}", volume.seconds * 1e3 / steps),
+                rate,
+            ]));
+        }
+        if lines.len() == 2 {
+            lines.truncate(1);
+            lines[0].push_str(": none");
+        }
+        lines
+    }
+}
+
+/// A row of the table.
+fn row(cells: [String; 6]) -> String {
+    let [name, calls, bytes, theory, time, rate] = cells;
+    format!("  {name:<16}{calls:>8}{bytes:>16}{theory:>16}{time:>12}{rate:>10}")
+}
+
+/// A mean, without a fraction where it has none.
+fn mean(sum: u64, steps: u64) -> String {
+    match sum.is_multiple_of(steps) {
+        true => (sum / steps).to_string(),
+        false => format!("{:.1}", sum as f64 / steps as f64),
+    }
+}
+
+impl Sums {
+    fn add(&mut self, event: &StepEvent) {
+        self.steps += 1;
+        self.seconds += event.seconds;
+        for (sum, (name, milliseconds)) in self.milliseconds.iter_mut().zip(event.milliseconds()) {
+            *sum = (name, sum.1 + milliseconds);
+        }
+        for (sum, (_, volume)) in self.volumes.iter_mut().zip(event.traffic.kinds()) {
+            sum.calls += volume.calls;
+            sum.bytes += volume.bytes;
+            sum.seconds += volume.seconds;
+        }
+    }
+
+    fn times(&self) -> String {
+        let steps = self.steps as f64;
+        let parts = self.milliseconds.map(|(name, sum)| {
+            let name = name.trim_end_matches("_ms");
+            format!("{name} {:.2}", sum / steps)
+        });
+        format!(
+            "time (ms), mean of {} steps: {} | of it waiting for ranks: {} | all {:.2}",
+            self.steps,
+            parts[..3].join(", "),
+            parts[3..].join(", "),
+            self.seconds * 1e3 / steps
+        )
+    }
+}
