@@ -473,11 +473,11 @@ pub fn idle<B>(model: &Model<B>, store: &Store) -> Result<()> {
 }
 
 /// The empty value that the first layer receives.
-fn start(cpu: &Cpu) -> Tensor {
+pub(crate) fn start(cpu: &Cpu) -> Tensor {
     Tensor::empty(cpu, [0], DType::F32, Category::Activations)
 }
 
-fn filled(cpu: &Cpu, mut like: Tensor, value: f64) -> Tensor {
+pub(crate) fn filled(cpu: &Cpu, mut like: Tensor, value: f64) -> Tensor {
     use windlass_tensor::kernels::elementwise::fill;
     match like.dtype() {
         DType::F64 => fill(&cpu.pool, value, like.as_mut_slice::<f64>()),

@@ -142,6 +142,7 @@ impl Config {
             tensorboard: self.observe.tensorboard.as_ref().map(folder),
             csv: self.observe.csv_monitor.as_ref().map(folder),
             wall_clock_breakdown: self.observe.wall_clock_breakdown,
+            profile_step: self.observe.flops_profiler.as_ref().map(|p| p.profile_step),
         }
     }
 

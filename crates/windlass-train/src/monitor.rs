@@ -75,6 +75,8 @@ pub struct MonitorOptions {
     pub csv: Option<PathBuf>,
     /// Whether records say where the time of a step went.
     pub wall_clock_breakdown: bool,
+    /// The step, from 1, before which the layers are profiled.
+    pub profile_step: Option<u64>,
 }
 
 /// All files of a run.

@@ -9,6 +9,7 @@ use crate::engine::{Engine, EngineOptions, Losses, idle, run};
 use crate::error::{Error, Result};
 use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
+use crate::profile::{self, LayerProfile};
 use crate::save::{self, Progress};
 use crate::schedule::Rate;
 use event::timed;
@@ -187,6 +188,11 @@ impl Trainer {
     pub fn run(&mut self, stop: &AtomicBool, tell: &mut dyn FnMut(Event)) -> Result<End> {
         let mut saved_at = (self.engine.global_steps(), Instant::now());
         while self.engine.global_steps() < self.options.steps {
+            let next = self.engine.global_steps() + 1;
+            let profiled = &mut self.options.monitor.profile_step;
+            if profiled.take_if(|step| *step == next).is_some() {
+                tell(Event::Profiled(self.profile()?));
+            }
             let event = self.step()?;
             tell(Event::Step(event));
             let done = event.step == self.options.steps;
@@ -235,6 +241,20 @@ impl Trainer {
         let flags = self.all("stop", &[f64::from(interrupted), f64::from(timed)])?;
         let interrupted = flags.iter().step_by(2).any(|&flag| flag > 0.0);
         Ok((interrupted, flags[1] > 0.0))
+    }
+
+    /// Profiles the layers on the first micro-batch of the next step.
+    fn profile(&self) -> Result<Vec<LayerProfile>> {
+        let batch = self
+            .sampler
+            .clone()
+            .next_batch(self.options.shape.micro_batch);
+        let model = self.engine.model();
+        let flops = profile::flops(&self.config, model.units(), &batch);
+        let batch = to_tokens(batch, &self.config, self.options.dtype, 1.0, 1);
+        let checkpointing = self.options.engine.activation_checkpointing;
+        let (store, scale) = (self.engine.store(), self.engine.loss_scale());
+        profile::profile(model, store, &batch, &flops, scale, checkpointing)
     }
 
     /// One optimizer step.

@@ -259,6 +259,7 @@ fn what_a_configuration_asks_to_be_shown_is_shown() {
             "bf16": {"enabled": true},
             "steps_per_print": 2, "wall_clock_breakdown": true, "dump_state": true,
             "comms_logger": {"enabled": true},
+            "flops_profiler": {"enabled": true, "profile_step": 2, "output_file": bench.path("profile")},
             "csv_monitor": {"enabled": true, "output_path": bench.path("curves"), "job_name": name},
             "tensorboard": {"enabled": true, "job_name": "board"},
         });
@@ -297,6 +298,47 @@ fn what_a_configuration_asks_to_be_shown_is_shown() {
                 name == "control" || (bytes == theory && calls != "0"),
                 "{name}: {said}"
             );
+        }
+
+        let profile = fs::read_to_string(bench.path("profile")).unwrap();
+        let rows: Vec<Vec<&str>> = profile
+            .lines()
+            .skip(2)
+            .map(|line| {
+                line.trim_start()
+                    .split("  ")
+                    .filter(|cell| !cell.is_empty())
+                    .collect()
+            })
+            .collect();
+        let column = |column: usize| -> Vec<&str> {
+            rows.iter()
+                .map(|row: &Vec<&str>| row[column].trim())
+                .collect()
+        };
+        assert_eq!(
+            column(0),
+            ["embedding", "layer 0", "layer 1", "head", "all"],
+            "{profile}"
+        );
+        // q and o of 32 x 32, k and v of 32 x 16, three matrices of 32 x 48, two norms; the table has 320 rows of 32.
+        let matrices = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48;
+        let (block, table) = (matrices + 64, 320 * 32 + 32);
+        let parameters = [table, block, block, 0, table + 2 * block].map(|n| n.to_string());
+        assert_eq!(column(1), parameters, "{profile}");
+        // One sequence of 32 tokens: 32 x 33 / 2 pairs, two products of 32 over the heads for each.
+        let forward = 2 * 32 * matrices + 4 * 32 * (32 * 33 / 2);
+        let head = 2 * 32 * 320 * 32;
+        let flops = [0, forward, forward, head, 2 * forward + head]
+            .map(|n| format!("{:.6}", f64::from(n) / 1e9));
+        assert_eq!(column(2), flops, "{profile}");
+        for (row, name) in rows.iter().zip(column(0)).skip(1) {
+            let numbers: Vec<f64> = row[3..]
+                .iter()
+                .map(|cell| cell.trim().parse().unwrap())
+                .collect();
+            assert!(numbers[0] > 0.0 && numbers[3] > 0.0, "{name}: {profile}");
+            assert!(numbers[1] > 0.0 || name == "head", "{name}: {profile}");
         }
 
         let batch = u64::from(accumulate * ranks);

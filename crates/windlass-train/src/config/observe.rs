@@ -28,15 +28,11 @@ pub struct Observe {
 /// `flops_profiler`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FlopsProfiler {
-    /// Forward passes that the backward pass repeats; 0 lets the profiler count.
+    /// Forward passes that a layer's backward pass repeats; 0 lets the profiler count.
     pub recompute_fwd_factor: f64,
     /// The step, counted from one.
     pub profile_step: u64,
-    /// How deep the table goes; `None` is all the way.
-    pub module_depth: Option<u64>,
-    /// How many modules are listed at each depth.
-    pub top_modules: u64,
-    /// Whether each module is listed.
+    /// Whether each layer is listed.
     pub detailed: bool,
     /// Where it is written; `None` prints it.
     pub output_file: Option<PathBuf>,
@@ -110,12 +106,9 @@ impl Observe {
 
 impl FlopsProfiler {
     fn read(values: &Values) -> Self {
-        let depth = values.value("flops_profiler.module_depth").as_i64();
         Self {
             recompute_fwd_factor: values.number("flops_profiler.recompute_fwd_factor"),
             profile_step: values.int("flops_profiler.profile_step"),
-            module_depth: depth.and_then(|depth| u64::try_from(depth).ok()),
-            top_modules: values.int("flops_profiler.top_modules"),
             detailed: values.bool("flops_profiler.detailed"),
             output_file: values.text("flops_profiler.output_file").map(PathBuf::from),
         }

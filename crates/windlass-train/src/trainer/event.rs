@@ -1,5 +1,6 @@
 //! What a run tells: steps with their numbers and times, evaluations, checkpoints.
 
+use crate::profile::LayerProfile;
 use std::path::PathBuf;
 use std::time::Instant;
 use windlass_comm::Traffic;
@@ -16,6 +17,8 @@ pub enum Event {
         /// Mean loss of a token, in nats.
         loss: f64,
     },
+    /// The layers were profiled on one micro-batch.
+    Profiled(Vec<LayerProfile>),
     /// A checkpoint is complete.
     Saved(PathBuf),
 }

@@ -60,6 +60,11 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
                 loss.exp()
             ));
         }
+        Event::Profiled(layers) => {
+            for line in observer.profile(layers) {
+                bar.note(&line);
+            }
+        }
         Event::Saved(path) => bar.note(&format!("saved {}", path.display())),
     })?;
     match end {

@@ -2,7 +2,7 @@
 
 use windlass::comm::Volume;
 use windlass::train::config::Observe;
-use windlass::train::{Plan, StepEvent};
+use windlass::train::{LayerProfile, Plan, StepEvent};
 
 /// Calls and bytes of a step by collective, as a plan has them.
 type Theory = [(&'static str, u64, u64); 6];
@@ -68,6 +68,63 @@ impl Observer {
         }
         self.window = Sums::default();
         lines
+    }
+
+    /// The table of layers, if it does not go to a file.
+    pub fn profile(&self, mut layers: Vec<LayerProfile>) -> Vec<String> {
+        let Some(asked) = &self.observe.flops_profiler else {
+            return Vec::new();
+        };
+        if asked.recompute_fwd_factor > 0.0 {
+            for layer in &mut layers {
+                layer.recomputed = asked.recompute_fwd_factor;
+            }
+        }
+        let sum = |part: fn(&LayerProfile) -> f64| layers.iter().map(part).sum::<f64>();
+        let (time, all) = (
+            sum(|layer| layer.forward + layer.backward),
+            sum(LayerProfile::all_flops),
+        );
+        let line = |name: &str, parameters: usize, flops: f64, times: [f64; 2], rate: f64| {
+            let [forward, backward] = times.map(|seconds| seconds * 1e3);
+            let share = 100.0 * (times[0] + times[1]) / time;
+            format!(
+                "  {name:<12}{parameters:>14}{:>14.6}{forward:>12.3}{backward:>12.3}{share:>8.1}{rate:>10.2}",
+                flops / 1e9
+            )
+        };
+        let mut lines = vec![
+            format!(
+                "profile of one micro-batch before step {} on the first rank; the head's forward time has both passes",
+                asked.profile_step
+            ),
+            format!(
+                "  {:<12}{:>14}{:>14}{:>12}{:>12}{:>8}{:>10}",
+                "", "parameters", "GFLOP forward", "forward ms", "backward ms", "%", "GFLOP/s"
+            ),
+        ];
+        if asked.detailed {
+            lines.extend(layers.iter().map(|layer| {
+                let times = [layer.forward, layer.backward];
+                let rate = layer.gflops_per_second();
+                line(&layer.name, layer.parameters, layer.flops, times, rate)
+            }));
+        }
+        let parameters = layers.iter().map(|layer| layer.parameters).sum();
+        let times = [sum(|layer| layer.forward), sum(|layer| layer.backward)];
+        let flops = sum(|layer| layer.flops);
+        lines.push(line("all", parameters, flops, times, all / time / 1e9));
+        let Some(path) = &asked.output_file else {
+            return lines;
+        };
+        match std::fs::write(path, lines.join("\n") + "\n") {
+            Ok(()) => vec![format!("profile written to {}", path.display())],
+            Err(error) => {
+                let path = path.display();
+                lines.push(format!("flops_profiler.output_file {path}: {error}"));
+                lines
+            }
+        }
     }
 
     /// What is said at the end.

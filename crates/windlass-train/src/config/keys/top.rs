@@ -16,6 +16,7 @@ const NO_MODEL_PARALLEL: Status = NoMeaning("there are no tensor-parallel ranks 
 const NO_SEQUENCE_PARALLEL: Status = NoMeaning("there is no sequence parallelism");
 const COMPILER: Status = NoMeaning("the model is compiled Rust; there is no graph compiler");
 const WRITER: Status = NoMeaning("checkpoints are written in parallel, straight from the shards");
+const ONE_LEVEL: Status = NoMeaning("the table has the layers of the model, and all of them");
 const MASTERS: Status = Unsupported("masters and their gradients are f32");
 
 pub(super) const SECTIONS: &[Section] = &[
@@ -245,8 +246,8 @@ pub(super) const SECTIONS: &[Section] = &[
             key("enabled", BOOL, "false", YES),
             key("recompute_fwd_factor", NOT_NEGATIVE, "0.0", YES),
             key("profile_step", COUNT, "1", YES),
-            key("module_depth", Kind::Signed, "-1", YES),
-            key("top_modules", COUNT, "1", YES),
+            key("module_depth", Kind::Signed, "-1", ONE_LEVEL),
+            key("top_modules", COUNT, "1", ONE_LEVEL),
             key("detailed", BOOL, "true", YES),
             key("output_file", TEXT, "null", YES),
         ],
