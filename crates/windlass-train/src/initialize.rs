@@ -14,7 +14,8 @@ use windlass_store::{Home, Placement, Stage, Store, Tier, Wire};
 use windlass_tensor::kernels::optim::Storage;
 use windlass_tensor::{Cpu, DType};
 
-/// An engine for a model on this machine alone, with freshly filled weights, trained as a configuration says.
+/// An engine for a model on this machine alone, with freshly filled weights, trained as a configuration says. What it asks
+/// to be printed, timed and written is the trainer's and the command line's to do: an engine keeps still.
 ///
 /// # Errors
 /// As [`initialize_on`].

@@ -76,7 +76,8 @@ impl Observer {
             return Vec::new();
         };
         if asked.recompute_fwd_factor > 0.0 {
-            for layer in &mut layers {
+            // The head has no backward pass of its own, so nothing to repeat.
+            for layer in layers.iter_mut().filter(|layer| layer.backward > 0.0) {
                 layer.recomputed = asked.recompute_fwd_factor;
             }
         }
