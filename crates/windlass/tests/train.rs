@@ -69,15 +69,11 @@ fn stories(count: usize) -> Vec<String> {
     (0..count).map(|_| story()).collect()
 }
 
-/// Weights, moments and place of a run after `step`.
-fn state(out: &Path, step: u64) -> [Vec<u8>; 3] {
+/// All files of the checkpoint after `step`: weights, moments and place.
+fn state(out: &Path, step: u64) -> Vec<(String, Vec<u8>)> {
     let checkpoint = Checkpoints::open(out).get(step).unwrap();
-    [
-        "model.safetensors",
-        "optimizer.safetensors",
-        "trainer_state.json",
-    ]
-    .map(|name| checkpoint.bytes(name).unwrap())
+    let read = |name: &str| (name.to_string(), checkpoint.bytes(name).unwrap());
+    checkpoint.files().map(read).collect()
 }
 
 /// The step that `latest` names; 0 before the first checkpoint.
@@ -102,9 +98,16 @@ fn kill_after(mut child: Child, out: &Path, step: u64, wait: Duration) -> bool {
 
 #[test]
 fn a_killed_run_ends_where_an_undisturbed_one_does() {
+    // Alone, and on ranks that write a checkpoint together.
+    killed_and_resumed(&[]);
+    killed_and_resumed(&["--ranks", "3", "--zero-stage", "3"]);
+}
+
+fn killed_and_resumed(ranks: &[&str]) {
     let bench = Bench::new();
     let steps = 24;
-    let flags = ["--steps", "24", "--save-every", "1", "--eval-every", "5"];
+    let mut flags = vec!["--steps", "24", "--save-every", "1", "--eval-every", "5"];
+    flags.extend(ranks);
     let (code, said) = bench.run("text.txt", "whole", &flags);
     assert_eq!(code, Some(0), "{said}");
 
