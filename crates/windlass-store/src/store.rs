@@ -135,7 +135,7 @@ impl Store {
     /// Those of `fill`; a disk that is full.
     ///
     /// # Panics
-    /// When a [`Tier`] needs a disk and there is none.
+    /// When a [`Tier`] needs a disk and there is none, or the placement contradicts itself.
     #[track_caller]
     pub fn build(
         cpu: &Cpu,
@@ -148,6 +148,7 @@ impl Store {
             placement,
             swap,
         } = home;
+        placement.check();
         let swapped = |tier| tier == Tier::Nvme;
         assert!(
             !(swapped(placement.parameters) || swapped(placement.optimizer))

@@ -89,7 +89,7 @@ impl<B> Engine<B> {
         self.store_mut()
             .refill(|id, _, range| loader.read(id, range, dtype))?;
         load_optimizer(&checkpoint, saved.ranks, self.store_mut())?;
-        self.resume(&saved.engine);
+        self.resume(&saved.engine)?;
         Ok(Some((checkpoint.path().to_owned(), saved.client_state)))
     }
 }

@@ -23,6 +23,8 @@ pub struct EngineOptions {
     pub gradient_accumulation_steps: usize,
     /// What the losses of a step's batches, on all ranks, make together.
     pub losses: Losses,
+    /// Whether gradients are those of that loss times the number of ranks (`"gradient_allreduce_op": "sum"`).
+    pub sum_over_ranks: bool,
     /// How the optimizer's moments are stored.
     pub moments: Storage,
     /// Parameters of fewer elements keep `f32` moments where `moments` is in 8 bits.
@@ -42,8 +44,6 @@ pub enum Losses {
     /// Their sum: each is already divided by the tokens of the whole step, so batches of different lengths weigh as
     /// they should.
     Sum,
-    /// The mean over the batches of a rank, summed over ranks (`"gradient_allreduce_op": "sum"`).
-    MeanSummedOverRanks,
 }
 
 impl Default for EngineOptions {
@@ -54,6 +54,7 @@ impl Default for EngineOptions {
             activation_checkpointing: false,
             gradient_accumulation_steps: 1,
             losses: Losses::Mean,
+            sum_over_ranks: false,
             moments: Storage::F32,
             min_8bit_size: 4096,
             rate: Rate::Constant(1e-3),
@@ -185,12 +186,22 @@ impl<B> Engine<B> {
     }
 
     /// Forgets how often it has been stepped and what it has skipped, and continues as a saved engine would.
-    pub fn resume(&mut self, state: &EngineState) {
+    ///
+    /// # Errors
+    /// [`Error::Changed`] when the saved engine scaled its losses by another rule.
+    pub fn resume(&mut self, state: &EngineState) -> Result<()> {
+        let rule = |scaler: &Option<LossScaler>| scaler.as_ref().map(LossScaler::rule);
+        if rule(&self.scaler) != rule(&state.scaler) {
+            return Err(Error::Changed {
+                what: "the loss scale",
+                saved: format!("{:?}", rule(&state.scaler)),
+                now: format!("{:?}", rule(&self.scaler)),
+            });
+        }
         self.steps = state.steps;
         self.skipped = state.skipped;
-        if let (Some(scaler), Some(saved)) = (&mut self.scaler, &state.scaler) {
-            *scaler = saved.clone();
-        }
+        self.scaler.clone_from(&state.scaler);
+        Ok(())
     }
 
     /// What [`Engine::resume`] needs.
@@ -410,9 +421,13 @@ impl<B> Engine<B> {
         let count = match self.options.losses {
             Losses::Sum => 1,
             Losses::Mean => ranks * micro,
-            Losses::MeanSummedOverRanks => micro,
         };
-        1.0 / (count as f64 * self.loss_scale())
+        let times = if self.options.sum_over_ranks {
+            ranks
+        } else {
+            1
+        };
+        times as f64 / (count as f64 * self.loss_scale())
     }
 
     /// Runs the model without recording: what the last layer returns.

@@ -1,7 +1,7 @@
 //! From a `ds_config.json` to an engine: which settings become what.
 
 use crate::config::{self, Config, FloatType, OptimizerConfig, Precision, ReduceOp};
-use crate::engine::{Engine, EngineOptions, Losses};
+use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
 use crate::monitor::MonitorOptions;
 use crate::optimizer::Optimizer;
@@ -165,10 +165,7 @@ impl Config {
             gradient_clipping: self.gradient_clipping,
             activation_checkpointing: self.activation_checkpointing.is_some(),
             gradient_accumulation_steps: self.batch.gradient_accumulation_steps as usize,
-            losses: match self.reduction.op {
-                ReduceOp::Mean => Losses::Mean,
-                ReduceOp::Sum => Losses::MeanSummedOverRanks,
-            },
+            sum_over_ranks: self.reduction.op == ReduceOp::Sum,
             rate: match self.scheduler {
                 Some(scheduler) => Rate::DeepSpeed(scheduler),
                 None => Rate::Constant(lr),

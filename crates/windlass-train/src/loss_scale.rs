@@ -72,6 +72,11 @@ impl LossScaler {
         }
     }
 
+    /// The rule that it follows.
+    pub fn rule(&self) -> LossScale {
+        self.rule
+    }
+
     /// What the loss is multiplied by, and gradients are divided by.
     pub fn scale(&self) -> f64 {
         self.scale

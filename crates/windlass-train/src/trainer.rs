@@ -140,7 +140,7 @@ impl Trainer {
             progress.check(&options, ranks)?;
             save::load_optimizer(checkpoint, progress.ranks, engine.store_mut())?;
             sampler.resume(&progress.sampler)?;
-            engine.resume(&progress.engine);
+            engine.resume(&progress.engine)?;
             tokens_seen = progress.tokens_seen;
         }
         std::fs::create_dir_all(&options.out).map_err(|e| Error::io("create", &options.out, e))?;
@@ -195,27 +195,26 @@ impl Trainer {
             }
             let event = self.step()?;
             tell(Event::Step(event));
-            let done = event.step == self.options.steps;
-            let due = |every: Option<u64>| every.is_some_and(|n| event.step % n == 0);
+            // A step that overflowed is tried again on the next data: the run stands where it stood.
+            let step = self.engine.global_steps();
+            let taken = step == event.step;
+            let done = taken && step == self.options.steps;
+            let due = |every: Option<u64>| taken && every.is_some_and(|n| step.is_multiple_of(n));
             if self.held_out.is_some() && (due(self.options.eval_every) || done) {
                 let loss = self.evaluate()?;
                 let values = [("eval_loss", loss), ("eval_perplexity", loss.exp())];
-                self.write(event.step, &values)?;
-                tell(Event::Evaluated {
-                    step: event.step,
-                    loss,
-                });
+                self.write(step, &values)?;
+                tell(Event::Evaluated { step, loss });
             }
             let timed = self
                 .options
                 .save_after
                 .is_some_and(|after| saved_at.1.elapsed() >= after);
             let (interrupted, timed) = self.agree(stop.load(Ordering::Relaxed), timed)?;
-            if (done || interrupted || timed || due(self.options.save_every))
-                && saved_at.0 != event.step
+            if (done || interrupted || timed || due(self.options.save_every)) && saved_at.0 != step
             {
                 let checkpoint = self.save()?;
-                saved_at = (event.step, Instant::now());
+                saved_at = (step, Instant::now());
                 tell(Event::Saved(checkpoint.path().to_owned()));
             }
             if interrupted && !done {

@@ -16,6 +16,7 @@ use windlass_tensor::{Cpu, DType, Rng, RouterStats};
 use windlass_train::data::{
     Corpus, Packing, ReadOptions, Split, TokenFile, TokenizeOptions, tokenize,
 };
+use windlass_train::loss_scale::LossScale;
 use windlass_train::schedule::{Decay, Schedule, Warmup};
 use windlass_train::{
     End, Engine, EngineOptions, Error, Event, Losses, Optimizer, StepShape, TrainOptions, Trainer,
@@ -383,6 +384,43 @@ fn a_run_resumes_on_any_ranks_in_any_stage() {
             }
         }
     }
+}
+
+/// In `f16` a loss scale that starts too high skips steps: they are tried again on the next data, and checkpoints stand
+/// where the run stands.
+#[test]
+fn skipped_steps_are_neither_counted_nor_saved() {
+    let bench = Bench::new("skipped");
+    let mut options = bench.options("run", 5);
+    options.dtype = DType::F16;
+    options.engine.loss_scale = Some(LossScale::Dynamic {
+        initial_scale_power: 26,
+        loss_scale_window: 2,
+        hysteresis: 1,
+        consecutive_hysteresis: false,
+        min_loss_scale: 1.0,
+    });
+    (options.save_every, options.eval_every) = (Some(1), Some(1));
+    let mut trainer = bench.trainer(1, &options, false).unwrap();
+    let (mut skipped, mut saved) = (0, 0);
+    let end = trainer.run(&AtomicBool::new(false), &mut |event| match event {
+        Event::Step(step) => skipped = step.skipped,
+        Event::Saved(_) => saved += 1,
+        _ => {}
+    });
+    assert_eq!(end.unwrap(), End::Finished);
+    assert_eq!((trainer.engine().global_steps(), saved), (5, 5));
+    assert!(skipped > 2, "{skipped} skipped");
+    assert_eq!(
+        Checkpoints::open(&options.out).steps().unwrap(),
+        [1, 2, 3, 4, 5]
+    );
+
+    // Another rule is another run.
+    options.steps = 6;
+    options.engine.loss_scale = Some(LossScale::Static(128.0));
+    let refused = bench.trainer(1, &options, true).err().unwrap();
+    assert!(refused.to_string().contains("the loss scale"), "{refused}");
 }
 
 #[test]

@@ -32,6 +32,7 @@ struct Job {
     checkpointing: bool,
     moments: Storage,
     loss_scale: Option<LossScale>,
+    sum_over_ranks: bool,
 }
 
 impl Job {
@@ -49,6 +50,7 @@ impl Job {
             checkpointing: false,
             moments: Storage::F32,
             loss_scale: None,
+            sum_over_ranks: false,
         }
     }
 }
@@ -119,6 +121,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         moments: job.moments,
         min_8bit_size: 0,
         loss_scale: job.loss_scale,
+        sum_over_ranks: job.sum_over_ranks,
         ..Default::default()
     };
     let mut engine = Engine::initialize(model, store.unwrap(), options).unwrap();
@@ -215,6 +218,36 @@ fn all_stages_give_the_same_bits() {
             }
         }
     }
+}
+
+/// Ways to reduce that round differently, or mean something else: close to the exact mean, or a multiple of it.
+#[test]
+fn other_reductions_give_what_they_promise() {
+    let exact = Job {
+        accumulation: 2,
+        optimizer: SGD,
+        ..Job::new(3, Stage::Optimizer)
+    };
+    let want = run(exact).swap_remove(0).0;
+    let with = |change: &dyn Fn(&mut Job)| {
+        let mut job = exact;
+        change(&mut job);
+        run(job).swap_remove(0).0
+    };
+    let once = with(&|job| job.placement.reduce_once = true);
+    let coarse = with(&|job| job.placement.wire = Wire::Bf16);
+    for (seen, tolerance) in [(&once, 1e-6), (&coarse, 2e-2)] {
+        assert!(seen.masters != want.masters, "it rounds in another way");
+        for (a, b) in seen.norms.iter().zip(&want.norms) {
+            assert!((a - b).abs() < tolerance * b, "norm {a} and {b}");
+        }
+    }
+    let sum = with(&|job| job.sum_over_ranks = true);
+    let ratio = sum.norms[0] / want.norms[0];
+    assert!(
+        (ratio - 3.0).abs() < 1e-12,
+        "{ratio} times the mean over 3 ranks"
+    );
 }
 
 /// In `f16` the loss is scaled; a scale that is too high makes every stage skip the same steps.
@@ -406,6 +439,30 @@ fn bytes_sent_are_those_of_theory() {
                 }
             }
         }
+    }
+}
+
+/// Parameters up to the threshold stay whole in stage 3: they are not gathered, and shared once after the update.
+#[test]
+fn persistent_parameters_are_gathered_never() {
+    let (ranks, threshold) = (3, 2000);
+    let mut job = Job::new(ranks, Stage::Parameters);
+    job.placement.persistence_threshold = threshold;
+    for (index, (_, traffic, _)) in run(job).into_iter().enumerate() {
+        let own = |persistent: bool, units: &dyn Fn(usize) -> bool| -> usize {
+            let model = decoder(&config());
+            let units = model.units().iter().enumerate().filter(|(i, _)| units(*i));
+            let params = units.flat_map(|(_, unit)| unit.params.iter());
+            let lens = params.map(|p| p.shape.len());
+            let lens = lens.filter(|len| (*len <= threshold) == persistent);
+            lens.map(|len| partition(len, ranks)[index].len()).sum()
+        };
+        let head = decoder(&config()).layers().last().unwrap().0;
+        let all = own(false, &|_| true);
+        assert!(own(true, &|_| true) > 0, "there are some");
+        let gathered = 2 * all - own(false, &|unit| unit == head);
+        let wanted = STEPS * 4 * (ranks - 1) * (gathered + own(true, &|_| true));
+        assert_eq!(traffic.all_gather.bytes as usize, wanted, "rank {index}");
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::comm::Group;
 use crate::model::Model;
 use crate::tensor::{Cpu, DType};
+use crate::train::loss_scale::LossScale;
 use crate::train::schedule::Rate;
 use crate::train::{Engine, EngineOptions, Error, Loss, Optimizer, Result};
 use serde_json::json;
@@ -12,7 +13,7 @@ use windlass_store::{Home, Placement, Store};
 /// How an [`Accelerator`] runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AcceleratorOptions {
-    /// Storage type of weights and activations (`mixed_precision`).
+    /// Storage type of weights and activations (`mixed_precision`); `f16` brings a dynamic loss scale.
     pub mixed_precision: DType,
     /// Batches whose gradients make one step.
     pub gradient_accumulation_steps: usize,
@@ -116,6 +117,7 @@ impl Accelerator {
             optimizer,
             rate,
             gradient_clipping: None,
+            loss_scale: (options.mixed_precision == DType::F16).then(LossScale::default),
             gradient_accumulation_steps: options.gradient_accumulation_steps,
             ..EngineOptions::default()
         };

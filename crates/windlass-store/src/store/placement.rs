@@ -75,7 +75,7 @@ pub struct Placement {
     pub reduce_once: bool,
     /// Where parameters rest (`offload_param`); needs [`Stage::Parameters`].
     pub parameters: Tier,
-    /// Where optimizer state and reduced gradients rest (`offload_optimizer`).
+    /// Where optimizer state and reduced gradients rest (`offload_optimizer`); needs [`Stage::Optimizer`].
     pub optimizer: Tier,
     /// Elements of the smallest part that goes to a disk: moving smaller ones would cost more than it saves.
     pub swap_from: usize,
@@ -83,6 +83,32 @@ pub struct Placement {
     pub buffers: usize,
     /// Most elements of such a buffer (`sub_group_size`).
     pub sub_group: usize,
+}
+
+impl Placement {
+    /// Refuses what contradicts itself.
+    ///
+    /// # Panics
+    /// When something rests on a disk that the stage does not partition, or gradients are summed on each rank although
+    /// no rank keeps them all.
+    #[track_caller]
+    pub(super) fn check(&self) {
+        let stage = self.stage;
+        assert!(
+            self.parameters == Tier::Memory || stage == Stage::Parameters,
+            "parameters on a disk in stage {}: they need stage 3",
+            stage.number()
+        );
+        assert!(
+            self.optimizer == Tier::Memory || stage >= Stage::Optimizer,
+            "optimizer state on a disk in stage 0: it needs stage 1"
+        );
+        assert!(
+            !self.reduce_once || stage < Stage::Gradients,
+            "gradients summed on each rank in stage {}: that needs stage 0 or 1",
+            stage.number()
+        );
+    }
 }
 
 impl Default for Placement {

@@ -55,15 +55,15 @@ impl Context {
     }
 }
 
-/// Fills in `"auto"`, and refuses what the file and the run say differently.
+/// Fills in `"auto"` and what the file does not mention, and refuses what the file and the run say differently.
 pub(super) fn fill(values: &mut Values, auto: &Auto) {
     for (key, value) in given(auto) {
         if !values.has(key) {
             continue;
         }
-        if values.is_auto(key) {
+        if values.is_auto(key) || !values.is_given(key) {
             values.set(key, value);
-        } else if values.is_given(key) && !values.is_set(key) && !same(values.value(key), &value) {
+        } else if !values.is_set(key) && !same(values.value(key), &value) {
             let message = format!(
                 "{} in the file, {value} on the command line",
                 values.value(key)

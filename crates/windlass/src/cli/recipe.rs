@@ -120,6 +120,11 @@ impl Recipe {
         })
     }
 
+    /// Whether a warm-up was asked for.
+    pub fn warms_up(&self) -> bool {
+        self.warmup.is_some()
+    }
+
     /// The learning rate of each of `steps` steps.
     pub fn schedule(&self, steps: u64) -> Result<Rate> {
         let warmup = match self.warmup.unwrap_or(0.03) {
@@ -135,15 +140,18 @@ impl Recipe {
         Ok(Schedule::new(lr, ratio, warmup, steps, decay)?.into())
     }
 
-    /// What fills the `"auto"` values of a configuration file: what was asked for and nothing else, since a file that
-    /// says something different is refused.
-    pub fn auto(&self) -> Auto {
+    /// What fills the `"auto"` values of a configuration file, of a run of `steps` steps: what was asked for and nothing
+    /// else, since a file that says something different is refused.
+    pub fn auto(&self, steps: u64) -> Auto {
         let dtype = self.dtype.map(Precision::dtype);
         Auto {
             gradient_clipping: self.clip,
             lr: self.lr,
             weight_decay: self.weight_decay,
-            warmup_num_steps: self.warmup.filter(|&w| w >= 1.0).map(|w| w as u64),
+            warmup_num_steps: self.warmup.map(|w| match w < 1.0 {
+                true => (w * steps as f64).round() as u64,
+                false => w as u64,
+            }),
             fp16: dtype.map(|dtype| dtype == DType::F16),
             bf16: dtype.map(|dtype| dtype == DType::Bf16),
             ..Auto::default()

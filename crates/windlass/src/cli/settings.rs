@@ -13,7 +13,10 @@ use windlass::store::{Home, Placement, Stage};
 use windlass::tensor::DType;
 use windlass::train::config::{Config, Context, Origin, Row, Status};
 use windlass::train::schedule::Rate;
-use windlass::train::{EngineOptions, Plan, StepShape, plan_rank};
+use windlass::train::{EngineOptions, Error, Plan, StepShape, plan_rank};
+
+/// The key that a run of unknown length leaves open.
+const LENGTH: &str = "scheduler.params.total_num_steps";
 
 /// Flags that both ways share.
 #[derive(clap::Args)]
@@ -66,6 +69,11 @@ impl Settings {
     fn notes(&self) -> Vec<String> {
         let config = self.config.as_ref();
         let mut notes: Vec<String> = config.map_or(Vec::new(), Config::notes);
+        if config.is_some_and(|c| c.activation_checkpointing.is_some()) {
+            notes.push(
+                "activation_checkpointing: every layer is run again in the backward pass".into(),
+            );
+        }
         if config.is_some_and(|c| c.offloads_to_cpu()) {
             notes.push(
                 "offloading to the cpu: ranks are on the CPU, so it is where everything is".into(),
@@ -156,7 +164,7 @@ impl Args {
     ) -> Result<Settings> {
         let path = self.config.as_deref().expect("called with a file");
         let mut context = Context::ranks(ranks as u64);
-        context.auto = self.recipe.auto();
+        context.auto = self.recipe.auto(steps);
         context.auto.train_micro_batch_size_per_gpu = self.batch.map(|n| n as u64);
         context.auto.gradient_accumulation_steps = self.accumulate.map(|n| n as u64);
         context.auto.hidden_size = Some(hidden_size as u64);
@@ -167,12 +175,18 @@ impl Args {
         }
         // A file that gives the number of steps means it; one that leaves it open learns it from the run.
         let config = match Config::load(path, &context) {
-            Err(_) => {
+            Err(Error::Config(invalid)) if invalid.problems.iter().any(|p| p.key == LENGTH) => {
                 context.auto.total_num_steps = Some(steps);
                 Config::load(path, &context)?
             }
-            Ok(config) => config,
+            config => config?,
         };
+        if config.scheduler.is_none() && self.recipe.warms_up() {
+            return Err(usage(
+                format!("--warmup with a {} that has no scheduler", path.display()),
+                "add a \"scheduler\" to the file",
+            ));
+        }
         let engine = config.engine_options()?;
         Ok(Settings {
             dtype: config.dtype(),

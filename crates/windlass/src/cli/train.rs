@@ -133,7 +133,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(usage("--seq-len 0", "it must be positive"));
     }
     let ranks = args.world.join()?;
-    let Some(job) = ranks.prepare(|| prepare(&args, ranks.count()))? else {
+    let Some(job) = ranks.prepare(|| prepare(&args, ranks.count(), ranks.here()))? else {
         return Ok(());
     };
     ranks.run(&args.machine, |group, cpu| job.run(group, &cpu))?;
@@ -145,7 +145,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// What all ranks train; none if only the plan was asked for.
-fn prepare(args: &Args, ranks: usize) -> Result<Option<Job>> {
+fn prepare(args: &Args, ranks: usize, here: usize) -> Result<Option<Job>> {
     args.machine.cpu_threads()?;
     let model = args
         .model
@@ -181,7 +181,7 @@ fn prepare(args: &Args, ranks: usize) -> Result<Option<Job>> {
     settings.announce();
     let plan = settings.plan(&config, ranks);
     describe(&config, &plan, ranks);
-    fits(&plan, ranks)?;
+    fits(&plan, here)?;
     if args.plan {
         return Ok(None);
     }
@@ -468,7 +468,7 @@ fn describe(config: &DecoderConfig, plan: &Plan, ranks: usize) {
     }
 }
 
-/// Refuses what cannot fit.
+/// Refuses what cannot fit in the memory that `ranks` ranks share.
 fn fits(plan: &Plan, ranks: usize) -> Result<()> {
     let Some(available) = machine_memory() else {
         return Ok(());

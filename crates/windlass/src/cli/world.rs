@@ -121,6 +121,14 @@ fn over_mpi(_: Duration) -> Result<Group> {
 }
 
 impl Ranks {
+    /// How many share this machine's memory.
+    pub fn here(&self) -> usize {
+        match self {
+            Ranks::Threads(ranks, _) => *ranks,
+            Ranks::Process(_) => processes_on_host(),
+        }
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         match self {

@@ -15,6 +15,7 @@ use windlass::tensor::kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_kernel_n
 use windlass::tensor::kernels::memory::Usage;
 use windlass::tensor::{Category, Cpu, DType, Rng, Tensor, each_dtype};
 use windlass::train::config::{Config, Context};
+use windlass::train::loss_scale::LossScale;
 use windlass::train::{Engine, EngineOptions, Plan, StepShape, plan_rank};
 
 /// Flags of the verb.
@@ -132,6 +133,7 @@ impl How {
                 dtype: args.dtype.dtype(),
                 options: EngineOptions {
                     activation_checkpointing: args.checkpoint_activations,
+                    loss_scale: (args.dtype == Precision::F16).then(LossScale::default),
                     ..Default::default()
                 },
                 placement: Placement::default(),
