@@ -3,6 +3,7 @@
 mod ci;
 mod tidy;
 
+use anyhow::Context;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -14,8 +15,10 @@ const USAGE: &str = "usage: cargo xtask <task>
 ";
 
 fn main() -> anyhow::Result<ExitCode> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let root = root.canonicalize()?;
+    // What cargo says now: a binary built in another checkout of the same target folder would check that one.
+    let manifest =
+        std::env::var_os("CARGO_MANIFEST_DIR").context("started without cargo; use cargo xtask")?;
+    let root = Path::new(&manifest).join("..").canonicalize()?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let passed = match arguments[..] {

@@ -422,11 +422,7 @@ impl<B> Engine<B> {
             Losses::Sum => 1,
             Losses::Mean => ranks * micro,
         };
-        let times = if self.options.sum_over_ranks {
-            ranks
-        } else {
-            1
-        };
+        let times = [1, ranks][usize::from(self.options.sum_over_ranks)];
         times as f64 / (count as f64 * self.loss_scale())
     }
 
