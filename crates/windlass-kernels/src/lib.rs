@@ -8,6 +8,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod blocks;
 pub mod cast;
 pub mod cost;
 pub mod cross_entropy;

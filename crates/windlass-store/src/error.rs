@@ -60,6 +60,26 @@ pub enum Error {
         /// What the file has.
         found: String,
     },
+    /// A metadata key that is needed is not in the file.
+    #[error("{}: no metadata key '{key}'", path.display())]
+    MissingKey {
+        /// The file.
+        path: PathBuf,
+        /// The key asked for.
+        key: String,
+    },
+    /// A metadata key has a value of another kind than its readers expect.
+    #[error("{}: metadata key '{key}' is {found}, expected {expected}", path.display())]
+    KeyKind {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What its readers expect.
+        expected: &'static str,
+        /// What the file has.
+        found: String,
+    },
     /// The ranks could not work together.
     #[error(transparent)]
     Comm(#[from] windlass_comm::Error),
@@ -87,6 +107,9 @@ impl Error {
             } => return Some(format!("did you mean '{near}'?")),
             Error::MissingTensor { nearest: None, .. } => {
                 "the file holds another model: check that config.json and the weights belong together"
+            }
+            Error::MissingKey { .. } | Error::KeyKind { .. } => {
+                "the file was written by another convention, or is incomplete: look at it with `windlass inspect`, and convert the model anew"
             }
             Error::Mismatch { .. } => "check that config.json and the weights belong together",
             Error::CheckpointExists { .. } => {

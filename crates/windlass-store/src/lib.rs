@@ -1,6 +1,6 @@
 //! Parameters at rest: file codecs, checkpoints, and where parameters live.
 //!
-//! [`safetensors`] reads and writes Hugging Face weights; [`llama2c`] reads the files of a llama2.c model;
+//! [`safetensors`] reads and writes Hugging Face weights, [`gguf`] those of llama.cpp; [`llama2c`] reads the files of a llama2.c model;
 //! [`checkpoint`] keeps folders that a killed run can continue from. All of them work on names, shapes and slices of
 //! numbers. Whatever is written appears whole or not at all ([`atomic`]), except for [`swap`] files, which are state of a
 //! running program and vanish with it.
@@ -8,6 +8,7 @@
 pub mod atomic;
 pub mod checkpoint;
 mod error;
+pub mod gguf;
 pub mod llama2c;
 pub mod mmap;
 pub mod safetensors;

@@ -14,8 +14,8 @@ mod writer;
 
 pub use ::safetensors::Dtype;
 pub use header::{Header, Info, Spec};
-pub(crate) use reader::is_plain_name;
 pub use reader::{Tensors, View};
+pub(crate) use reader::{is_plain_name, nearest};
 pub use value::{Value, read_values};
 
 pub use writer::{Options, TensorWriter, write_file, write_folder};

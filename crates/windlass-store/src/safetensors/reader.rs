@@ -329,7 +329,7 @@ fn no_weights(folder: &Path) -> Error {
 }
 
 /// The candidate with the smallest edit distance, if that is at most a third of the name.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     candidates
         .map(|candidate| {
             (
