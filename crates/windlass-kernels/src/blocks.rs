@@ -1,10 +1,17 @@
 //! Block types: the fixed-size groups of numbers that GGUF files are made of.
 //!
-//! [`BlockType`] knows their names, ids and sizes. Bytes in, numbers out; this module knows no files.
+//! [`BlockType`] knows their names, ids and sizes, [`Codes`] takes a block apart and puts it together, and on that rest
+//! [`dequantize`] and [`quantize`]. Slices in, slices out: what tensors the numbers belong to is not known here. The
+//! codebook types (`IQ1_S` to `IQ3_S`) are named but neither read nor written.
 //!
 //! # Source
 //! The layouts of `ggml-common.h` in llama.cpp.
 
+mod codes;
+mod dequantize;
+mod encode;
 mod kind;
 
+pub use codes::{Codes, FLOAT4, Levels, MAX_ELEMENTS, SIGN, UNEVEN, codes};
+pub use dequantize::{dequantize, dequantize_all, first_bad_block};
 pub use kind::{BlockType, UnknownType};

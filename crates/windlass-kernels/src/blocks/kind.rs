@@ -169,6 +169,16 @@ impl BlockType {
         8.0 * self.bytes() as f64 / self.elements() as f64
     }
 
+    /// Whether its values can be read: all but the codebooks.
+    pub fn is_readable(self) -> bool {
+        self.elements() == 1 || self.scheme().is_some()
+    }
+
+    /// Whether numbers can be quantized to it: all that can be read but integers.
+    pub fn is_writable(self) -> bool {
+        self.is_readable() && !self.is_integer()
+    }
+
     /// Whether its elements are integers, which no scale makes numbers of a model.
     pub fn is_integer(self) -> bool {
         use BlockType::{I8, I16, I32, I64};

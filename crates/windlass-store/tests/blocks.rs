@@ -1,0 +1,46 @@
+//! Block types against vectors of the `gguf` package of llama.cpp.
+
+use std::path::PathBuf;
+
+use windlass_store::gguf::BlockType;
+use windlass_store::safetensors::Tensors;
+use windlass_tensor::kernels::blocks::dequantize;
+
+fn fixture(name: &str) -> Option<Tensors> {
+    let Some(data) = std::env::var_os("WINDLASS_TEST_DATA").map(PathBuf::from) else {
+        println!("skipped: set WINDLASS_TEST_DATA");
+        return None;
+    };
+    let path = data.join("fixtures/ggml-quants").join(name);
+    Some(Tensors::open(&path).unwrap())
+}
+
+#[test]
+fn dequantized_as_by_the_reference() {
+    let Some(vectors) = fixture("dequant_vectors.safetensors") else {
+        return;
+    };
+    let mut checked = Vec::new();
+    for name in vectors.names().filter_map(|name| name.strip_suffix(".raw")) {
+        let kind = BlockType::from_name(name).unwrap();
+        if !kind.is_readable() {
+            continue;
+        }
+        let raw = format!("{name}.raw");
+        let bytes = vectors.get(&raw).unwrap().bytes;
+        let expected = format!("{name}.deq");
+        let expected = vectors.get(&expected).unwrap();
+        let expected = expected.as_slice::<f32>().unwrap();
+        let mut values = vec![0.0; expected.len()];
+        dequantize(kind, bytes, &mut values);
+        for (i, (value, expected)) in values.iter().zip(expected).enumerate() {
+            assert_eq!(
+                value.to_bits(),
+                expected.to_bits(),
+                "{kind} element {i}: {value} and {expected}"
+            );
+        }
+        checked.push(name);
+    }
+    assert_eq!(checked.len(), 17, "{checked:?}");
+}
