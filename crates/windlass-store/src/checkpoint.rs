@@ -12,6 +12,7 @@
 //! tensors, which counters — is the caller's business.
 
 mod folder;
+mod held;
 mod writer;
 
 use std::fs;
@@ -24,6 +25,7 @@ use crate::atomic::{Disk, RealDisk, TEMP_SUFFIX, folder_of, sync_dir, write_atom
 use crate::error::{Error, Result};
 
 pub use folder::CheckpointDir;
+pub use held::HELD_BLOCK;
 pub use writer::Writer;
 
 /// The file that names the checkpoint to continue from.
@@ -75,6 +77,11 @@ impl Checkpoints {
             .collect();
         steps.sort_unstable();
         Ok(steps)
+    }
+
+    /// The folder of the checkpoint of a step, whether it is there or not.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.dir.join(folder_name(step))
     }
 
     /// The checkpoint of one step; its files' presence and sizes are checked, not their content.
@@ -140,7 +147,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`Error::CheckpointExists`] in that case; [`Error::Io`].
-    pub fn begin(&self, step: u64) -> Result<Writer<'_>> {
+    pub fn begin(&self, step: u64) -> Result<Writer> {
         let disk = &*self.disk;
         disk.create_dir(&self.dir)
             .map_err(|e| Error::io("create", &self.dir, e))?;
@@ -173,7 +180,7 @@ impl Checkpoints {
     }
 
     /// Joins the checkpoint of `step` that another rank began, to write some of its files.
-    pub fn join(&self, step: u64) -> Writer<'_> {
+    pub fn join(&self, step: u64) -> Writer {
         Writer::joined(self, step, self.hidden(step))
     }
 

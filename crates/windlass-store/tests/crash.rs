@@ -13,6 +13,7 @@ use windlass_store::atomic::{Disk, write_atomic};
 use windlass_store::checkpoint::{Checkpoints, Resume};
 use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
 use windlass_store::{Error, Result};
+use windlass_tensor::kernels::memory::Memory;
 
 /// Runs `act` on disks failing after 0, 1, 2, ... operations and after many numbers of bytes, until it succeeds.
 fn for_every_fault(
@@ -144,9 +145,13 @@ fn a_folder_of_weights_survives_a_failed_save() {
     }
 }
 
-/// Saves a checkpoint with files of several kinds, all saying `step`.
+/// Saves a checkpoint with files of several kinds, all saying `step`: at once, or from memory by another thread.
 fn save(checkpoints: &Checkpoints, step: u64, keep: Option<usize>) -> Result<()> {
     let mut writer = checkpoints.begin(step)?;
+    let held = checkpoints.dir().ends_with("held");
+    if held {
+        writer.hold(&Memory::new());
+    }
     let options = Options {
         max_shard_bytes: 500,
         ..Options::default()
@@ -164,6 +169,10 @@ fn save(checkpoints: &Checkpoints, step: u64, keep: Option<usize>) -> Result<()>
     )?;
     writer.json("state.json", &serde_json::json!({ "step": step }))?;
     writer.bytes("note.txt", b"free text")?;
+    if held {
+        let flush = move || writer.flush().map(|()| writer);
+        writer = std::thread::spawn(flush).join().unwrap()?;
+    }
     writer.commit(keep.and_then(NonZeroUsize::new)).map(drop)
 }
 
@@ -185,8 +194,14 @@ fn resume(dir: &Path) -> Option<(u64, Option<String>)> {
 
 #[test]
 fn there_is_always_a_checkpoint_to_continue_from() {
+    for kind in ["direct", "held"] {
+        always_a_checkpoint(kind);
+    }
+}
+
+fn always_a_checkpoint(kind: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().join("checkpoints");
+    let dir = folder.path().join(kind);
     let sound = Checkpoints::on(Arc::new(sound_disk()), &dir);
     let clear = || drop(fs::remove_dir_all(&dir));
     let after = |keep: usize| {

@@ -3,7 +3,7 @@
 use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
-use crate::save::{load_optimizer, together_save};
+use crate::save::load_optimizer;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -40,9 +40,13 @@ impl<B> Engine<B> {
     /// `client_state`. Every rank writes its part; [`Engine::load_checkpoint`] continues on any number of ranks, in any
     /// stage and tier. Collective.
     ///
+    /// With [`EngineOptions::async_checkpoints`](crate::EngineOptions::async_checkpoints) it returns when everything is
+    /// copied into memory. The folder appears later, and `latest` names it when a step, the next call or
+    /// [`Engine::finish_checkpoint`] finds all ranks done.
+    ///
     /// # Errors
     /// Whatever hinders writing, on all ranks when it hinders one; checkpoints before it stay.
-    pub fn save_checkpoint(&self, dir: &Path, client_state: &Value) -> Result<PathBuf> {
+    pub fn save_checkpoint(&mut self, dir: &Path, client_state: &Value) -> Result<PathBuf> {
         let state = Client {
             engine: self.state(),
             ranks: self.store().group().size(),
@@ -50,13 +54,10 @@ impl<B> Engine<B> {
             optimizer: self.options().optimizer,
             client_state: client_state.clone(),
         };
-        let checkpoints = Checkpoints::open(dir);
-        let step = state.engine.steps;
         let map = plain(self);
-        let saved = together_save(&checkpoints, self, map, step, None, &mut |writer| {
+        self.save_with(&Checkpoints::open(dir), map, None, &mut |writer| {
             Ok(writer.json(CLIENT_FILE, &state)?)
-        })?;
-        Ok(saved.path().to_owned())
+        })
     }
 
     /// Continues from the latest checkpoint in `dir`: its folder and client state, or `None` where there is none.
@@ -65,6 +66,7 @@ impl<B> Engine<B> {
     /// # Errors
     /// A damaged checkpoint, one of another model, optimizer or storage type.
     pub fn load_checkpoint(&mut self, dir: &Path) -> Result<Option<(PathBuf, Value)>> {
+        self.finish_checkpoint()?;
         let Some(found) = Checkpoints::open(dir).latest()? else {
             return Ok(None);
         };
@@ -90,6 +92,8 @@ impl<B> Engine<B> {
             .refill(|id, _, range| loader.read(id, range, dtype))?;
         load_optimizer(&checkpoint, saved.ranks, self.store_mut())?;
         self.resume(&saved.engine)?;
-        Ok(Some((checkpoint.path().to_owned(), saved.client_state)))
+        let path = checkpoint.path().to_owned();
+        self.last_checkpoint = Some(path.clone());
+        Ok(Some((path, saved.client_state)))
     }
 }

@@ -1,12 +1,14 @@
 //! The engine: `forward`, `backward`, `step` over a model and a store.
 
+use crate::background::Pending;
 use crate::error::{Error, Result};
 use crate::loss_scale::{LossScale, LossScaler};
 use crate::optimizer::{Optimizer, Step};
 use crate::schedule::Rate;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use windlass_model::Model;
-use windlass_store::{StateSpec, Store};
+use windlass_store::{StateSpec, Store, Tier};
 use windlass_tensor::kernels::optim::Storage;
 use windlass_tensor::{Category, Cpu, DType, Grads, ParamId, Recorded, Tape, Tensor};
 
@@ -33,6 +35,9 @@ pub struct EngineOptions {
     pub rate: Rate,
     /// How losses are scaled so that small gradients survive in `f16`.
     pub loss_scale: Option<LossScale>,
+    /// Whether checkpoints are copied into memory and written from there while training goes on. A rank then takes as
+    /// much more memory as it writes: its part of the weights and of the optimizer's state.
+    pub async_checkpoints: bool,
 }
 
 /// What the losses of a step's batches make together.
@@ -59,6 +64,7 @@ impl Default for EngineOptions {
             min_8bit_size: 4096,
             rate: Rate::Constant(1e-3),
             loss_scale: None,
+            async_checkpoints: false,
         }
     }
 }
@@ -74,6 +80,8 @@ pub struct Engine<B> {
     scaler: Option<LossScaler>,
     skipped: u64,
     last_norm: Option<f64>,
+    pub(crate) pending: Option<Pending>,
+    pub(crate) last_checkpoint: Option<PathBuf>,
 }
 
 /// A loss, with all that its backward pass needs.
@@ -147,6 +155,16 @@ impl<B> Engine<B> {
                 range: "f32 or bf16 for this optimizer: only AdamW has moments in 8 bits",
             });
         }
+        let placement = store.placement();
+        if options.async_checkpoints
+            && [placement.parameters, placement.optimizer].contains(&Tier::Nvme)
+        {
+            return Err(Error::Setting {
+                setting: "writing checkpoints in the background",
+                value: "on".into(),
+                range: "off where parameters or the optimizer rest on a disk: the copy would bring them back into memory",
+            });
+        }
         store.train(state, |_| true)?;
         Ok(Engine {
             model,
@@ -157,6 +175,8 @@ impl<B> Engine<B> {
             scaler: options.loss_scale.map(LossScaler::new),
             skipped: 0,
             last_norm: None,
+            pending: None,
+            last_checkpoint: None,
         })
     }
 
@@ -357,8 +377,10 @@ impl<B> Engine<B> {
     /// # Errors
     /// [`Error::NonFinite`] when a gradient is not finite: nothing is updated then. With a loss scale that is an
     /// overflow: the step is skipped and the scale falls, and it is an error only when the scale cannot fall further.
+    /// What hindered a checkpoint in the background: then nothing was done yet, and the step may be taken again.
     /// As [`Engine::forward`].
     pub fn step_at(&mut self, lr: f64) -> Result<StepReport> {
+        self.look_after_checkpoint(false)?;
         let grad_norm = self.global_grad_norm()?;
         self.last_norm = Some(grad_norm);
         let number = self.steps + 1;
@@ -425,14 +447,6 @@ impl<B> Engine<B> {
         let times = [1, ranks][usize::from(self.options.sum_over_ranks)];
         times as f64 / (count as f64 * self.loss_scale())
     }
-
-    /// Runs the model without recording: what the last layer returns.
-    ///
-    /// # Errors
-    /// As [`Engine::forward`].
-    pub fn evaluate(&self, batch: &B) -> Result<Tensor> {
-        run(&self.model, &self.store, batch)
-    }
 }
 
 /// Hands a layer's gradients to the store, or keeps them for a layer further back that shares the unit.
@@ -450,37 +464,6 @@ fn finish_unit(
     } else {
         Ok(store.reduce(unit, grads)?)
     }
-}
-
-/// Runs a model without recording: what the last layer returns.
-///
-/// # Errors
-/// What hinders the store from gathering weights: a lost rank, a failing disk.
-pub fn run<B>(model: &Model<B>, store: &Store, batch: &B) -> Result<Tensor> {
-    let cpu = store.cpu();
-    let mut x = start(cpu);
-    let mut next = model.layers().skip(1).map(|(unit, _)| unit);
-    for (unit, layer) in model.layers() {
-        let weights = store.gather(unit)?;
-        if let Some(next) = next.next() {
-            store.prefetch(next);
-        }
-        let mut tape = Tape::inference(cpu);
-        let value = tape.input(x);
-        x = layer.forward(&weights, value, batch, &mut tape).tensor;
-    }
-    Ok(x)
-}
-
-/// Takes part in the gathering of a pass that other ranks make and this one has no batch for.
-///
-/// # Errors
-/// As [`run`].
-pub fn idle<B>(model: &Model<B>, store: &Store) -> Result<()> {
-    for (unit, _) in model.layers() {
-        store.gather(unit)?;
-    }
-    Ok(())
 }
 
 /// The empty value that the first layer receives.

@@ -170,6 +170,7 @@ impl Config {
                 Some(scheduler) => Rate::DeepSpeed(scheduler),
                 None => Rate::Constant(lr),
             },
+            async_checkpoints: self.async_checkpoints,
             ..EngineOptions::default()
         };
         match self.precision {

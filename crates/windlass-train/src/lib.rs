@@ -2,6 +2,7 @@
 //!
 //! This is the one place where a model and the store of its parameters meet.
 
+mod background;
 mod checkpoint;
 pub mod config;
 pub mod corpus;
@@ -9,6 +10,7 @@ pub mod data;
 mod engine;
 pub mod error;
 pub mod estimate;
+mod evaluate;
 mod export;
 mod initialize;
 pub mod loss_scale;
@@ -21,8 +23,9 @@ pub mod schedule;
 mod together;
 mod trainer;
 
-pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport, idle, run};
+pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport};
 pub use error::{Error, Result};
+pub use evaluate::{idle, run};
 pub use export::{CheckpointSummary, export, summary};
 pub use initialize::{initialize, initialize_on};
 pub use optimizer::Optimizer;

@@ -2,12 +2,14 @@
 
 use crate::data::Batch;
 use crate::engine::{Engine, EngineOptions};
+use crate::save::written_bytes;
 use crate::trainer::to_tokens;
 use windlass_comm::{Group, Traffic};
 use windlass_model::{DecoderConfig, decoder};
+use windlass_store::checkpoint::HELD_BLOCK;
 use windlass_store::{Home, Placement, Store};
 use windlass_tensor::kernels::memory::Usage;
-use windlass_tensor::{Cpu, DType, ParamSpec};
+use windlass_tensor::{Category, Cpu, DType, ParamSpec};
 
 /// The size of a training run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,14 +71,17 @@ pub fn plan_rank(
     };
     let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(&cpu, 0, dtype, range));
     let store = Store::build(&cpu, Home::on(group, placement), model.units(), fill).expect(PURE);
+    let background = options.async_checkpoints;
     let options = EngineOptions {
         gradient_accumulation_steps: shape.gradient_accumulation_steps,
+        async_checkpoints: false,
         ..options
     };
     let mut engine = Engine::initialize(model, store, options).expect(PURE);
     let mut traffic = Traffic::default();
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
+    let mut held = Vec::new();
     for _ in 0..2 {
         let before = engine.store().group().traffic();
         for _ in 0..shape.gradient_accumulation_steps {
@@ -86,6 +91,13 @@ pub fn plan_rank(
         }
         engine.step_at(0.0).expect(PURE);
         traffic = engine.store().group().traffic().since(&before);
+        if background && held.is_empty() {
+            // A checkpoint waits in memory while the next steps are taken.
+            let map = config.naming.file_tensors(engine.model());
+            let blocks = written_bytes(&engine, map).div_ceil(HELD_BLOCK);
+            let block = |_| cpu.memory.alloc(HELD_BLOCK, Category::Workspace);
+            held.extend((0..blocks).map(block));
+        }
     }
     let memory = cpu.memory.peak();
     let sequences = shape.micro_batch * shape.gradient_accumulation_steps * ranks;

@@ -1,5 +1,6 @@
 //! A training run at rest: a Hugging Face folder, the optimizer's state, and where the run stands.
 
+use crate::background::Pending;
 use crate::data::{Packing, SamplerState};
 use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
@@ -16,7 +17,9 @@ use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors, write_folder};
 use windlass_store::{ArrayKind, Gathered, Home, Loader, StateEntry, Store};
-use windlass_tensor::{Cpu, DType, FileTensor, ParamId, UnitSpec, Weights};
+use windlass_tensor::{
+    Cpu, DType, FileTensor, Layout, ParamId, UnitSpec, Weight, Weights, each_dtype,
+};
 
 /// Where the run stands.
 pub(crate) const STATE_FILE: &str = "trainer_state.json";
@@ -116,7 +119,7 @@ pub(crate) fn save_model(
         folder,
         &files.specs,
         &Options::default(),
-        |index, out| out.values(&files.values(index, &mut units)?),
+        |index, out| files.write(index, &mut units, out),
     )?;
     let text = serde_json::to_vec_pretty(&config_json(config, dtype)).expect("a JSON value");
     write_atomic(&RealDisk, &folder.join("config.json"), &text)?;
@@ -186,16 +189,27 @@ impl FileTensors {
         }
     }
 
-    /// The elements of a file's tensor.
-    fn values(&self, index: usize, units: &mut Units<'_>) -> windlass_store::Result<Vec<f32>> {
+    /// Writes the elements of a file's tensor.
+    fn write(
+        &self,
+        index: usize,
+        units: &mut Units<'_>,
+        out: &mut TensorWriter,
+    ) -> windlass_store::Result<()> {
         let file = &self.map[index];
         let weights = units.at(file.parts[0].unit)?;
+        if let (Layout::Rows, [id]) = (file.layout, file.parts.as_slice())
+            && let Weight::Dense(tensor) = weights.at(id.slot).weight
+        {
+            // As it lies in memory: nothing is converted or moved about.
+            return each_dtype!(tensor.dtype(), E => out.values(tensor.as_slice::<E>()));
+        }
         let part = |id: &ParamId| windlass_store::elements(weights.at(id.slot).weight);
         let parts: Vec<Vec<f32>> = file.parts.iter().map(part).collect();
         let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
         let rows = |id: &ParamId| self.units[id.unit].params[id.slot].shape[0];
         let rows: Vec<usize> = file.parts.iter().map(rows).collect();
-        Ok(file.join(&parts, &rows))
+        out.values(&file.join(&parts, &rows))
     }
 
     /// Which tensors each rank writes: those of every `ranks`-th unit.
@@ -208,35 +222,22 @@ impl FileTensors {
     }
 }
 
-/// Writes a checkpoint and makes it the latest. Each rank writes a part of the weights and its own optimizer state.
-/// Collective; on every rank but the first, the checkpoint is opened again from the disk.
-pub(crate) fn save(
-    checkpoints: &Checkpoints,
-    engine: &Engine<Tokens>,
-    config: &DecoderConfig,
-    tokenizer: &Tokenizer,
-    progress: &Progress,
-    keep: Option<NonZeroUsize>,
-) -> Result<CheckpointDir> {
-    let map = config.naming.file_tensors(engine.model());
-    let dtype = engine.store().dtype();
-    let step = progress.engine.steps;
-    together_save(checkpoints, engine, map, step, keep, &mut |writer| {
-        write_head(writer, config, tokenizer, progress, dtype)
-    })
+/// A checkpoint that was written, or waits in memory for it.
+pub(crate) enum Saved {
+    Here(CheckpointDir),
+    Underway(Pending),
 }
 
-/// Writes a checkpoint: each rank its part of the weights, in the layout of `map`, and its optimizer state, and the
-/// first rank what `head` writes. Collective.
+/// Writes a checkpoint, or copies it into memory where that is the engine's way: each rank its part of the weights, in
+/// the layout of `map`, and its optimizer state, and the first rank what `head` writes. Collective.
 pub(crate) fn together_save<B>(
     checkpoints: &Checkpoints,
     engine: &Engine<B>,
     map: Vec<FileTensor>,
-    step: u64,
     keep: Option<NonZeroUsize>,
-    head: &mut dyn FnMut(&mut Writer<'_>) -> Result<()>,
-) -> Result<CheckpointDir> {
-    let group = engine.store().group();
+    head: &mut dyn FnMut(&mut Writer) -> Result<()>,
+) -> Result<Saved> {
+    let (group, step) = (engine.store().group(), engine.global_steps());
     let first = group.rank() == 0;
     let begun = match first {
         true => checkpoints.begin(step).map(Some),
@@ -247,17 +248,27 @@ pub(crate) fn together_save<B>(
         Some(writer) => writer,
         None => checkpoints.join(step),
     };
+    let background = engine.options().async_checkpoints;
+    if background {
+        writer.hold(&engine.store().cpu().memory);
+    }
     let written = write_part(&mut writer, engine, map);
     let written = written.and_then(|()| match first {
         true => head(&mut writer),
         false => Ok(()),
     });
+    if background {
+        let start = |()| Pending::start(writer, checkpoints.path(step), keep, group);
+        let pending = written.and_then(start);
+        together(group, "write a checkpoint", pending.as_ref().err())?;
+        return pending.map(Saved::Underway);
+    }
     together(group, "write a checkpoint", written.as_ref().err())?;
     written?;
     if !first {
         exchange(group, "checkpoint files", &writer.leave())?;
         together(group, "commit a checkpoint", None::<&Error>)?;
-        return Ok(checkpoints.get(step)?);
+        return Ok(Saved::Here(checkpoints.get(step)?));
     }
     let committed = exchange(group, "checkpoint files", &[]).and_then(|lists| {
         for list in lists.iter().filter(|list| !list.is_empty()) {
@@ -266,17 +277,28 @@ pub(crate) fn together_save<B>(
         Ok(writer.commit(keep)?)
     });
     together(group, "commit a checkpoint", committed.as_ref().err())?;
-    committed
+    Ok(Saved::Here(committed?))
+}
+
+/// Bytes of the tensors that this rank writes of a checkpoint in the layout of `map`.
+pub(crate) fn written_bytes<B>(engine: &Engine<B>, map: Vec<FileTensor>) -> usize {
+    let store = engine.store();
+    let (rank, ranks) = (store.group().rank(), store.group().size());
+    let files = FileTensors::new(engine, map);
+    let shards = files.shards(ranks);
+    let mine = shards.get(rank).into_iter().flatten();
+    let weights: usize = mine.map(|&i| files.specs[i].bytes()).sum();
+    let state = store.state();
+    weights + state.iter().map(|e| state_spec(e).bytes()).sum::<usize>()
 }
 
 /// Writes this rank's part of the weights and its optimizer state.
-fn write_part<B>(writer: &mut Writer<'_>, engine: &Engine<B>, map: Vec<FileTensor>) -> Result<()> {
+fn write_part<B>(writer: &mut Writer, engine: &Engine<B>, map: Vec<FileTensor>) -> Result<()> {
     let store = engine.store();
     let (rank, ranks) = (store.group().rank(), store.group().size());
     let files = FileTensors::new(engine, map);
     let mut units = Units::new(store);
-    let mut fill =
-        |index: usize, out: &mut TensorWriter| out.values(&files.values(index, &mut units)?);
+    let mut fill = |index: usize, out: &mut TensorWriter| files.write(index, &mut units, out);
     let written = match ranks {
         1 => writer.weights(&files.specs, &Options::default(), &mut fill),
         _ => write_shard(writer, &files, (rank, ranks), &mut fill),
@@ -296,7 +318,7 @@ fn write_part<B>(writer: &mut Writer<'_>, engine: &Engine<B>, map: Vec<FileTenso
 
 /// Writes one rank's file of weights, if it has one, and on the first rank the index over all.
 fn write_shard(
-    writer: &mut Writer<'_>,
+    writer: &mut Writer,
     files: &FileTensors,
     (rank, ranks): (usize, usize),
     fill: &mut dyn FnMut(usize, &mut TensorWriter) -> windlass_store::Result<()>,
@@ -313,8 +335,8 @@ fn write_shard(
 }
 
 /// Writes what there is once.
-fn write_head(
-    writer: &mut Writer<'_>,
+pub(crate) fn write_head(
+    writer: &mut Writer,
     config: &DecoderConfig,
     tokenizer: &Tokenizer,
     progress: &Progress,

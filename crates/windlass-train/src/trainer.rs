@@ -5,8 +5,9 @@ mod event;
 pub use event::{End, Event, StepEvent, StepTimes};
 
 use crate::data::{Batch, Evaluation, Packing, Sampler, View};
-use crate::engine::{Engine, EngineOptions, Losses, idle, run};
+use crate::engine::{Engine, EngineOptions, Losses};
 use crate::error::{Error, Result};
+use crate::evaluate::{idle, run};
 use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
 use crate::profile::{self, LayerProfile};
@@ -14,7 +15,7 @@ use crate::save::{self, Progress};
 use crate::schedule::Rate;
 use event::timed;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -187,6 +188,7 @@ impl Trainer {
     /// A loss or gradient that is not finite, and whatever hinders saving.
     pub fn run(&mut self, stop: &AtomicBool, tell: &mut dyn FnMut(Event)) -> Result<End> {
         let mut saved_at = (self.engine.global_steps(), Instant::now());
+        let mut end = End::Finished;
         while self.engine.global_steps() < self.options.steps {
             let next = self.engine.global_steps() + 1;
             let profiled = &mut self.options.monitor.profile_step;
@@ -195,6 +197,7 @@ impl Trainer {
             }
             let event = self.step()?;
             tell(Event::Step(event));
+            self.tell_saved(tell);
             // A step that overflowed is tried again on the next data: the run stands where it stood.
             let step = self.engine.global_steps();
             let taken = step == event.step;
@@ -213,15 +216,28 @@ impl Trainer {
             let (interrupted, timed) = self.agree(stop.load(Ordering::Relaxed), timed)?;
             if (done || interrupted || timed || due(self.options.save_every)) && saved_at.0 != step
             {
-                let checkpoint = self.save()?;
+                self.save()?;
                 saved_at = (step, Instant::now());
-                tell(Event::Saved(checkpoint.path().to_owned()));
+                self.tell_saved(tell);
             }
             if interrupted && !done {
-                return Ok(End::Interrupted);
+                end = End::Interrupted;
+                break;
             }
         }
-        Ok(End::Finished)
+        self.engine.finish_checkpoint()?;
+        self.tell_saved(tell);
+        Ok(end)
+    }
+
+    /// Says when a checkpoint is complete that was not before.
+    fn tell_saved(&mut self, tell: &mut dyn FnMut(Event)) {
+        if let Some(path) = self.engine.last_checkpoint()
+            && self.last_checkpoint.as_deref() != Some(path)
+        {
+            self.last_checkpoint = Some(path.to_owned());
+            tell(Event::Saved(path.to_owned()));
+        }
     }
 
     /// The ranks of the run.
@@ -325,12 +341,15 @@ impl Trainer {
         self.write(event.step, &values)
     }
 
-    fn non_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
+    fn non_finite(&mut self, step: u64, what: &'static str, value: f64) -> Error {
+        // What stops the run is the number; a checkpoint that cannot be written now leaves the one before it.
+        let _ = self.engine.finish_checkpoint();
+        let saved = self.engine.last_checkpoint().map(Path::to_owned);
         Error::NonFinite {
             step,
             what,
             value,
-            checkpoint: self.last_checkpoint.clone(),
+            checkpoint: saved.or_else(|| self.last_checkpoint.clone()),
         }
     }
 
@@ -389,15 +408,13 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever hinders writing.
-    pub fn save_model(&self, folder: &std::path::Path) -> Result<()> {
+    pub fn save_model(&self, folder: &Path) -> Result<()> {
         save::save_model(folder, &self.engine, &self.config, &self.tokenizer)
     }
 
-    /// Writes a checkpoint: a Hugging Face folder with what a resumed run needs beside it.
-    ///
-    /// # Errors
-    /// Whatever hinders writing; the checkpoints before it stay.
-    pub fn save(&mut self) -> Result<CheckpointDir> {
+    /// Writes a checkpoint: a Hugging Face folder with what a resumed run needs beside it. In the background, where the
+    /// engine's options say so.
+    fn save(&mut self) -> Result<()> {
         let progress = Progress {
             engine: self.engine.state(),
             tokens_seen: self.tokens_seen,
@@ -408,16 +425,14 @@ impl Trainer {
             ranks: self.group().size(),
             packing: self.options.packing,
         };
-        let checkpoint = save::save(
-            &self.checkpoints,
-            &self.engine,
-            &self.config,
-            &self.tokenizer,
-            &progress,
-            self.options.keep,
-        )?;
-        self.last_checkpoint = Some(checkpoint.path().to_owned());
-        Ok(checkpoint)
+        let (config, tokenizer) = (&self.config, &self.tokenizer);
+        let map = config.naming.file_tensors(self.engine.model());
+        let (keep, dtype) = (self.options.keep, self.engine.store().dtype());
+        self.engine
+            .save_with(&self.checkpoints, map, keep, &mut |writer| {
+                save::write_head(writer, config, tokenizer, &progress, dtype)
+            })?;
+        Ok(())
     }
 }
 

@@ -21,6 +21,9 @@ pub struct AcceleratorOptions {
     pub placement: Placement,
     /// Seed of new weights.
     pub seed: u64,
+    /// Whether [`Prepared::save_state`] returns when everything is copied into memory and leaves the writing to the
+    /// background.
+    pub async_checkpoints: bool,
 }
 
 impl Default for AcceleratorOptions {
@@ -30,6 +33,7 @@ impl Default for AcceleratorOptions {
             gradient_accumulation_steps: 1,
             placement: Placement::default(),
             seed: 42,
+            async_checkpoints: false,
         }
     }
 }
@@ -119,6 +123,7 @@ impl Accelerator {
             gradient_clipping: None,
             loss_scale: (options.mixed_precision == DType::F16).then(LossScale::default),
             gradient_accumulation_steps: options.gradient_accumulation_steps,
+            async_checkpoints: options.async_checkpoints,
             ..EngineOptions::default()
         };
         let engine = Engine::initialize(model, store, engine)?;
@@ -184,11 +189,12 @@ impl<B> Prepared<B> {
         gathered.map_err(|e| Error::Store(e.into()))
     }
 
-    /// Writes a checkpoint. Collective.
+    /// Writes a checkpoint; in the background, if the options say so, and then [`Engine::finish_checkpoint`] waits for the
+    /// last one. Collective.
     ///
     /// # Errors
     /// As [`Engine::save_checkpoint`].
-    pub fn save_state(&self, dir: &Path) -> Result<()> {
+    pub fn save_state(&mut self, dir: &Path) -> Result<()> {
         self.engine.save_checkpoint(dir, &json!({})).map(|_| ())
     }
 

@@ -101,6 +101,8 @@ fn a_killed_run_ends_where_an_undisturbed_one_does() {
     // Alone, and on ranks that write a checkpoint together.
     killed_and_resumed(&[]);
     killed_and_resumed(&["--ranks", "3", "--zero-stage", "3"]);
+    // And while checkpoints are written beside the steps.
+    killed_and_resumed(&["--async-checkpoints", "--ranks", "2"]);
 }
 
 fn killed_and_resumed(ranks: &[&str]) {

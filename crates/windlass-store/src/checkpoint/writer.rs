@@ -10,44 +10,70 @@ use sha2::{Digest, Sha256};
 
 use super::Checkpoints;
 use super::folder::{CheckpointDir, FileEntry, MANIFEST, Manifest, hex};
+use super::held::Held;
 use crate::atomic::DiskFile;
 use crate::error::{Error, Result};
 use crate::safetensors::{
     INDEX_FILE, Options, Spec, TensorWriter, encode_index, is_plain_name, plan_shards, shard_name,
     write_tensors,
 };
+use windlass_tensor::kernels::memory::Memory;
 
 /// A checkpoint being written. [`Writer::commit`] makes it real; dropping it leaves nothing.
-pub struct Writer<'c> {
-    home: &'c Checkpoints,
+pub struct Writer {
+    home: Checkpoints,
     step: u64,
     temp: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    /// Files that are not written yet.
+    held: Option<Held>,
     /// Whether the folder is no longer this writer's to remove.
     committed: bool,
 }
 
-impl<'c> Writer<'c> {
+impl Writer {
     /// Starts writing in `temp`, an empty folder.
-    pub(super) fn new(home: &'c Checkpoints, step: u64, temp: PathBuf) -> Self {
+    pub(super) fn new(home: &Checkpoints, step: u64, temp: PathBuf) -> Self {
         Writer {
-            home,
+            home: home.clone(),
             step,
             temp,
             files: BTreeMap::new(),
+            held: None,
             committed: false,
         }
     }
 
     /// Starts writing beside another writer, to whom the folder belongs.
-    pub(super) fn joined(home: &'c Checkpoints, step: u64, temp: PathBuf) -> Self {
+    pub(super) fn joined(home: &Checkpoints, step: u64, temp: PathBuf) -> Self {
         let mut writer = Self::new(home, step, temp);
         writer.committed = true;
         writer
     }
-}
 
-impl Writer<'_> {
+    /// Keeps the files added from now on in blocks of `memory` ([`HELD_BLOCK`](super::HELD_BLOCK) bytes each) until
+    /// [`Writer::flush`], which another thread may call.
+    pub fn hold(&mut self, memory: &Memory) {
+        self.held = Some(Held::new(memory));
+    }
+
+    /// Writes the files that were held, in the order in which they were added.
+    ///
+    /// # Errors
+    /// As [`Writer::bytes`].
+    pub fn flush(&mut self) -> Result<()> {
+        let Some(mut held) = self.held.take() else {
+            return Ok(());
+        };
+        while let Some((name, bytes)) = held.next() {
+            self.write(&name, |path, out| {
+                held.pour(bytes, out)
+                    .map_err(|e| Error::io("write", path, e))
+            })?;
+        }
+        Ok(())
+    }
+
     /// Adds a file with this content.
     ///
     /// # Errors
@@ -155,8 +181,12 @@ impl Writer<'_> {
 
     /// Ends the part of a rank that joined ([`Checkpoints::join`]): the list of what it wrote, for
     /// [`Writer::adopt`] on the rank that began.
-    pub fn leave(mut self) -> Vec<u8> {
-        self.committed = true;
+    ///
+    /// # Panics
+    /// If files are held that were not written.
+    #[track_caller]
+    pub fn leave(self) -> Vec<u8> {
+        assert!(self.held.is_none(), "files held in memory are lost");
         let files: Vec<&FileEntry> = self.files.values().collect();
         serde_json::to_vec(&files).expect("a list of names, sizes and hashes")
     }
@@ -178,6 +208,7 @@ impl Writer<'_> {
     /// # Errors
     /// [`Error::Io`]. An error in removing old checkpoints comes after this one is safe.
     pub fn commit(mut self, keep: Option<NonZeroUsize>) -> Result<CheckpointDir> {
+        self.flush()?;
         let manifest = Manifest::new(self.step, self.files.values().cloned().collect());
         self.json(MANIFEST, &manifest)?;
         let path = self.home.put_in_place(self.step, &self.temp)?;
@@ -186,7 +217,7 @@ impl Writer<'_> {
         Ok(CheckpointDir::new(path, manifest))
     }
 
-    /// Writes one file, forces it to the disk and notes its size and hash.
+    /// Adds one file, to the disk or to what is held.
     #[track_caller]
     fn file(
         &mut self,
@@ -194,7 +225,24 @@ impl Writer<'_> {
         write: impl FnOnce(&Path, &mut dyn Write) -> Result<()>,
     ) -> Result<()> {
         assert!(is_plain_name(name), "'{name}' is not a plain file name");
-        assert!(!self.files.contains_key(name), "'{name}' was added before");
+        let held = self.held.as_ref().is_some_and(|held| held.contains(name));
+        let known = held || self.files.contains_key(name);
+        assert!(!known, "'{name}' was added before");
+        match &mut self.held {
+            Some(held) => {
+                held.begin(name);
+                write(&self.temp.join(name), held)
+            }
+            None => self.write(name, write),
+        }
+    }
+
+    /// Writes one file, forces it to the disk and notes its size and hash.
+    fn write(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&Path, &mut dyn Write) -> Result<()>,
+    ) -> Result<()> {
         let path = self.temp.join(name);
         let file = self
             .home
@@ -218,7 +266,7 @@ impl Writer<'_> {
     }
 }
 
-impl Drop for Writer<'_> {
+impl Drop for Writer {
     fn drop(&mut self) {
         if !self.committed {
             // The error that led here is the one worth reporting; `begin` removes what is left.

@@ -66,6 +66,8 @@ pub struct Config {
     pub activation_checkpointing: Option<ActivationCheckpointing>,
     /// What happens when ranks name a checkpoint differently.
     pub tag_validation: TagValidation,
+    /// Whether checkpoints are written while training goes on (`checkpoint.writer.decoupled`).
+    pub async_checkpoints: bool,
     /// What is printed and measured.
     pub observe: Observe,
     rows: Vec<Row>,
@@ -173,6 +175,7 @@ impl Config {
         let precision = Precision::read(values);
         let reduction = Reduction::read(values);
         let zero = Zero::read(values);
+        let async_checkpoints = zero.reads_decoupled(values);
         let observe = Observe::read(values);
         let activations = root.get("activation_checkpointing");
         let clip = values.number("gradient_clipping");
@@ -189,6 +192,7 @@ impl Config {
                 .is_some_and(Node::is_there)
                 .then(|| ActivationCheckpointing::read(values)),
             tag_validation: TagValidation::read(values),
+            async_checkpoints,
             observe,
             rows: Vec::new(),
             remarks,

@@ -115,6 +115,20 @@ const PARAM: &str = "zero_optimization.offload_param";
 const OPTIMIZER: &str = "zero_optimization.offload_optimizer";
 
 impl Zero {
+    /// Whether checkpoints are written in the background, from a copy in memory: not of what rests on a disk.
+    pub(super) fn reads_decoupled(&self, values: &mut Values) -> bool {
+        const KEY: &str = "checkpoint.writer.decoupled";
+        let on_disk = |tier: &Tier| matches!(tier, Tier::Nvme(_));
+        let decoupled = values.bool(KEY);
+        if decoupled
+            && (on_disk(&self.offload_param.device) || on_disk(&self.offload_optimizer.device))
+        {
+            let message = "the copy in memory that is written in the background would bring back what is offloaded to nvme";
+            values.wrong(KEY, message, "set it to false, or offload to \"none\"");
+        }
+        decoupled
+    }
+
     pub(super) fn read(values: &mut Values) -> Self {
         let number = values.int("zero_optimization.stage");
         let stage = u8::try_from(number).ok().map(Stage::try_from);

@@ -35,6 +35,10 @@ pub struct Args {
     /// What ranks share out among them: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters [default: 0]
     #[arg(long, value_name = "STAGE")]
     zero_stage: Option<u8>,
+    /// Copy checkpoints into memory and write them while training goes on; as "checkpoint": {"writer": {"decoupled": true}} of
+    /// a --config. Takes as much more memory as a checkpoint is long, on each rank its part
+    #[arg(long)]
+    async_checkpoints: bool,
 }
 
 /// How a run trains.
@@ -140,7 +144,10 @@ impl Args {
         })?;
         Ok(Settings {
             dtype: self.recipe.dtype(),
-            engine: self.recipe.engine()?,
+            engine: EngineOptions {
+                async_checkpoints: self.async_checkpoints,
+                ..self.recipe.engine()?
+            },
             shape: StepShape {
                 micro_batch: self.batch.unwrap_or(8),
                 seq_len,
@@ -172,6 +179,10 @@ impl Args {
         if let Some(stage) = self.zero_stage {
             let key = "zero_optimization.stage".to_string();
             context.overrides.push((key, json!(stage)));
+        }
+        if self.async_checkpoints {
+            let key = "checkpoint.writer.decoupled".to_string();
+            context.overrides.push((key, json!(true)));
         }
         // A file that gives the number of steps means it; one that leaves it open learns it from the run.
         let config = match Config::load(path, &context) {

@@ -222,12 +222,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 r#""fast""#,
                 WRITER,
             ),
-            key(
-                "decoupled",
-                BOOL,
-                "false",
-                Unsupported("writing in the background is a flag of the run"),
-            ),
+            key("decoupled", BOOL, "false", YES),
             key("io_buffer_size", COUNT, "67108864", WRITER),
             key("io_buffer_double", BOOL, "true", WRITER),
             key("show_statistics", BOOL, "false", WRITER),
