@@ -300,6 +300,9 @@ impl Store {
     /// # Errors
     /// A lost rank.
     pub fn reduce(&mut self, unit: usize, mut grads: Grads) -> Result<()> {
+        // The gradients of one unit are on their way to the disk while the next one computes, and no more: the bound is
+        // the same on a fast disk and a slow one, and a plan knows it.
+        self.disk.flush()?;
         let later = self.placement.reduce_once && !self.boundary;
         if self.group.size() > 1 && !later {
             for slot in 0..grads.len() {

@@ -40,7 +40,8 @@ pub struct StepShape {
 /// Replays one training step on a machine that allocates and does not compute: every allocation of the real step is
 /// made, in its order and size, and no page of it is touched.
 ///
-/// The plan is as exact as the step is regular: experts are taken to be chosen evenly in sum, documents to be packed
+/// What rests on a disk included: buffers on their way there are held for as long on a fast disk as on a slow one. The
+/// plan is as exact as the step is regular: experts are taken to be chosen evenly in sum, documents to be packed
 /// whole. A mixture of experts takes more, up to 30 % where it was measured: choices are uneven and change from batch to
 /// batch, which leaves free blocks of other sizes.
 pub fn plan(

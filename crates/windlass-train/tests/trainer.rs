@@ -12,7 +12,7 @@ use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder, preset_con
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass_store::swap::{AioOptions, SwapFile};
 use windlass_store::{Home, Placement, Stage, Store, Tier};
-use windlass_tensor::{Cpu, DType, Rng, RouterStats};
+use windlass_tensor::{Cpu, DType, ParamSpec, Rng, RouterStats};
 use windlass_train::data::{
     Corpus, Packing, ReadOptions, Split, TokenFile, TokenizeOptions, tokenize,
 };
@@ -20,7 +20,7 @@ use windlass_train::loss_scale::LossScale;
 use windlass_train::schedule::{Decay, Schedule, Warmup};
 use windlass_train::{
     End, Engine, EngineOptions, Error, Event, Losses, Optimizer, StepShape, TrainOptions, Trainer,
-    load_model, plan,
+    load_model, plan_rank,
 };
 
 const ADAMW: Optimizer = Optimizer::ADAMW;
@@ -618,10 +618,15 @@ fn measured(
     dtype: DType,
     options: EngineOptions,
     shape: StepShape,
+    placement: Placement,
 ) -> usize {
     let cpu = Cpu::new(2);
     let model = decoder(config);
-    let store = Store::init(&cpu, model.units(), dtype, 0);
+    let mut home = Home::on(Group::solo(), placement);
+    let swap = SwapFile::create(&std::env::temp_dir(), "plan", AioOptions::default(), None);
+    home.swap = Some(swap.unwrap());
+    let fill = |_, p: &ParamSpec, range| Ok(p.fill_range(&cpu, 0, dtype, range));
+    let store = Store::build(&cpu, home, model.units(), fill).unwrap();
     let mut engine = Engine::initialize(model, store, options).unwrap();
     let mut rng = Rng::new(1);
     let tokens = shape.micro_batch * shape.seq_len;
@@ -681,16 +686,35 @@ fn the_plan_is_what_a_run_takes() {
             seq_len,
             gradient_accumulation_steps: parts,
         };
-        let planned = plan(&config, dtype, options, shape).memory.reserved;
-        let taken = measured(&config, dtype, options, shape);
-        let ratio = planned as f64 / taken as f64;
-        let case =
-            format!("{arch} {size} {dtype} {optimizer:?} {activation_checkpointing} {shape:?}");
-        println!("{case}: planned {planned}, taken {taken}: {ratio:.3}");
-        // The plan of a mixture of experts is too low, as its documentation says: 0.89 and 0.77 here.
-        let least = if config.experts.is_some() { 0.7 } else { 0.9 };
-        if !(least..=1.1).contains(&ratio) {
-            wrong.push(format!("{case}: planned {planned}, taken {taken}"));
+        for (optimizer_tier, parameter_tier) in [
+            (Tier::Memory, Tier::Memory),
+            (Tier::Nvme, Tier::Memory),
+            (Tier::Nvme, Tier::Nvme),
+        ] {
+            if config.experts.is_some() && optimizer_tier == Tier::Nvme {
+                continue;
+            }
+            let placement = Placement {
+                stage: Stage::Parameters,
+                optimizer: optimizer_tier,
+                parameters: parameter_tier,
+                swap_from: 1 << 13,
+                ..Placement::default()
+            };
+            let plan = plan_rank(&config, dtype, options, shape, placement, 1);
+            let planned = plan.memory.reserved;
+            let taken = measured(&config, dtype, options, shape, placement);
+            let ratio = planned as f64 / taken as f64;
+            let case = format!(
+                "{arch} {size} {dtype} {optimizer:?} {activation_checkpointing} {shape:?} \
+                 {optimizer_tier:?} {parameter_tier:?}"
+            );
+            println!("{case}: planned {planned}, taken {taken}: {ratio:.3}");
+            // The plan of a mixture of experts is too low, as its documentation says: 0.89 and 0.77 here.
+            let least = if config.experts.is_some() { 0.7 } else { 0.95 };
+            if !(least..=1.05).contains(&ratio) {
+                wrong.push(format!("{case}: planned {planned}, taken {taken}"));
+            }
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");

@@ -16,6 +16,7 @@ pub mod config;
 pub mod drive;
 pub mod estimate;
 pub mod eval;
+mod fits;
 pub mod generate;
 pub mod info;
 pub mod io;

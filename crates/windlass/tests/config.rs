@@ -199,6 +199,25 @@ SW: Model with 2851M total params, 32M largest layer params.
     assert!(peaks[4] < peaks[0] / 2, "{peaks:?}");
     let states = 16 * params;
     assert!((states..states * 3 / 2).contains(&peaks[0]), "{peaks:?}");
+    for (memory, fits, settings) in [
+        ("8G", true, "these settings"),
+        ("700M", true, "\"offload_optimizer\" to nvme in a --config"),
+        (
+            "1M",
+            false,
+            "\"offload_param\" to nvme in a --config at stage 3",
+        ),
+    ] {
+        let arguments = [
+            "estimate", "--size", "42m", "--json", "--memory", memory, "--batch", "1",
+        ];
+        let run = windlass(&arguments);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        let advice = &report["memory"];
+        assert_eq!(advice["fits"], fits, "{memory}: {advice}");
+        let named = advice["settings"].as_str().unwrap();
+        assert!(named.ends_with(settings), "{memory}: {advice}");
+    }
     for (arguments, code) in [
         (&["estimate"][..], 2),
         (&["estimate", "--params", "7e9"], 2),

@@ -181,6 +181,19 @@ fn a_plan_writes_nothing_and_an_old_run_is_not_overwritten() {
         said.contains("parameters") && said.contains("memory: "),
         "{said}"
     );
+    assert!(said.contains("fits: "), "{said}");
+    // A run that does not fit is refused, and what would make it fit is named; nothing makes it fit in a kilobyte.
+    let flags = |memory| ["--memory", memory, "--plan"];
+    for (memory, hints) in [
+        ("575K", ["it fits with --", "it then needs"]),
+        ("1K", ["no setting", "--checkpoint-activations"]),
+    ] {
+        let (code, said) = bench.run("text.txt", "run", &flags(memory));
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("error: the run needs "), "{said}");
+        let hint = said.lines().find(|l| l.starts_with("hint: ")).unwrap();
+        assert!(hints.iter().all(|part| hint.contains(part)), "{hint}");
+    }
     assert!(!bench.path("run").exists());
 
     let (code, said) = bench.run("text.txt", "run", &["--resume"]);

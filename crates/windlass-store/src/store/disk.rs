@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use windlass_tensor::kernels::memory::Buffer;
 
-/// A disk with writes under way. Without a file (in a dry run) nothing is moved, and buffers are kept as long as a slow
-/// disk would keep them.
+/// A disk with writes under way. Without a file (in a dry run) nothing is moved, and buffers are kept as long as they
+/// would be.
 pub(super) struct Disk {
     file: Option<SwapFile>,
     writing: Mutex<VecDeque<Going>>,
@@ -31,10 +31,6 @@ enum Going {
 }
 
 impl Going {
-    fn is_done(&self) -> bool {
-        matches!(self, Going::Writing(writing) if writing.is_done())
-    }
-
     fn wait(self) -> Result<Buffer> {
         match self {
             Going::Writing(writing) => writing.wait(),
@@ -81,15 +77,28 @@ impl Disk {
         }
     }
 
-    /// Starts to write a buffer to `offset` bytes into a place; waits for the oldest of too many writes.
-    pub(super) fn write(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Result<()> {
-        let going = match (&self.file, spot) {
-            (Some(file), Some(region)) => Going::Writing(file.write_at(region, offset, buffer)),
-            _ => Going::Kept(buffer),
-        };
+    /// Starts to write a buffer to the start of a place; the caller sees to it that [`Disk::flush`] bounds how many are
+    /// under way.
+    pub(super) fn send(&self, spot: &Spot, buffer: Buffer) {
+        let going = self.start(spot, 0, buffer);
         let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         writing.push_back(going);
-        while writing.front().is_some_and(Going::is_done) || writing.len() > self.limit {
+    }
+
+    fn start(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Going {
+        match (&self.file, spot) {
+            (Some(file), Some(region)) => Going::Writing(file.write_at(region, offset, buffer)),
+            _ => Going::Kept(buffer),
+        }
+    }
+
+    /// Starts to write a buffer to `offset` bytes into a place; waits for the oldest of too many writes, and for none
+    /// before: what is held does not depend on the disk's speed, so that a plan knows it.
+    pub(super) fn write(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Result<()> {
+        let going = self.start(spot, offset, buffer);
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        writing.push_back(going);
+        while writing.len() > self.limit {
             let oldest = writing.pop_front().expect("a write under way");
             oldest.wait()?;
         }

@@ -86,7 +86,15 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// Refuses what contradicts itself.
+    /// Whether every part that rests on a disk is one that the stage partitions, and gradients are summed on each rank
+    /// only where each keeps them all.
+    pub fn is_consistent(&self) -> bool {
+        (self.parameters == Tier::Memory || self.stage == Stage::Parameters)
+            && (self.optimizer == Tier::Memory || self.stage >= Stage::Optimizer)
+            && (!self.reduce_once || self.stage < Stage::Gradients)
+    }
+
+    /// Refuses what contradicts itself, as [`Placement::is_consistent`] says.
     ///
     /// # Panics
     /// When something rests on a disk that the stage does not partition, or gradients are summed on each rank although

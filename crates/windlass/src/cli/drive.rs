@@ -2,6 +2,7 @@
 
 use super::observe::Observer;
 use anyhow::Result;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use windlass::progress::{Progress, say};
 use windlass::train::{End, Event, Trainer};
@@ -98,12 +99,54 @@ pub fn count(n: usize) -> String {
     }
 }
 
-/// Bytes of memory that programs can still get; `None` where the system does not say.
+/// Bytes of memory that this program can still get: what the system has left, or a control group that it is in, if that
+/// is less; `None` where the system does not say.
 pub fn machine_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
         .lines()
         .find(|line| line.starts_with("MemAvailable:"))?;
     let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    let root = Path::new("/sys/fs/cgroup");
+    let folders = root.join(group.unwrap_or_default());
+    let folders = folders
+        .ancestors()
+        .take_while(|folder| folder.starts_with(root));
+    folders.filter_map(group_memory).chain([kib * 1024]).min()
+}
+
+/// Bytes that a control group (version 2) leaves its programs; `None` where it has no limit. What is only the cache of
+/// files is left too.
+fn group_memory(folder: &Path) -> Option<usize> {
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+    let limit: usize = read("memory.max")?.trim().parse().ok()?;
+    let used: usize = read("memory.current")?.trim().parse().ok()?;
+    let stat = read("memory.stat").unwrap_or_default();
+    let cached = stat.lines().find_map(|line| line.strip_prefix("file "));
+    let cached: usize = cached.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+    Some(limit.saturating_sub(used.saturating_sub(cached)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_group_bounds_what_is_available() {
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        assert_eq!(group_memory(folder.path()), None);
+        write("memory.current", "3000\n");
+        write("memory.max", "max\n");
+        assert_eq!(group_memory(folder.path()), None);
+        write("memory.max", "10000\n");
+        assert_eq!(group_memory(folder.path()), Some(7000));
+        write("memory.stat", "anon 500\nfile 2500\n");
+        assert_eq!(group_memory(folder.path()), Some(9500));
+        write("memory.current", "20000\n");
+        assert_eq!(group_memory(folder.path()), Some(0));
+    }
 }

@@ -1,7 +1,9 @@
 //! `windlass estimate`: the memory that training a model takes: by DeepSpeed's formulas, and by replaying a step of this
 //! program without its arithmetic.
 
-use super::usage;
+use super::drive::bytes;
+use super::io::parse_size;
+use super::{fits, usage};
 use anyhow::Result;
 use serde_json::json;
 use std::path::PathBuf;
@@ -11,7 +13,7 @@ use windlass::tensor::{Category, DType};
 use windlass::train::estimate::{
     Hardware, ModelSize, zero2_rows, zero2_table, zero3_rows, zero3_table,
 };
-use windlass::train::{EngineOptions, StepShape, plan_rank};
+use windlass::train::{EngineOptions, Fit, Outline, StepShape, fit, plan_rank};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -49,6 +51,9 @@ pub struct Args {
     /// Predict with the layers run again in the backward pass
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Memory of each machine, such as 4G: says whether training fits, and if not, which setting would make it fit
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "params")]
+    memory: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -83,13 +88,19 @@ pub fn run(args: Args) -> Result<()> {
         ranks_per_node: args.ranks_per_node,
     };
     let predicted = args.predict(&subject);
+    let advice = args.advise(&subject);
     if args.json {
-        let report = json!({
+        let mut report = json!({
             "model": subject.name, "size": subject.size, "hardware": hardware,
             "predicted": predicted, "deepspeed": {
                 "zero2": zero2_rows(subject.size, hardware), "zero3": zero3_rows(subject.size, hardware),
             },
         });
+        if let Some(fit) = &advice {
+            report["memory"] = json!({
+                "fits": fit.fits, "settings": fits::settings(&fit.changes), "peak": fit.bytes,
+            });
+        }
         println!("{report}");
         return Ok(());
     }
@@ -97,6 +108,9 @@ pub fn run(args: Args) -> Result<()> {
     print!("{two}\n{three}");
     if !predicted.is_empty() {
         print!("\n{}", table(&subject, &args, &predicted));
+    }
+    if let Some(fit) = &advice {
+        println!("\n{}", args.told(fit));
     }
     Ok(())
 }
@@ -148,20 +162,56 @@ impl Args {
         self.seq_len.map_or(usual, |n| n as usize)
     }
 
+    /// What makes training at stage 0 fit in the memory that was given.
+    fn advise(&self, subject: &Subject) -> Option<Fit> {
+        let limit = self.memory? / self.ranks_per_node as usize;
+        let run = Outline {
+            dtype: DType::Bf16,
+            options: self.options(),
+            shape: self.shape(subject),
+            placement: Placement::default(),
+            ranks: (self.ranks_per_node * self.nodes) as usize,
+        };
+        Some(fit(subject.config.as_ref()?, run, limit))
+    }
+
+    /// The advice in words.
+    fn told(&self, fit: &Fit) -> String {
+        let limit = bytes(self.memory.unwrap_or_default());
+        let needed = bytes(fit.bytes * self.ranks_per_node as usize);
+        let settings = fits::settings(&fit.changes);
+        match (fit.fits, fit.changes.is_empty()) {
+            (true, true) => {
+                format!("fits in {limit} at stage 0 as it is: {needed} on each machine")
+            }
+            (true, false) => format!("fits in {limit} with {settings}: {needed} on each machine"),
+            (false, _) => format!(
+                "does not fit in {limit}: the least is {needed} on each machine, with {settings}"
+            ),
+        }
+    }
+
+    fn options(&self) -> EngineOptions {
+        EngineOptions {
+            activation_checkpointing: self.checkpoint_activations,
+            ..EngineOptions::default()
+        }
+    }
+
+    fn shape(&self, subject: &Subject) -> StepShape {
+        StepShape {
+            micro_batch: self.batch as usize,
+            seq_len: self.tokens(subject),
+            gradient_accumulation_steps: 1,
+        }
+    }
+
     /// A step of each stage, and of stage 3 with everything on a disk, without its arithmetic.
     fn predict(&self, subject: &Subject) -> Vec<Predicted> {
         let Some(config) = &subject.config else {
             return Vec::new();
         };
-        let options = EngineOptions {
-            activation_checkpointing: self.checkpoint_activations,
-            ..EngineOptions::default()
-        };
-        let shape = StepShape {
-            micro_batch: self.batch as usize,
-            seq_len: self.tokens(subject),
-            gradient_accumulation_steps: 1,
-        };
+        let (options, shape) = (self.options(), self.shape(subject));
         let ranks = (self.ranks_per_node * self.nodes) as usize;
         let stages = (0..4)
             .filter_map(Stage::from_number)

@@ -291,7 +291,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 /// Bytes as `128K`, `1M`, `4G` (powers of 1024) or a plain number.
-fn parse_size(text: &str) -> Result<usize, String> {
+pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     let wrong = || "not a size; such as 128K, 1M or 4G".to_owned();
     let end = text
         .find(|c: char| !c.is_ascii_digit())

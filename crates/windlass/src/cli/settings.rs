@@ -13,7 +13,7 @@ use windlass::store::{Home, Placement, Stage};
 use windlass::tensor::DType;
 use windlass::train::config::{Config, Context, Origin, Row, Status};
 use windlass::train::schedule::Rate;
-use windlass::train::{EngineOptions, Error, Plan, StepShape, plan_rank};
+use windlass::train::{EngineOptions, Error, Outline, Plan, StepShape, plan_rank};
 
 /// The key that a run of unknown length leaves open.
 const LENGTH: &str = "scheduler.params.total_num_steps";
@@ -84,6 +84,17 @@ impl Settings {
             );
         }
         notes
+    }
+
+    /// The run as far as its memory depends on it.
+    pub fn outline(&self, ranks: usize) -> Outline {
+        Outline {
+            dtype: self.dtype,
+            options: self.engine,
+            shape: self.shape,
+            placement: self.placement,
+            ranks,
+        }
     }
 
     /// What one rank needs.

@@ -1,6 +1,8 @@
 //! `windlass train`: a model from scratch or from a Hugging Face folder, on the user's own texts.
 
-use super::drive::{self, bytes, machine_memory};
+use super::drive::{self, bytes};
+use super::fits;
+use super::io::parse_size;
 use super::observe::Observer;
 use super::settings::{self, Settings};
 use super::world::World;
@@ -65,6 +67,9 @@ pub struct Args {
     /// Say what the run needs, and stop
     #[arg(long)]
     plan: bool,
+    /// Memory that the ranks on this machine may take together: 4G [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<usize>,
 
     /// Optimizer steps
     #[arg(long, conflicts_with = "epochs")]
@@ -181,7 +186,9 @@ fn prepare(args: &Args, ranks: usize, here: usize) -> Result<Option<Job>> {
     settings.announce();
     let plan = settings.plan(&config, ranks);
     describe(&config, &plan, ranks);
-    fits(&plan, here)?;
+    let outline = settings.outline(ranks);
+    let needed = plan.memory.reserved;
+    fits::check(&config, outline, needed, here, args.memory)?;
     if args.plan {
         return Ok(None);
     }
@@ -466,25 +473,4 @@ fn describe(config: &DecoderConfig, plan: &Plan, ranks: usize) {
             bytes(plan.sent_per_step)
         ));
     }
-}
-
-/// Refuses what cannot fit in the memory that `ranks` ranks share.
-fn fits(plan: &Plan, ranks: usize) -> Result<()> {
-    let Some(available) = machine_memory() else {
-        return Ok(());
-    };
-    let needed = plan.memory.reserved * ranks;
-    if needed <= available {
-        return Ok(());
-    }
-    Err(failure(
-        format!(
-            "the run needs {} and {} are available",
-            bytes(needed),
-            bytes(available)
-        ),
-        "a smaller --batch with more --accumulate, a shorter --seq-len, --checkpoint-activations, --dtype bf16, \
-         a higher --zero-stage on several ranks, \"offload_optimizer\" and \"offload_param\" to nvme in a --config, \
-         --optimizer lion or a smaller model need less",
-    ))
 }
