@@ -11,7 +11,11 @@ mod codes;
 mod dequantize;
 mod encode;
 mod kind;
+mod quantize;
+mod search;
+mod super_block;
 
 pub use codes::{Codes, FLOAT4, Levels, MAX_ELEMENTS, SIGN, UNEVEN, codes};
 pub use dequantize::{dequantize, dequantize_all, first_bad_block};
 pub use kind::{BlockType, UnknownType};
+pub use quantize::{quantize, quantize_all};

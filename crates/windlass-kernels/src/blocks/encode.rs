@@ -233,6 +233,6 @@ fn exponent(d: f32) -> u8 {
 
 /// The byte of a scale of `NVFP4`: the nearest, with zero bits where the value is exact.
 pub(super) fn to_small_float(scale: i32) -> u8 {
-    let distance = |byte: &u8| (small_float(*byte) - scale).abs();
+    let distance = |byte: &u8| small_float(*byte).abs_diff(scale);
     (0..=0xff).min_by_key(distance).unwrap_or(0)
 }
