@@ -37,8 +37,8 @@ pub struct Store {
     group: Group,
     placement: Placement,
     units: Vec<Unit>,
-    /// Whether the micro-batch at hand is the last one of its step.
-    boundary: bool,
+    /// Whether gradients stay on this rank for now.
+    deferred: bool,
     disk: Disk,
     /// Shards on their way from the disk, by unit and slot.
     ahead: Mutex<BTreeMap<(usize, usize), Coming>>,
@@ -122,7 +122,7 @@ impl Store {
             group: Group::solo(),
             placement: Placement::default(),
             units: units.collect(),
-            boundary: true,
+            deferred: false,
             disk: Disk::new(None, 1),
             ahead: Mutex::default(),
         }
@@ -187,7 +187,7 @@ impl Store {
             group,
             placement,
             units: held,
-            boundary: true,
+            deferred: false,
             disk,
             ahead: Mutex::default(),
         })
@@ -278,9 +278,20 @@ impl Store {
         })
     }
 
-    /// Says whether the gradients reduced from now on belong to the last micro-batch of a step.
-    pub fn set_boundary(&mut self, boundary: bool) {
-        self.boundary = boundary;
+    /// Says whether [`Store::reduce`] leaves gradients on this rank from now on, to be added up there and reduced
+    /// together by a later call. All ranks must say the same.
+    ///
+    /// # Panics
+    /// When a stage is to defer that keeps only a part of the gradients on each rank.
+    #[track_caller]
+    pub fn defer_reduction(&mut self, deferred: bool) {
+        let stage = self.placement.stage;
+        assert!(
+            !deferred || stage < Stage::Gradients,
+            "gradients left on each rank in stage {}: that needs stage 0 or 1",
+            stage.number()
+        );
+        self.deferred = deferred;
     }
 
     /// Lends the unit's gradient sums to a backward pass; [`Store::reduce`] takes them back.
@@ -295,7 +306,8 @@ impl Store {
             .expect("gradients of a unit are lent once at a time")
     }
 
-    /// Takes a unit's gradient sums, adds those of all ranks and keeps what this rank owns of them. Collective.
+    /// Takes a unit's gradient sums, adds those of all ranks and keeps what this rank owns of them; or keeps all of them
+    /// for later ([`Store::defer_reduction`]). Collective.
     ///
     /// # Errors
     /// A lost rank.
@@ -303,8 +315,7 @@ impl Store {
         // The gradients of one unit are on their way to the disk while the next one computes, and no more: the bound is
         // the same on a fast disk and a slow one, and a plan knows it.
         self.disk.flush()?;
-        let later = self.placement.reduce_once && !self.boundary;
-        if self.group.size() > 1 && !later {
+        if self.group.size() > 1 && !self.deferred {
             for slot in 0..grads.len() {
                 if grads.wants(slot) {
                     let sum = grads.take(slot);

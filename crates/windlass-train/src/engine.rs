@@ -77,6 +77,8 @@ pub struct Engine<B> {
     steps: u64,
     /// Backward passes since the last step.
     micro_steps: usize,
+    /// Whether gradients of this rank wait to be reduced.
+    pub(crate) unreduced: bool,
     scaler: Option<LossScaler>,
     skipped: u64,
     last_norm: Option<f64>,
@@ -88,6 +90,8 @@ pub struct Engine<B> {
 pub struct Loss<B> {
     value: f64,
     batch: B,
+    /// Whether its gradients stay on this rank for now.
+    deferred: bool,
     passes: Vec<Pass>,
     /// Gradient of the last layer's input, which is known already.
     dx: Option<Tensor>,
@@ -172,6 +176,7 @@ impl<B> Engine<B> {
             options,
             steps: 0,
             micro_steps: 0,
+            unreduced: false,
             scaler: options.loss_scale.map(LossScaler::new),
             skipped: 0,
             last_norm: None,
@@ -271,12 +276,19 @@ impl<B> Engine<B> {
     /// # Errors
     /// What hinders the store from gathering weights or reducing gradients: a lost rank, a failing disk.
     pub fn forward(&mut self, batch: B) -> Result<Loss<B>> {
-        self.store
-            .set_boundary(self.is_gradient_accumulation_boundary());
+        let once = self.store.placement().reduce_once;
+        self.pass(batch, once && !self.is_gradient_accumulation_boundary())
+    }
+
+    /// As [`Engine::forward`]; `deferred` leaves the gradients on this rank.
+    pub(crate) fn pass(&mut self, batch: B, deferred: bool) -> Result<Loss<B>> {
+        self.store.defer_reduction(deferred);
+        self.unreduced |= deferred;
         let (cpu, scale) = (self.store.cpu().clone(), self.loss_scale());
         let mut loss = Loss {
             value: 0.0,
             batch,
+            deferred,
             passes: Vec::new(),
             dx: None,
             held: BTreeMap::new(),
@@ -328,11 +340,13 @@ impl<B> Engine<B> {
         let cpu = self.store.cpu().clone();
         let Loss {
             batch,
+            deferred,
             passes,
             mut dx,
             mut held,
             ..
         } = loss;
+        self.store.defer_reduction(deferred);
         let layers: Vec<_> = self.model.layers().map(|(unit, _)| unit).collect();
         for (index, pass) in passes.into_iter().enumerate().rev() {
             let Some(dy) = dx.take() else { break };
@@ -360,6 +374,8 @@ impl<B> Engine<B> {
             self.store.reduce(unit, grads)?;
         }
         self.micro_steps += 1;
+        // A pass that reduces takes along what was left on this rank before it.
+        self.unreduced = deferred;
         Ok(())
     }
 
@@ -429,11 +445,12 @@ impl<B> Engine<B> {
         })
     }
 
-    /// The norm of all gradients together, before clipping.
+    /// The norm of all gradients together, before clipping. Gradients left on the ranks are reduced first. Collective.
     ///
     /// # Errors
     /// As [`Engine::forward`].
-    pub fn global_grad_norm(&self) -> Result<f64> {
+    pub fn global_grad_norm(&mut self) -> Result<f64> {
+        self.reduce_rest()?;
         Ok(self.store.grad_squares()?.sqrt() * self.mean())
     }
 

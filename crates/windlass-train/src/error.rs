@@ -167,6 +167,14 @@ pub enum Error {
         /// Its message.
         message: String,
     },
+    /// Gradients cannot be left on the ranks.
+    #[error(
+        "no_sync in stage {stage}: each rank keeps only a part of the gradients, so every backward pass reduces them"
+    )]
+    NoSync {
+        /// The stage of ZeRO.
+        stage: u8,
+    },
     /// A configuration file cannot be used.
     #[error(transparent)]
     Config(#[from] crate::config::Invalid),
@@ -238,6 +246,7 @@ impl Error {
             Self::NonFinite { .. } => {
                 "lower the learning rate, lengthen the warm-up or train in f32; resume from the last checkpoint".into()
             }
+            Self::NoSync { .. } => "use stage 0 or 1, or leave no_sync out".into(),
             Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } | Self::Peer { .. } => {
                 return None;
             }

@@ -83,6 +83,7 @@ impl Config {
                 Some(FloatType::Bf16) => Wire::Bf16,
                 _ => Wire::Exact,
             },
+            reduce_once: !self.reduction.sync_each_batch,
             parameters: tier(&zero.offload_param.device),
             optimizer: tier(&zero.offload_optimizer.device),
             buffers: zero.offload_optimizer.buffer_count.max(1),

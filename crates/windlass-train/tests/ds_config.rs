@@ -217,6 +217,11 @@ fn what_the_defaults_are() {
     );
     assert_eq!(config.reduction.op, ReduceOp::Mean);
     assert_eq!(config.tag_validation, TagValidation::Warn);
+    assert!(!config.async_checkpoints && !config.placement().reduce_once);
+    let other = r#"{"train_micro_batch_size_per_gpu": 1, "sync_each_batch": false, "optimizer": {"type": "Adam"},
+        "checkpoint": {"writer": {"decoupled": true}}}"#;
+    let other = good(other);
+    assert!(other.placement().reduce_once && other.engine_options().unwrap().async_checkpoints);
     assert_eq!((config.optimizer, config.scheduler), (None, None));
     assert!(config.activation_checkpointing.is_none());
     assert!(config.notes().is_empty(), "{:?}", config.notes());
@@ -556,6 +561,18 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "communication_data_type",
         "fp32, fp16 or bf16",
         "",
+    );
+    check(
+        "sync_each_batch: false, zero_optimization: {stage: 2}",
+        "sync_each_batch",
+        "keeps only a part of the gradients",
+        "stage to 0 or 1",
+    );
+    check(
+        "checkpoint: {writer: {decoupled: true}}, zero_optimization: {stage: 1, offload_optimizer: {device: \"nvme\", nvme_path: \"/x\"}}",
+        "checkpoint.writer.decoupled",
+        "the copy in memory",
+        "offload to",
     );
     check(
         "checkpoint: {tag_validation: maybe}",

@@ -33,6 +33,8 @@ struct Job {
     moments: Storage,
     loss_scale: Option<LossScale>,
     sum_over_ranks: bool,
+    /// Passes of a step, from the first one, that are made within `no_sync`.
+    quiet: usize,
 }
 
 impl Job {
@@ -51,6 +53,7 @@ impl Job {
             moments: Storage::F32,
             loss_scale: None,
             sum_over_ranks: false,
+            quiet: 0,
         }
     }
 }
@@ -132,7 +135,15 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
         for micro in 0..job.accumulation {
             let number = (step * job.accumulation + micro) * ranks + rank;
             let batches = ranks * job.accumulation;
-            let out = engine.forward(batch(number, job.dtype, batches)).unwrap();
+            let batch = batch(number, job.dtype, batches);
+            if micro < job.quiet {
+                let mut quiet = engine.no_sync().unwrap();
+                let out = quiet.forward(batch).unwrap();
+                loss += out.value();
+                quiet.backward(out).unwrap();
+                continue;
+            }
+            let out = engine.forward(batch).unwrap();
             loss += out.value();
             engine.backward(out).unwrap();
         }
@@ -235,6 +246,10 @@ fn other_reductions_give_what_they_promise() {
         run(job).swap_remove(0).0
     };
     let once = with(&|job| job.placement.reduce_once = true);
+    // The same order of sums, whether the last pass reduces or the step.
+    for quiet in [1, 2] {
+        assert!(with(&|job| job.quiet = quiet) == once, "{quiet} of 2");
+    }
     let coarse = with(&|job| job.placement.wire = Wire::Bf16);
     for (seen, tolerance) in [(&once, 1e-6), (&coarse, 2e-2)] {
         assert!(seen.masters != want.masters, "it rounds in another way");
@@ -399,15 +414,23 @@ fn elements(ranks: usize, rank: usize) -> (usize, usize, usize) {
 #[test]
 fn bytes_sent_are_those_of_theory() {
     for ranks in [2, 3, 4, 7] {
-        for (accumulation, reduce_once) in [(1, false), (4, false), (4, true)] {
+        for (accumulation, reduce_once, quiet) in [
+            (1, false, 0),
+            (4, false, 0),
+            (4, true, 0),
+            (4, false, 2),
+            (4, false, 3),
+            (4, false, 4),
+        ] {
             for stage in STAGES {
                 for wire in [Wire::Exact, Wire::Bf16] {
                     let mut job = Job {
                         accumulation,
                         dtype: DType::Bf16,
+                        quiet,
                         ..Job::new(ranks, stage)
                     };
-                    if reduce_once && stage >= Stage::Gradients {
+                    if (reduce_once || quiet > 0) && stage >= Stage::Gradients {
                         continue;
                     }
                     job.placement.reduce_once = reduce_once;
@@ -417,7 +440,11 @@ fn bytes_sent_are_those_of_theory() {
                         let (all, own, _) = elements(ranks, index);
                         let head_own: usize = head_own(ranks, index);
                         let sent = if wire == Wire::Bf16 { 2 } else { 4 };
-                        let reduced = if reduce_once { 1 } else { accumulation };
+                        // The pass after quiet ones takes their sums along; with no other pass, the step does.
+                        let reduced = match reduce_once {
+                            true => 1,
+                            false => accumulation - quiet.min(accumulation - 1),
+                        };
                         let reduce = sent * (all - own) * reduced;
                         // Stage 3 gathers each unit forward and backward; the last one, whose passes follow each
                         // other, once.
@@ -438,6 +465,32 @@ fn bytes_sent_are_those_of_theory() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Where ranks keep a part of the gradients each, every pass reduces them, and asking for less is refused in words.
+#[test]
+fn gradients_are_not_left_on_ranks_that_keep_a_part_of_them() {
+    for stage in STAGES {
+        let cpu = Cpu::new(1);
+        let (model, job) = (decoder(&config()), Job::new(1, stage));
+        let home = Home::on(Group::solo(), job.placement);
+        let store = Store::build(&cpu, home, model.units(), |_, p, range| {
+            Ok(p.fill_range(&cpu, 7, job.dtype, range))
+        });
+        let mut engine = Engine::initialize(model, store.unwrap(), Default::default()).unwrap();
+        let refused = engine
+            .no_sync()
+            .err()
+            .map(|error| (error.to_string(), error.hint()));
+        assert_eq!(refused.is_some(), stage >= Stage::Gradients, "{refused:?}");
+        if let Some((message, hint)) = refused {
+            assert!(
+                message.contains(&format!("stage {}", stage.number())),
+                "{message}"
+            );
+            assert!(hint.unwrap().contains("stage 0 or 1"));
         }
     }
 }

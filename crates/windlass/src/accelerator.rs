@@ -8,7 +8,7 @@ use crate::train::schedule::Rate;
 use crate::train::{Engine, EngineOptions, Error, Loss, Optimizer, Result};
 use serde_json::json;
 use std::path::Path;
-use windlass_store::{Home, Placement, Store};
+use windlass_store::{Home, Placement, Stage, Store};
 
 /// How an [`Accelerator`] runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,6 +17,9 @@ pub struct AcceleratorOptions {
     pub mixed_precision: DType,
     /// Batches whose gradients make one step.
     pub gradient_accumulation_steps: usize,
+    /// Whether [`Prepared::accumulate`] reduces the gradients of every batch, as stages 2 and 3 always do; otherwise, in
+    /// stages 0 and 1, it reduces their sum once a step.
+    pub sync_each_batch: bool,
     /// What ranks share out among them.
     pub placement: Placement,
     /// Seed of new weights.
@@ -31,6 +34,7 @@ impl Default for AcceleratorOptions {
         AcceleratorOptions {
             mixed_precision: DType::F32,
             gradient_accumulation_steps: 1,
+            sync_each_batch: false,
             placement: Placement::default(),
             seed: 42,
             async_checkpoints: false,
@@ -50,6 +54,7 @@ pub struct Accelerator {
 /// A model under training: what [`Accelerator::prepare`] makes of it.
 pub struct Prepared<B> {
     engine: Engine<B>,
+    sync_each_batch: bool,
 }
 
 impl Accelerator {
@@ -127,7 +132,10 @@ impl Accelerator {
             ..EngineOptions::default()
         };
         let engine = Engine::initialize(model, store, engine)?;
-        Ok(Prepared { engine })
+        Ok(Prepared {
+            engine,
+            sync_each_batch: options.sync_each_batch || options.placement.stage >= Stage::Gradients,
+        })
     }
 }
 
@@ -148,12 +156,20 @@ impl<B> Prepared<B> {
         self.engine.backward(loss)
     }
 
-    /// Forward and backward on a batch, and a step when it is the last one to be accumulated. Returns the loss.
+    /// Forward and backward on a batch, and a step when it is the last one to be accumulated. Before that, nothing is
+    /// sent where [`Engine::no_sync`] is possible and the options do not say otherwise. Returns the loss.
     ///
     /// # Errors
     /// As [`Engine::step`].
     pub fn accumulate(&mut self, batch: B) -> Result<f64> {
         let last = self.engine.is_gradient_accumulation_boundary();
+        if !last && !self.sync_each_batch {
+            let mut quiet = self.engine.no_sync()?;
+            let loss = quiet.forward(batch)?;
+            let value = loss.value();
+            quiet.backward(loss)?;
+            return Ok(value);
+        }
         let loss = self.engine.forward(batch)?;
         let value = loss.value();
         self.engine.backward(loss)?;

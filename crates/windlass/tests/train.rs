@@ -266,6 +266,35 @@ fn collectives(said: &str) -> Vec<[&str; 4]> {
     .collect()
 }
 
+/// Gradients of four passes, reduced one by one or together: a quarter of the bytes.
+#[test]
+fn gradients_are_reduced_once_a_step_where_that_is_asked_for() {
+    let bench = Bench::new();
+    bench.file("ds.json", r#"{"sync_each_batch": false, "zero_optimization": {"stage": 1},
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "optimizer": {"type": "AdamW"}}"#);
+    let config = bench.path("ds.json").display().to_string();
+    let reduced = |name: &str, more: &[&str]| -> usize {
+        let flags = "--steps 2 --ranks 2 --accumulate 4 --comms --zero-stage 1".split(' ');
+        let flags: Vec<&str> = flags.chain(more.iter().copied()).collect();
+        let (code, said) = bench.run("text.txt", name, &flags);
+        assert_eq!(code, Some(0), "{said}");
+        let rows = collectives(&said);
+        let [_, _, bytes, theory] = rows.iter().find(|row| row[0] == "reduce_scatter").unwrap();
+        assert_eq!(bytes, theory, "{said}");
+        bytes.replace(['_', ','], "").parse().unwrap()
+    };
+    let each = reduced("each", &[]);
+    assert_eq!(each, 4 * reduced("once", &["--reduce-once"]));
+    assert_eq!(each, 4 * reduced("file", &["--config", &config]));
+    let refused = ["--reduce-once", "--zero-stage", "2", "--ranks", "2"];
+    let (code, said) = bench.run("text.txt", "refused", &refused);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(
+        said.contains("--reduce-once with --zero-stage 2") && said.contains("hint: "),
+        "{said}"
+    );
+}
+
 #[test]
 fn what_a_configuration_asks_to_be_shown_is_shown() {
     let bench = Bench::new();

@@ -114,6 +114,9 @@ pub struct Reduction {
     pub gradient_predivide_factor: f64,
     /// The type that is sent; `None` is that of the weights.
     pub communication_data_type: Option<FloatType>,
+    /// Whether the gradients of each micro-batch are reduced at once; otherwise they are added up on each rank and reduced
+    /// once a step.
+    pub sync_each_batch: bool,
     /// The type gradients are accumulated in; `None` is the default of the precision.
     pub grad_accum_dtype: Option<FloatType>,
 }
@@ -135,6 +138,17 @@ impl Reduction {
             let message = "sum is not defined for stage 3";
             values.wrong("gradient_allreduce_op", message, "use \"mean\"");
         }
+        let (sync_each_batch, stage) = (
+            values.bool("sync_each_batch"),
+            values.int("zero_optimization.stage"),
+        );
+        if !sync_each_batch && stage >= 2 {
+            let message = format!(
+                "at stage {stage} each rank keeps only a part of the gradients, so every batch reduces them"
+            );
+            let hint = "set it to true, or zero_optimization.stage to 0 or 1";
+            values.wrong("sync_each_batch", message, hint);
+        }
         let sent = FloatType::read(values, "communication_data_type");
         if sent == Some(FloatType::Fp16) {
             let message = "gradients in fp16 overflow on their way";
@@ -154,6 +168,7 @@ impl Reduction {
             prescale_gradients: values.bool("prescale_gradients"),
             gradient_predivide_factor: values.number("gradient_predivide_factor"),
             communication_data_type: sent,
+            sync_each_batch,
             grad_accum_dtype: accumulated,
         }
     }

@@ -35,6 +35,10 @@ pub struct Args {
     /// What ranks share out among them: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters [default: 0]
     #[arg(long, value_name = "STAGE")]
     zero_stage: Option<u8>,
+    /// Add up the gradients of --accumulate passes on each rank and reduce them once a step, in stages 0 and 1: sends less and
+    /// rounds in another order; as "sync_each_batch": false of a --config
+    #[arg(long)]
+    reduce_once: bool,
     /// Copy checkpoints into memory and write them while training goes on; as "checkpoint": {"writer": {"decoupled": true}} of
     /// a --config. Takes as much more memory as a checkpoint is long, on each rank its part
     #[arg(long)]
@@ -153,6 +157,12 @@ impl Args {
                 "the stages are 0, 1, 2 and 3",
             )
         })?;
+        if self.reduce_once && stage >= Stage::Gradients {
+            return Err(usage(
+                format!("--reduce-once with --zero-stage {number}"),
+                "it needs stage 0 or 1: in the others each rank keeps only a part of the gradients",
+            ));
+        }
         Ok(Settings {
             dtype: self.recipe.dtype(),
             engine: EngineOptions {
@@ -166,6 +176,7 @@ impl Args {
             },
             placement: Placement {
                 stage,
+                reduce_once: self.reduce_once,
                 ..Placement::default()
             },
             config: None,
@@ -190,6 +201,10 @@ impl Args {
         if let Some(stage) = self.zero_stage {
             let key = "zero_optimization.stage".to_string();
             context.overrides.push((key, json!(stage)));
+        }
+        if self.reduce_once {
+            let key = "sync_each_batch".to_string();
+            context.overrides.push((key, json!(false)));
         }
         if self.async_checkpoints {
             let key = "checkpoint.writer.decoupled".to_string();

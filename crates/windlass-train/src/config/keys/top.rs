@@ -42,6 +42,8 @@ pub(super) const SECTIONS: &[Section] = &[
                 YES,
             ),
             key("communication_data_type", Kind::Float, "null", YES),
+            // Accelerate's word for what DeepSpeed has no key for; DeepSpeed passes over it.
+            key("sync_each_batch", BOOL, "true", YES),
             key(
                 "seq_parallel_communication_data_type",
                 Kind::Float,
