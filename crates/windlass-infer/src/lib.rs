@@ -9,6 +9,7 @@ pub mod loaded;
 pub mod sampler;
 pub mod score;
 pub mod stop;
+pub mod vocabulary;
 
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};

@@ -113,7 +113,6 @@ impl LoadedModel {
         self.tokenizer.as_ref().ok_or_else(|| {
             let missing = TokenizerError::Missing {
                 folder: self.folder.clone(),
-                sentencepiece: self.folder.join("tokenizer.model").is_file(),
             };
             missing.into()
         })

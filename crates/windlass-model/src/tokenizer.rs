@@ -1,13 +1,13 @@
-//! Text to token ids and back: Hugging Face tokenizers, loaded, trained and saved.
+//! Text to token ids and back: tokenizers of Hugging Face folders, GGUF files and SentencePiece models, and a trainer.
 //!
 //! A wrapper over the `tokenizers` crate that adds what a language model needs around it: the
-//! end-of-text and beginning-of-text ids of a Hugging Face folder, decoding that streams, and a byte-level
-//! BPE trainer. It knows nothing of chat templates, and it does not read SentencePiece `.model` files.
+//! end-of-text and beginning-of-text ids, vocabularies of other files, decoding that streams, and a byte-level
+//! BPE trainer. It knows nothing of chat templates, and it reads no GGUF files, only what is in them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
-use thiserror::Error;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -15,16 +15,30 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper};
 
+mod charsmap;
+mod definition;
+mod error;
+mod gguf;
 mod pieces;
+mod pre;
+mod sentencepiece;
+mod spm;
 mod stream;
+mod vocabulary;
 
+pub use error::TokenizerError;
 pub use pieces::split_point;
 pub use stream::DecodeStream;
+pub use vocabulary::{GgufVocabulary, TokenType};
 
 use pieces::is_splittable;
+use spm::Spm;
 
 /// The name of the file that defines a tokenizer in a Hugging Face folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// The name of a SentencePiece model in a Hugging Face folder.
+const SENTENCEPIECE_FILE: &str = "tokenizer.model";
 
 /// The files beside [`TOKENIZER_FILE`] that travel with it.
 const COMPANIONS: [&str; 4] = [
@@ -37,106 +51,38 @@ const COMPANIONS: [&str; 4] = [
 /// Tokens that end a text by convention, for a bare `tokenizer.json` whose configuration does not say.
 const KNOWN_ENDS: [&str; 5] = ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]"];
 
-/// What can go wrong with a tokenizer.
-#[derive(Debug, Error)]
-pub enum TokenizerError {
-    /// There is no tokenizer at the place given.
-    #[error("no {TOKENIZER_FILE} in {}", folder.display())]
-    Missing {
-        /// The folder that was searched.
-        folder: PathBuf,
-        /// Whether a SentencePiece `tokenizer.model` lies there instead.
-        sentencepiece: bool,
-    },
-    /// A file of the tokenizer cannot be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried: "read" or "write".
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-    /// A file of the tokenizer is not what it should be.
-    #[error("{} is not valid: {reason}", path.display())]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// The parser's reason.
-        reason: String,
-    },
-    /// Encoding, decoding or training failed inside the `tokenizers` crate.
-    #[error("the tokenizer cannot {action}: {reason}")]
-    Failed {
-        /// What was tried.
-        action: &'static str,
-        /// The library's reason.
-        reason: String,
-    },
-    /// The tokenizer can produce ids that the model has no embedding for.
-    #[error(
-        "the tokenizer has {tokenizer} tokens, but the vocabulary of the model (vocab_size) is {model}"
-    )]
-    LargerThanModel {
-        /// The number of ids of the tokenizer.
-        tokenizer: usize,
-        /// The number of rows of the model's embedding.
-        model: usize,
-    },
-    /// The vocabulary size asked for cannot hold every byte and the special tokens.
-    #[error("a byte-level vocabulary of {asked} tokens is too small: it needs at least {least}")]
-    TooSmall {
-        /// The size asked for.
-        asked: usize,
-        /// The smallest size possible.
-        least: usize,
-    },
-}
-
-impl TokenizerError {
-    /// What the user can do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Missing {
-                sentencepiece: true,
-                ..
-            } => Some(
-                "only a SentencePiece tokenizer.model is there; convert it once with Python: \
-                 AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-                    .into(),
-            ),
-            Self::Missing { .. } => Some(
-                "give a Hugging Face folder, or a tokenizer with --tokenizer path/to/tokenizer.json"
-                    .into(),
-            ),
-            Self::Invalid { .. } => {
-                Some("the file may be a truncated download; fetch it again".into())
-            }
-            Self::LargerThanModel { tokenizer, .. } => Some(format!(
-                "use the tokenizer that belongs to the model, or a model with vocab_size of at least {tokenizer}"
-            )),
-            Self::TooSmall { least, .. } => Some(format!("ask for a vocabulary of {least} or more")),
-            Self::Io { .. } | Self::Failed { .. } => None,
-        }
-    }
-}
-
 /// A tokenizer with its special ids and the files it came from.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, reading control tokens in a text as text; built when it is first needed.
+    unmarked: OnceLock<tokenizers::Tokenizer>,
     vocab_size: usize,
     bos: Option<u32>,
     pad: Option<u32>,
     eos: Vec<u32>,
     splittable: bool,
-    /// File name and content, [`TOKENIZER_FILE`] first: what [`Tokenizer::save`] writes.
-    files: Vec<(String, Vec<u8>)>,
+    /// File name and content, [`TOKENIZER_FILE`] first: what [`Tokenizer::save`] writes. Of a vocabulary without
+    /// such files they are made when they are first needed.
+    files: OnceLock<Vec<(String, Vec<u8>)>>,
+    /// Where the tokenizer came from, if not from a `tokenizer.json`.
+    origin: Option<Arc<Origin>>,
+}
+
+/// What a tokenizer keeps of the vocabulary it was built from.
+#[derive(Debug)]
+struct Origin {
+    vocabulary: GgufVocabulary,
+    /// What encodes in place of the library, where it does.
+    spm: Option<Spm>,
+    /// The tokens before and after a text.
+    around: (Vec<u32>, Vec<u32>),
+    notes: Vec<String>,
 }
 
 impl Tokenizer {
-    /// Loads a tokenizer from a `tokenizer.json` or from a Hugging Face folder.
+    /// Loads a tokenizer from a `tokenizer.json`, from a Hugging Face folder, or from a SentencePiece model
+    /// (`tokenizer.model`, read where a folder has no `tokenizer.json`).
     ///
     /// The ids that end a text are those of `eos_token` in `tokenizer_config.json` (or
     /// `special_tokens_map.json`) first, then `eos_token_id` of `generation_config.json` and `config.json`. When none
@@ -153,19 +99,27 @@ impl Tokenizer {
             path.to_owned()
         };
         let folder = file.parent().unwrap_or(Path::new("."));
-        if !file.is_file() {
-            return Err(TokenizerError::Missing {
-                folder: folder.to_owned(),
-                sentencepiece: folder.join("tokenizer.model").is_file(),
-            });
-        }
-        let mut files = vec![(TOKENIZER_FILE.to_owned(), read(&file)?)];
+        let mut companions = Vec::new();
         for name in COMPANIONS {
             let companion = folder.join(name);
             if companion.is_file() {
-                files.push((name.to_owned(), read(&companion)?));
+                companions.push((name.to_owned(), read(&companion)?));
             }
         }
+        let pieces = match file.extension() {
+            Some(end) if end == "json" => folder.join(SENTENCEPIECE_FILE),
+            _ => file.clone(),
+        };
+        if pieces.is_file() && (pieces == file || !file.is_file()) {
+            return Self::from_sentencepiece(&pieces, companions);
+        }
+        if !file.is_file() {
+            return Err(TokenizerError::Missing {
+                folder: folder.to_owned(),
+            });
+        }
+        let mut files = vec![(TOKENIZER_FILE.to_owned(), read(&file)?)];
+        files.append(&mut companions);
         let mut configs = Vec::new();
         for name in ["generation_config.json", "config.json"] {
             let config = folder.join(name);
@@ -203,10 +157,12 @@ impl Tokenizer {
                 .map_or(0, |&id| id as usize + 1),
             splittable: is_splittable(&definition),
             inner,
+            unmarked: OnceLock::new(),
             bos: None,
             pad: None,
             eos: Vec::new(),
-            files: Vec::new(),
+            files: OnceLock::new(),
+            origin: None,
         };
         for (name, content) in &files[1..] {
             if name == "tokenizer_config.json" || name == "special_tokens_map.json" {
@@ -227,7 +183,7 @@ impl Tokenizer {
             let end = KNOWN_ENDS.iter().find(|end| is_special(end));
             tokenizer.eos.extend(end.and_then(|end| tokenizer.id(end)));
         }
-        tokenizer.files = files;
+        tokenizer.files = files.into();
         Ok(tokenizer)
     }
 
@@ -316,10 +272,14 @@ impl Tokenizer {
 
     /// Writes `tokenizer.json` and the files that belong to it into `folder`, byte for byte as they were loaded.
     ///
+    /// Of a GGUF vocabulary they are made: for byte-level BPE, WordPiece and Unigram they are the pipeline itself. For
+    /// SentencePiece BPE the scores become a list of merges, as Hugging Face's converter has it; runs of one repeated
+    /// character may then be cut elsewhere.
+    ///
     /// # Errors
     /// [`TokenizerError::Io`] when a file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<(), TokenizerError> {
-        for (name, content) in &self.files {
+        for (name, content) in self.files() {
             let path = folder.join(name);
             std::fs::write(&path, content).map_err(|source| TokenizerError::Io {
                 action: "write",
@@ -332,13 +292,15 @@ impl Tokenizer {
 
     /// File names and contents of the tokenizer, `tokenizer.json` first.
     pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        let files = self.files.iter();
+        let files = self.files.get_or_init(|| definition::files(self));
+        let files = files.iter();
         files.map(|(name, content)| (name.as_str(), content.as_slice()))
     }
 
     /// The content of `tokenizer.json`: what decides how a text is encoded.
     pub fn definition(&self) -> &[u8] {
-        &self.files[0].1
+        let mut files = self.files();
+        files.next().map_or(&[], |(_, content)| content)
     }
 
     /// The number of ids: the largest id plus one (ids may have gaps).
@@ -390,9 +352,49 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Failed`] when the library refuses the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, special);
-        let encoding = encoding.map_err(|error| failed("encode", &*error))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_with(text, special, true)
+    }
+
+    /// As [`Tokenizer::encode`]; without `marks`, control tokens that are spelled in `text` are text like any other,
+    /// so that what a user types cannot end a message.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Failed`] when the library refuses the text.
+    pub fn encode_with(
+        &self,
+        text: &str,
+        special: bool,
+        marks: bool,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let origin = self.origin.as_deref();
+        let mut ids = match origin.and_then(|origin| origin.spm.as_ref()) {
+            Some(spm) => spm.encode(text, marks),
+            None => {
+                let pipeline = if marks { &self.inner } else { self.unmarked() };
+                let encoding = pipeline.encode_fast(text, special && origin.is_none());
+                let encoding = encoding.map_err(|error| failed("encode", &*error))?;
+                encoding.get_ids().to_vec()
+            }
+        };
+        if let (true, Some(origin)) = (special, origin) {
+            let (before, after) = &origin.around;
+            ids.splice(0..0, before.iter().copied());
+            ids.extend(after);
+        }
+        Ok(ids)
+    }
+
+    fn unmarked(&self) -> &tokenizers::Tokenizer {
+        self.unmarked.get_or_init(|| {
+            let mut pipeline = self.inner.clone();
+            pipeline.set_encode_special_tokens(true);
+            pipeline
+        })
+    }
+
+    /// What the user should know about the vocabulary: entries that are not used.
+    pub fn notes(&self) -> &[String] {
+        self.origin.as_ref().map_or(&[], |origin| &origin.notes)
     }
 
     /// The text of `ids`; with `skip_special`, without special tokens.
@@ -446,6 +448,7 @@ fn failed(action: &'static str, error: &dyn std::error::Error) -> TokenizerError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     fn data() -> Option<PathBuf> {
         let folder = std::env::var_os("WINDLASS_TEST_DATA").map(PathBuf::from);
@@ -536,9 +539,8 @@ mod tests {
         let (message, _) = hint(Tokenizer::load(&folder).unwrap_err());
         assert!(message.contains(TOKENIZER_FILE), "{message}");
         std::fs::remove_file(folder.join(TOKENIZER_FILE)).unwrap();
-        std::fs::write(folder.join("tokenizer.model"), "").unwrap();
-        let (_, advice) = hint(Tokenizer::load(&folder).unwrap_err());
-        assert!(advice.contains("SentencePiece"), "{advice}");
+        let (message, advice) = hint(Tokenizer::load(&folder).unwrap_err());
+        assert!(message.contains(TOKENIZER_FILE) && advice.contains("--tokenizer"));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -52,11 +52,15 @@ pub(super) fn is_splittable(definition: &Value) -> bool {
         (step["type"] == "ByteLevel" && step["use_regex"] != false)
             || pattern.is_some_and(|pattern| pattern.contains("\\p{L}"))
     });
+    let spaced = words.iter().any(|step| {
+        let pattern = step["pattern"]["Regex"].as_str();
+        pattern.is_some_and(|pattern| pattern.contains("(?: "))
+    });
     let prefixed = words.iter().any(|step| step["add_prefix_space"] == true);
     let added = definition["added_tokens"].as_array();
     let greedy = added.into_iter().flatten().any(|token| {
         let content = token["content"].as_str().unwrap_or_default();
         token["lstrip"] == true || token["rstrip"] == true || content.contains([' ', '\n'])
     });
-    harmless && known && separates && !prefixed && !greedy && kinds.contains("ByteLevel")
+    harmless && known && separates && !spaced && !prefixed && !greedy && kinds.contains("ByteLevel")
 }

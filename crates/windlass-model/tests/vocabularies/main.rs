@@ -1,0 +1,5 @@
+//! Tokenizers of GGUF vocabularies and SentencePiece models against published ids and against each other.
+
+mod container;
+mod ids;
+mod small;

@@ -1,0 +1,272 @@
+//! Vocabularies small enough to reason about, and vocabularies that contradict themselves.
+
+use windlass_model::Tokenizer;
+use windlass_model::tokenizer::{GgufVocabulary, TokenType};
+
+fn strings(tokens: &[&str]) -> Vec<String> {
+    tokens.iter().map(|token| (*token).to_owned()).collect()
+}
+
+/// SentencePiece BPE over a few letters, with all byte tokens from id 3 on.
+fn letters() -> GgufVocabulary {
+    let mut tokens = strings(&["<unk>", "<s>", "</s>"]);
+    let mut types = vec![TokenType::Unknown, TokenType::Control, TokenType::Control];
+    for byte in 0..256 {
+        tokens.push(format!("<0x{byte:02X}>"));
+        types.push(TokenType::Byte);
+    }
+    let mut scores = vec![0.0; tokens.len()];
+    let pieces = [
+        ("▁", -9.0),
+        ("a", -9.0),
+        ("b", -9.0),
+        ("ab", -1.0),
+        ("ba", -1.0),
+        ("▁a", -2.0),
+    ];
+    for (token, score) in pieces {
+        tokens.push(token.to_owned());
+        types.push(TokenType::Normal);
+        scores.push(score);
+    }
+    tokens.push("<x>".into());
+    types.push(TokenType::UserDefined);
+    scores.push(0.0);
+    GgufVocabulary {
+        model: "llama".into(),
+        tokens,
+        scores,
+        token_types: types,
+        ..Default::default()
+    }
+}
+
+/// Byte-level BPE over two letters and a mark.
+fn bytes() -> GgufVocabulary {
+    GgufVocabulary {
+        model: "gpt2".into(),
+        pre: Some("gpt-2".into()),
+        tokens: strings(&[
+            "a",
+            "b",
+            "Ġ",
+            "ab",
+            "Ġa",
+            "<|im_end|>",
+            "<two words>",
+            "<",
+            "|",
+        ]),
+        token_types: [1, 1, 1, 1, 1, 3, 4, 1, 1]
+            .map(TokenType::from_number)
+            .to_vec(),
+        merges: strings(&["a b", "Ġ a"]),
+        eos: Some(5),
+        ..Default::default()
+    }
+}
+
+/// A trie and its replacements with one rule: `A` becomes `a`.
+fn charsmap() -> Vec<u8> {
+    let mut trie = vec![0_u32; 768];
+    trie[0] = 256 << 10;
+    trie[256 ^ 0x41] = 0x41 | 1 << 8 | ((256 ^ 0x41) ^ 512) << 10;
+    trie[512] = 1 << 31;
+    let units = trie.iter().flat_map(|unit| unit.to_le_bytes());
+    let length = (trie.len() as u32 * 4).to_le_bytes();
+    length.into_iter().chain(units).chain(*b"a\0").collect()
+}
+
+fn unigram() -> GgufVocabulary {
+    GgufVocabulary {
+        model: "t5".into(),
+        tokens: strings(&["<pad>", "</s>", "<unk>", "▁", "▁a", "b", "▁ab"]),
+        scores: vec![0.0, 0.0, 0.0, -4.0, -1.0, -2.0, -2.5],
+        token_types: [3, 3, 2, 1, 1, 1, 1].map(TokenType::from_number).to_vec(),
+        remove_extra_whitespaces: Some(true),
+        precompiled_charsmap: charsmap(),
+        ..Default::default()
+    }
+}
+
+fn word_pieces() -> GgufVocabulary {
+    GgufVocabulary {
+        model: "bert".into(),
+        tokens: strings(&[
+            "[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁hello", "▁wor", "ld", "▁,", "▁!", "▁中",
+        ]),
+        token_types: [3, 3, 3, 3, 1, 1, 1, 1, 1, 1]
+            .map(TokenType::from_number)
+            .to_vec(),
+        bos: Some(2),
+        separator: Some(3),
+        unknown: Some(1),
+        ..Default::default()
+    }
+}
+
+/// Ids of a text with what belongs around it, control tokens in it being those tokens or text.
+fn check(vocabulary: &GgufVocabulary, text: &str, marked: &[u32], unmarked: &[u32]) {
+    let tokenizer = Tokenizer::from_gguf(vocabulary).unwrap();
+    let name = &vocabulary.model;
+    let ids = |marks| tokenizer.encode_with(text, true, marks).unwrap();
+    assert_eq!(ids(true), marked, "{name}: {text:?}");
+    assert_eq!(ids(false), unmarked, "{name}: {text:?} as text");
+    let folder = tempfile::tempdir().unwrap();
+    tokenizer.save(folder.path()).unwrap();
+    let saved = Tokenizer::load(folder.path()).unwrap();
+    assert_eq!(
+        saved.encode(text, true).unwrap(),
+        marked,
+        "{name}: saved, {text:?}"
+    );
+}
+
+#[test]
+fn ids_follow_from_the_vocabulary() {
+    // Of equal scores the left pair merges first, and a space comes before a text and after a mark.
+    check(&letters(), "aba", &[1, 259, 262, 260], &[1, 259, 262, 260]);
+    check(
+        &letters(),
+        "a<x>a",
+        &[1, 264, 265, 264],
+        &[1, 264, 265, 264],
+    );
+    let bytes_of = |text: &str| {
+        text.bytes()
+            .map(|byte| u32::from(byte) + 3)
+            .collect::<Vec<_>>()
+    };
+    let unmarked = [vec![1, 264], bytes_of("</s>")].concat();
+    check(&letters(), "a</s>", &[1, 264, 2], &unmarked);
+    check(
+        &letters(),
+        "中",
+        &[vec![1, 259], bytes_of("中")].concat(),
+        &[vec![1, 259], bytes_of("中")].concat(),
+    );
+    check(&bytes(), "ab a<two words>b", &[3, 4, 6, 1], &[3, 4, 6, 1]);
+    check(&bytes(), "a<|im_end|>", &[0, 5], &[0, 7, 8, 8]);
+    check(
+        &unigram(),
+        "  A   b  ab ",
+        &[4, 3, 5, 6, 1],
+        &[4, 3, 5, 6, 1],
+    );
+    check(
+        &word_pieces(),
+        "Hello, WÖRLD! 中中 xyz",
+        &[2, 4, 7, 5, 6, 8, 9, 9, 1, 3],
+        &[2, 4, 7, 5, 6, 8, 9, 9, 1, 3],
+    );
+}
+
+#[test]
+fn ends_are_those_of_the_file_and_of_convention() {
+    let mut vocabulary = bytes();
+    vocabulary
+        .tokens
+        .extend(strings(&["<|return|>", "<|call|>", "<|end|>", "</s>"]));
+    vocabulary.token_types.extend([TokenType::Control; 4]);
+    vocabulary.eos = Some(12);
+    vocabulary.padding = Some(99);
+    let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap();
+    assert_eq!(tokenizer.eos(), [12, 5, 9, 10]);
+    assert_eq!((tokenizer.bos(), tokenizer.pad()), (None, None));
+    assert!(tokenizer.notes()[0].contains("padding_token_id is 99"));
+}
+
+#[test]
+fn bytes_stream_as_whole_characters() {
+    let tokenizer = Tokenizer::from_gguf(&letters()).unwrap();
+    let text = "ab 🙂中 ba";
+    let ids = tokenizer.encode(text, true).unwrap();
+    let mut stream = tokenizer.stream(true);
+    let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    pieces.push(stream.finish().unwrap());
+    assert_eq!(pieces.concat(), text);
+    assert!(
+        pieces.iter().all(|piece| !piece.contains('\u{fffd}')),
+        "{pieces:?}"
+    );
+}
+
+/// A change to a sound vocabulary, and what the message must say.
+type Damage = (
+    fn() -> GgufVocabulary,
+    fn(&mut GgufVocabulary),
+    &'static str,
+);
+
+#[test]
+fn contradictions_are_refused_by_name() {
+    let cases: &[Damage] = &[
+        (letters, |v| v.tokens.clear(), "tokens is empty"),
+        (letters, |v| v.scores.truncate(5), "scores has 5 entries"),
+        (letters, |v| v.scores.clear(), "scores is missing"),
+        (letters, |v| v.scores[7] = f32::NAN, "scores[7] is NaN"),
+        (
+            letters,
+            |v| v.token_types.truncate(1),
+            "token_type has 1 entries",
+        ),
+        (
+            letters,
+            |v| v.tokens[9] = "a".into(),
+            "\"a\" twice, as 9 and as 260",
+        ),
+        (
+            letters,
+            |v| (v.tokens[9], v.token_types[0]) = ("q".into(), TokenType::Normal),
+            "byte tokens",
+        ),
+        (
+            letters,
+            |v| v.model = "plamo2".into(),
+            "\"plamo2\", which is not supported",
+        ),
+        (
+            bytes,
+            |v| v.pre = Some("gpt-9".into()),
+            "\"gpt-9\", which is not known",
+        ),
+        (bytes, |v| v.merges.clear(), "merges is missing"),
+        (
+            bytes,
+            |v| v.merges[1] = "ab".into(),
+            "merges[1], \"ab\", is no pair",
+        ),
+        (bytes, |v| v.merges[0] = "b a".into(), "no token"),
+        (bytes, |v| v.add_bos = Some(true), "no bos_token_id"),
+        (unigram, |v| v.scores.clear(), "scores is missing"),
+        (unigram, |v| v.precompiled_charsmap.truncate(3), "too short"),
+        (
+            unigram,
+            |v| v.precompiled_charsmap.truncate(1000),
+            "wrong length",
+        ),
+        (
+            unigram,
+            |v| v.precompiled_charsmap[6] = 0xFF,
+            "outside itself",
+        ),
+        (
+            unigram,
+            |v| v.precompiled_charsmap[4 + 2048] = 9,
+            "replacement outside",
+        ),
+        (
+            word_pieces,
+            |v| v.unknown = Some(1000),
+            "unknown_token_id is missing",
+        ),
+    ];
+    for (sound, damage, expected) in cases {
+        let mut vocabulary = sound();
+        assert!(Tokenizer::from_gguf(&vocabulary).is_ok());
+        damage(&mut vocabulary);
+        let error = Tokenizer::from_gguf(&vocabulary).expect_err(expected);
+        assert!(error.to_string().contains(expected), "{error}: {expected}");
+        assert!(error.hint().is_some(), "{error}");
+    }
+}
