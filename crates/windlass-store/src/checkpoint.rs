@@ -6,8 +6,11 @@
 //! DIR/latest                       the name of the folder to continue from
 //! ```
 //!
+//! A folder is called after its step, or by any other name that its writer gives it; a name may be used again.
+//!
 //! A checkpoint is written in a hidden folder, forced to the disk file by file, renamed to its final name, and only
-//! then does `latest` (itself replaced by renaming) name it; old checkpoints are removed after that. So at every moment
+//! then does `latest` (itself replaced by renaming) name it; old checkpoints are removed after that. One of the same name has
+//! stepped aside meanwhile, under a hidden name where it is still found. So at every moment
 //! there is a complete checkpoint, the old or the new one, whatever stops the machine. What a checkpoint means — which
 //! tensors, which counters — is the caller's business.
 
@@ -23,6 +26,7 @@ use std::sync::Arc;
 
 use crate::atomic::{Disk, RealDisk, TEMP_SUFFIX, folder_of, sync_dir, write_atomic};
 use crate::error::{Error, Result};
+use crate::safetensors::is_plain_name;
 
 pub use folder::CheckpointDir;
 pub use held::HELD_BLOCK;
@@ -89,7 +93,42 @@ impl Checkpoints {
     /// # Errors
     /// As [`CheckpointDir::open`].
     pub fn get(&self, step: u64) -> Result<CheckpointDir> {
-        CheckpointDir::open(&self.dir.join(folder_name(step)))
+        self.get_named(&folder_name(step))
+    }
+
+    /// The checkpoint of a name, as [`Checkpoints::get`].
+    ///
+    /// # Errors
+    /// As [`CheckpointDir::open`]; [`Error::NotAName`].
+    pub fn get_named(&self, name: &str) -> Result<CheckpointDir> {
+        check_name(name)?;
+        let (path, aside) = (self.dir.join(name), self.aside(name));
+        // Where a new one of the name was about to take its place.
+        let path = if !path.exists() && aside.exists() {
+            aside
+        } else {
+            path
+        };
+        CheckpointDir::open(&path)
+    }
+
+    /// The names of all checkpoint folders, complete or not, the one of the last step last.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn names(&self) -> Result<Vec<String>> {
+        let step = |name: String| {
+            let there = !name.starts_with('.') && self.dir.join(&name).is_dir();
+            let manifest = self.dir.join(&name).join(folder::MANIFEST).exists();
+            let found = self.get_named(&name).ok().map(|found| found.step());
+            // What is damaged is listed all the same, so that it is missed.
+            let step = found.or(step_of(&name)).or(manifest.then_some(0));
+            Some((step.filter(|_| there)?, name))
+        };
+        let mut names: Vec<(u64, String)> =
+            entries(&self.dir)?.into_iter().filter_map(step).collect();
+        names.sort_unstable();
+        Ok(names.into_iter().map(|(_, name)| name).collect())
     }
 
     /// The checkpoint to continue from, every byte of it verified; `None` if nothing was ever saved here.
@@ -103,7 +142,7 @@ impl Checkpoints {
         let mut problems = Vec::new();
         let named = self
             .named_by_latest()
-            .and_then(|step| step.map(|s| self.verified(s)).transpose());
+            .and_then(|name| name.map(|n| self.verified(&n)).transpose());
         match named {
             Ok(Some(checkpoint)) => {
                 return Ok(Some(Resume {
@@ -114,18 +153,14 @@ impl Checkpoints {
             Ok(None) => problems.push(format!("{} is missing", self.dir.join(LATEST).display())),
             Err(error) => problems.push(error.to_string()),
         }
-        let steps = self.steps()?;
-        if steps.is_empty() && !self.dir.join(LATEST).exists() {
+        let names = self.names()?;
+        if names.is_empty() && !self.dir.join(LATEST).exists() {
             return Ok(None);
         }
-        for &step in steps.iter().rev() {
-            match self.verified(step) {
+        for name in names.iter().rev() {
+            match self.verified(name) {
                 Ok(checkpoint) => {
-                    let note = format!(
-                        "{}; continuing from {}",
-                        problems.join("; "),
-                        folder_name(step)
-                    );
+                    let note = format!("{}; continuing from {name}", problems.join("; "));
                     return Ok(Some(Resume {
                         checkpoint,
                         note: Some(note),
@@ -148,20 +183,9 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::CheckpointExists`] in that case; [`Error::Io`].
     pub fn begin(&self, step: u64) -> Result<Writer> {
-        let disk = &*self.disk;
-        disk.create_dir(&self.dir)
-            .map_err(|e| Error::io("create", &self.dir, e))?;
-        for name in entries(&self.dir)? {
-            let path = self.dir.join(&name);
-            if name.starts_with(".step-") && name.ends_with(TEMP_SUFFIX) {
-                disk.remove_dir(&path)
-                    .map_err(|e| Error::io("remove", &path, e))?;
-            } else if name.starts_with(".latest.") && name.ends_with(TEMP_SUFFIX) {
-                disk.remove_file(&path)
-                    .map_err(|e| Error::io("remove", &path, e))?;
-            }
-        }
-        let path = self.dir.join(folder_name(step));
+        let name = folder_name(step);
+        let writer = self.begin_named(&name, step)?;
+        let path = self.dir.join(name);
         if path.exists() {
             if self
                 .latest()
@@ -173,36 +197,80 @@ impl Checkpoints {
             }
             self.remove(step)?;
         }
-        let temp = self.hidden(step);
+        Ok(writer)
+    }
+
+    /// Starts a checkpoint called `name`, as [`Checkpoints::begin`]; another one of the name stays until this one takes
+    /// its place.
+    ///
+    /// # Errors
+    /// [`Error::NotAName`]; [`Error::Io`].
+    pub fn begin_named(&self, name: &str, step: u64) -> Result<Writer> {
+        check_name(name)?;
+        let disk = &*self.disk;
+        disk.create_dir(&self.dir)
+            .map_err(|e| Error::io("create", &self.dir, e))?;
+        for name in entries(&self.dir)? {
+            self.clean_up(&name)?;
+        }
+        let temp = self.hidden(name);
         disk.create_dir(&temp)
             .map_err(|e| Error::io("create", &temp, e))?;
-        Ok(Writer::new(self, step, temp))
+        Ok(Writer::new(self, name, step, temp))
+    }
+
+    /// Removes an entry of the folder that a killed run left, or gives a checkpoint that had stepped aside its name back.
+    fn clean_up(&self, entry: &str) -> Result<()> {
+        let path = self.dir.join(entry);
+        let Some(hidden) = entry.strip_suffix(TEMP_SUFFIX) else {
+            return Ok(());
+        };
+        if hidden.starts_with(".latest.") {
+            let removed = self.disk.remove_file(&path);
+            return removed.map_err(|e| Error::io("remove", &path, e));
+        }
+        if let Some(name) = hidden.strip_prefix(ASIDE)
+            && !self.dir.join(name).exists()
+        {
+            let back = self.disk.rename(&path, &self.dir.join(name));
+            back.map_err(|e| Error::io("rename", &path, e))?;
+            return sync_dir(self.disk(), &self.dir);
+        }
+        match hidden.starts_with(ASIDE) || hidden.starts_with(UNDERWAY) {
+            true => self.remove_dir(&path),
+            false => Ok(()),
+        }
     }
 
     /// Joins the checkpoint of `step` that another rank began, to write some of its files.
     pub fn join(&self, step: u64) -> Writer {
-        Writer::joined(self, step, self.hidden(step))
+        self.join_named(&folder_name(step), step)
     }
 
-    fn verified(&self, step: u64) -> Result<CheckpointDir> {
-        let checkpoint = self.get(step)?;
+    /// Joins the checkpoint called `name` that another rank began.
+    pub fn join_named(&self, name: &str, step: u64) -> Writer {
+        Writer::joined(self, name, step, self.hidden(name))
+    }
+
+    fn verified(&self, name: &str) -> Result<CheckpointDir> {
+        let checkpoint = self.get_named(name)?;
         checkpoint.verify()?;
         Ok(checkpoint)
     }
 
-    /// The step that `latest` names; `None` if there is no such file.
-    fn named_by_latest(&self) -> Result<Option<u64>> {
+    /// The name in `latest`; `None` if there is no such file.
+    fn named_by_latest(&self) -> Result<Option<String>> {
         let path = self.dir.join(LATEST);
         match fs::read(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("read", &path, e)),
-            Ok(text) => match std::str::from_utf8(&text)
-                .ok()
-                .and_then(|name| step_of(name.trim_end()))
-            {
-                Some(step) => Ok(Some(step)),
-                None => Err(Error::corrupt(&path, "does not name a checkpoint")),
-            },
+            Ok(text) => {
+                let name = std::str::from_utf8(&text).ok().map(str::trim_end);
+                match name.filter(|name| check_name(name).is_ok()) {
+                    Some(name) => Ok(Some(name.to_owned())),
+                    None => Err(Error::corrupt(&path, "does not name a checkpoint")),
+                }
+            }
         }
     }
 
@@ -210,10 +278,15 @@ impl Checkpoints {
         &*self.disk
     }
 
-    /// Gives a written folder its final name, for good.
-    fn put_in_place(&self, step: u64, temp: &Path) -> Result<PathBuf> {
-        let path = self.dir.join(folder_name(step));
+    /// Gives a written folder its final name, for good. One that had the name steps aside.
+    fn put_in_place(&self, name: &str, temp: &Path) -> Result<PathBuf> {
+        let path = self.dir.join(name);
         sync_dir(self.disk(), temp)?;
+        if path.join(folder::MANIFEST).exists() {
+            let aside = self.disk.rename(&path, &self.aside(name));
+            aside.map_err(|e| Error::io("rename", &path, e))?;
+            sync_dir(self.disk(), &self.dir)?;
+        }
         self.disk
             .rename(temp, &path)
             .map_err(|e| Error::io("rename into", &path, e))?;
@@ -222,41 +295,65 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Lets `latest` name a step that is in place, and removes what is then too old.
-    fn name_latest(&self, step: u64, keep: Option<NonZeroUsize>) -> Result<()> {
-        let name = format!("{}\n", folder_name(step));
-        write_atomic(self.disk(), &self.dir.join(LATEST), name.as_bytes())?;
+    /// Lets `latest` name a checkpoint that is in place, and removes the one before it of the same name, and those that
+    /// are then too old.
+    fn name_latest(&self, name: &str, keep: Option<NonZeroUsize>) -> Result<()> {
+        let line = format!("{name}\n");
+        write_atomic(self.disk(), &self.dir.join(LATEST), line.as_bytes())?;
+        let aside = self.aside(name);
+        if aside.exists() {
+            self.remove_dir(&aside)?;
+        }
         match keep {
-            Some(keep) => self.prune(keep, step),
+            Some(keep) => self.prune(keep, name),
             None => Ok(()),
         }
     }
 
-    /// The hidden name under which a step is written, and removed.
-    fn hidden(&self, step: u64) -> PathBuf {
-        self.dir
-            .join(format!(".{}{TEMP_SUFFIX}", folder_name(step)))
+    /// The hidden name under which a checkpoint is written, or removed.
+    fn hidden(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{UNDERWAY}{name}{TEMP_SUFFIX}"))
+    }
+
+    /// The hidden name of a checkpoint while a new one takes its name.
+    fn aside(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{ASIDE}{name}{TEMP_SUFFIX}"))
+    }
+
+    fn remove_dir(&self, path: &Path) -> Result<()> {
+        let removed = self.disk.remove_dir(path);
+        removed.map_err(|e| Error::io("remove", path, e))
     }
 
     /// Removes a checkpoint so that it is gone at once, not file by file.
     fn remove(&self, step: u64) -> Result<()> {
-        let (path, hidden) = (self.dir.join(folder_name(step)), self.hidden(step));
+        let name = folder_name(step);
+        let (path, hidden) = (self.dir.join(&name), self.hidden(&format!("{name}.old")));
         self.disk
             .rename(&path, &hidden)
             .map_err(|e| Error::io("remove", &path, e))?;
-        self.disk
-            .remove_dir(&hidden)
-            .map_err(|e| Error::io("remove", &hidden, e))
+        self.remove_dir(&hidden)
     }
 
-    /// Removes the oldest checkpoints beyond `keep`, but not `newest`, which `latest` names.
-    fn prune(&self, keep: NonZeroUsize, newest: u64) -> Result<()> {
+    /// Removes the oldest checkpoints of steps beyond `keep`, but not `newest`, which `latest` names.
+    fn prune(&self, keep: NonZeroUsize, newest: &str) -> Result<()> {
         let steps = self.steps()?;
         let surplus = steps.len().saturating_sub(keep.get());
-        for &step in steps.iter().filter(|&&step| step != newest).take(surplus) {
-            self.remove(step)?;
-        }
-        Ok(())
+        let old = steps.iter().filter(|&&step| folder_name(step) != newest);
+        old.take(surplus).try_for_each(|&step| self.remove(step))
+    }
+}
+
+/// The beginning of the hidden name of a checkpoint that is not complete.
+const UNDERWAY: &str = ".checkpoint-";
+/// The beginning of the hidden name of a checkpoint whose name a new one takes.
+const ASIDE: &str = ".replaced-";
+
+/// Refuses names that are no folder's, or would be taken for something else.
+fn check_name(name: &str) -> Result<()> {
+    match is_plain_name(name) && !name.starts_with('.') && name != LATEST {
+        true => Ok(()),
+        false => Err(Error::NotAName(name.to_owned())),
     }
 }
 

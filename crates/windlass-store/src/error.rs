@@ -83,6 +83,9 @@ pub enum Error {
     /// The ranks could not work together.
     #[error(transparent)]
     Comm(#[from] windlass_comm::Error),
+    /// A checkpoint cannot be called so.
+    #[error("'{0}' is not a name for a checkpoint")]
+    NotAName(String),
     /// The checkpoint that a run would continue from already exists under this step.
     #[error("{} already holds a complete checkpoint", path.display())]
     CheckpointExists {
@@ -112,6 +115,7 @@ impl Error {
                 "the file was written by another convention, or is incomplete: look at it with `windlass inspect`, and convert the model anew"
             }
             Error::Mismatch { .. } => "check that config.json and the weights belong together",
+            Error::NotAName(_) => "it becomes a folder: no '/', no dot in front, and not 'latest'",
             Error::CheckpointExists { .. } => {
                 "a resumed run continues after it: train further, or save elsewhere"
             }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use faulty::{Fault, FaultyDisk};
 use windlass_store::atomic::{Disk, write_atomic};
-use windlass_store::checkpoint::{Checkpoints, Resume};
+use windlass_store::checkpoint::{Checkpoints, Resume, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
 use windlass_store::{Error, Result};
 use windlass_tensor::kernels::memory::Memory;
@@ -147,7 +147,15 @@ fn a_folder_of_weights_survives_a_failed_save() {
 
 /// Saves a checkpoint with files of several kinds, all saying `step`: at once, or from memory by another thread.
 fn save(checkpoints: &Checkpoints, step: u64, keep: Option<usize>) -> Result<()> {
-    let mut writer = checkpoints.begin(step)?;
+    fill(checkpoints, checkpoints.begin(step)?, step, keep)
+}
+
+fn fill(
+    checkpoints: &Checkpoints,
+    mut writer: Writer,
+    step: u64,
+    keep: Option<usize>,
+) -> Result<()> {
     let held = checkpoints.dir().ends_with("held");
     if held {
         writer.hold(&Memory::new());
@@ -245,6 +253,38 @@ fn always_a_checkpoint(kind: &str) {
                 ),
             }
             after(1);
+        },
+    );
+}
+
+/// A name that is used again: the old one or the new one is there under it, at every moment.
+#[test]
+fn a_name_is_taken_over_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("direct");
+    let sound = Checkpoints::on(Arc::new(sound_disk()), &dir);
+    let save = |checkpoints: &Checkpoints, step| {
+        fill(
+            checkpoints,
+            checkpoints.begin_named("best", step)?,
+            step,
+            None,
+        )
+    };
+    for_every_fault(
+        |disk| save(&Checkpoints::on(Arc::new(disk.clone()), &dir), 2),
+        || {
+            drop(fs::remove_dir_all(&dir));
+            save(&sound, 1).unwrap();
+        },
+        |fault, done| {
+            let (step, note) = resume(&dir).expect("there was a checkpoint before");
+            assert!(step == 2 || (!done && step == 1), "{fault:?}: step {step}");
+            assert_eq!(note, None, "{fault:?}: `latest` finds it");
+            save(&sound, 3).unwrap();
+            assert_eq!(resume(&dir), Some((3, None)));
+            assert_eq!(sound.names().unwrap(), ["best"]);
+            assert!(temporaries(&dir).is_empty());
         },
     );
 }

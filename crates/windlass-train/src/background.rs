@@ -5,13 +5,13 @@
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::save::{Saved, together_save};
+use crate::save::{Place, Saved, together_save};
 use crate::together::{exchange, together};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use windlass_comm::Group;
-use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
+use windlass_store::checkpoint::{CheckpointDir, Writer};
 use windlass_tensor::FileTensor;
 
 /// A checkpoint on its way to the disk.
@@ -155,13 +155,13 @@ impl<B> Engine<B> {
     /// and the end of the one before. Returns the folder that it is or will be. Collective.
     pub(crate) fn save_with(
         &mut self,
-        checkpoints: &Checkpoints,
+        place: Place<'_>,
         map: Vec<FileTensor>,
         keep: Option<NonZeroUsize>,
         head: &mut dyn FnMut(&mut Writer) -> Result<()>,
     ) -> Result<PathBuf> {
         self.look_after_checkpoint(true)?;
-        match together_save(checkpoints, self, map, keep, head)? {
+        match together_save(place, self, map, keep, head)? {
             Saved::Here(checkpoint) => {
                 let path = checkpoint.path().to_owned();
                 self.last_checkpoint = Some(path.clone());

@@ -3,9 +3,10 @@
 use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
-use crate::save::load_optimizer;
+use crate::save::{Place, load_optimizer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use windlass_store::Loader;
 use windlass_store::checkpoint::Checkpoints;
@@ -36,8 +37,10 @@ fn plain<B>(engine: &Engine<B>) -> Vec<FileTensor> {
 }
 
 impl<B> Engine<B> {
-    /// Writes a checkpoint in `dir`, of any model: weights under their parameters' names, optimizer state, and
-    /// `client_state`. Every rank writes its part; [`Engine::load_checkpoint`] continues on any number of ranks, in any
+    /// Writes a checkpoint in the folder `tag` of `dir`, of any model: weights under their parameters' names, optimizer
+    /// state, and `client_state`. Without a tag it is called `global_step` and the number of steps; a tag may be used
+    /// again, and the checkpoint that had it stays until the new one is whole. The file `latest` in `dir` then names it.
+    /// Every rank writes its part; [`Engine::load_checkpoint`] continues on any number of ranks, in any
     /// stage and tier. Collective.
     ///
     /// With [`EngineOptions::async_checkpoints`](crate::EngineOptions::async_checkpoints) it returns when everything is
@@ -45,8 +48,17 @@ impl<B> Engine<B> {
     /// [`Engine::finish_checkpoint`] finds all ranks done.
     ///
     /// # Errors
-    /// Whatever hinders writing, on all ranks when it hinders one; checkpoints before it stay.
-    pub fn save_checkpoint(&mut self, dir: &Path, client_state: &Value) -> Result<PathBuf> {
+    /// Whatever hinders writing, on all ranks when it hinders one; checkpoints before it stay. Ranks that give different
+    /// tags, and tags that are no folder's name.
+    pub fn save_checkpoint(
+        &mut self,
+        dir: &Path,
+        tag: Option<&str>,
+        client_state: &Value,
+    ) -> Result<PathBuf> {
+        let default = format!("global_step{}", self.global_steps());
+        let tag = tag.unwrap_or(&default);
+        self.agree_on("the tag of the checkpoint", tag)?;
         let state = Client {
             engine: self.state(),
             ranks: self.store().group().size(),
@@ -55,22 +67,39 @@ impl<B> Engine<B> {
             client_state: client_state.clone(),
         };
         let map = plain(self);
-        self.save_with(&Checkpoints::open(dir), map, None, &mut |writer| {
+        let place = Place {
+            checkpoints: &Checkpoints::open(dir),
+            name: Some(tag),
+        };
+        self.save_with(place, map, None, &mut |writer| {
             Ok(writer.json(CLIENT_FILE, &state)?)
         })
     }
 
-    /// Continues from the latest checkpoint in `dir`: its folder and client state, or `None` where there is none.
-    /// Collective.
+    /// Continues from the checkpoint `tag` in `dir`, without a tag from the one that `latest` names: its folder and client
+    /// state, or `None` where nothing was ever saved. Every byte is verified first. Collective.
     ///
     /// # Errors
-    /// A damaged checkpoint, one of another model, optimizer or storage type.
-    pub fn load_checkpoint(&mut self, dir: &Path) -> Result<Option<(PathBuf, Value)>> {
+    /// A tag that is not there, a damaged checkpoint, one of another model, optimizer or storage type.
+    pub fn load_checkpoint(
+        &mut self,
+        dir: &Path,
+        tag: Option<&str>,
+    ) -> Result<Option<(PathBuf, Value)>> {
         self.finish_checkpoint()?;
-        let Some(found) = Checkpoints::open(dir).latest()? else {
-            return Ok(None);
+        self.agree_on("the tag of the checkpoint", tag.unwrap_or_default())?;
+        let checkpoints = Checkpoints::open(dir);
+        let checkpoint = match tag {
+            Some(tag) => {
+                let named = checkpoints.get_named(tag)?;
+                named.verify()?;
+                named
+            }
+            None => match checkpoints.latest()? {
+                Some(found) => found.checkpoint,
+                None => return Ok(None),
+            },
         };
-        let checkpoint = found.checkpoint;
         let saved: Client = checkpoint.json(CLIENT_FILE)?;
         let now = self.store().dtype().name().to_string();
         if saved.dtype != now {
@@ -95,5 +124,13 @@ impl<B> Engine<B> {
         let path = checkpoint.path().to_owned();
         self.last_checkpoint = Some(path.clone());
         Ok(Some((path, saved.client_state)))
+    }
+
+    /// Fails, on all ranks, if they do not say the same.
+    fn agree_on(&self, what: &str, text: &str) -> Result<()> {
+        let hash = Sha256::digest(text.as_bytes());
+        let hash = u64::from_le_bytes(std::array::from_fn(|i| hash[i]));
+        let agreed = self.store().group().agree(what, hash);
+        agreed.map_err(|e| Error::Store(e.into()))
     }
 }

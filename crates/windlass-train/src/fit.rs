@@ -48,6 +48,8 @@ impl Outline {
 /// A setting that takes memory away, in the order of what it costs in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
+    /// Checkpoints are written before the next step, not from a copy in memory.
+    WaitForCheckpoints,
     /// Every layer is run again in the backward pass.
     CheckpointActivations,
     /// Smaller batches and as many more of them.
@@ -69,6 +71,7 @@ impl Change {
     /// Its rank in the order of cost.
     fn cost(self) -> usize {
         match self {
+            Change::WaitForCheckpoints => 0,
             Change::CheckpointActivations => 1,
             Change::Batch { .. } => 2,
             Change::Stage(_) => 4,
@@ -122,6 +125,27 @@ pub fn fit(config: &DecoderConfig, run: Outline, limit: usize) -> Fit {
 
 /// The run with every combination of changes.
 fn variants(run: Outline) -> Vec<(Vec<Change>, Outline)> {
+    let mut variants = rearranged(run);
+    if run.options.async_checkpoints {
+        let options = EngineOptions {
+            async_checkpoints: false,
+            ..run.options
+        };
+        // A copy in memory of what rests on a disk is refused.
+        variants.retain(|(_, outline)| {
+            [outline.placement.parameters, outline.placement.optimizer] == [Tier::Memory; 2]
+        });
+        let more = rearranged(Outline { options, ..run }).into_iter();
+        variants.extend(more.map(|(mut changes, outline)| {
+            changes.insert(0, Change::WaitForCheckpoints);
+            (changes, outline)
+        }));
+    }
+    variants
+}
+
+/// The run with every combination of changes but that of when checkpoints are written.
+fn rearranged(run: Outline) -> Vec<(Vec<Change>, Outline)> {
     let mut variants = Vec::new();
     for checkpointing in [false, true] {
         for shape in shapes(run.shape) {
@@ -254,6 +278,11 @@ mod tests {
             let checkpointed = fit(&config, outline, whole - 1);
             assert_eq!(checkpointed.changes, [Change::CheckpointActivations]);
             assert!(checkpointed.fits && checkpointed.bytes < whole);
+            let mut held = outline;
+            held.options.async_checkpoints = true;
+            let waiting = fit(&config, held, held.bytes(&config) - 1);
+            assert_eq!(waiting.changes, [Change::WaitForCheckpoints]);
+            assert_eq!(waiting.outline, outline);
             let mut limit = whole;
             let mut seen = Vec::new();
             loop {

@@ -11,7 +11,7 @@ use crate::trainer::TrainOptions;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
@@ -222,6 +222,36 @@ impl FileTensors {
     }
 }
 
+/// Where a checkpoint goes: among others, under a name or called after its step.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) checkpoints: &'a Checkpoints,
+    pub(crate) name: Option<&'a str>,
+}
+
+impl Place<'_> {
+    fn begin(self, step: u64) -> windlass_store::Result<Writer> {
+        match self.name {
+            Some(name) => self.checkpoints.begin_named(name, step),
+            None => self.checkpoints.begin(step),
+        }
+    }
+
+    fn join(self, step: u64) -> Writer {
+        match self.name {
+            Some(name) => self.checkpoints.join_named(name, step),
+            None => self.checkpoints.join(step),
+        }
+    }
+
+    fn path(self, step: u64) -> PathBuf {
+        match self.name {
+            Some(name) => self.checkpoints.dir().join(name),
+            None => self.checkpoints.path(step),
+        }
+    }
+}
+
 /// A checkpoint that was written, or waits in memory for it.
 pub(crate) enum Saved {
     Here(CheckpointDir),
@@ -231,7 +261,7 @@ pub(crate) enum Saved {
 /// Writes a checkpoint, or copies it into memory where that is the engine's way: each rank its part of the weights, in
 /// the layout of `map`, and its optimizer state, and the first rank what `head` writes. Collective.
 pub(crate) fn together_save<B>(
-    checkpoints: &Checkpoints,
+    place: Place<'_>,
     engine: &Engine<B>,
     map: Vec<FileTensor>,
     keep: Option<NonZeroUsize>,
@@ -240,13 +270,13 @@ pub(crate) fn together_save<B>(
     let (group, step) = (engine.store().group(), engine.global_steps());
     let first = group.rank() == 0;
     let begun = match first {
-        true => checkpoints.begin(step).map(Some),
+        true => place.begin(step).map(Some),
         false => Ok(None),
     };
     together(group, "begin a checkpoint", begun.as_ref().err())?;
     let mut writer = match begun? {
         Some(writer) => writer,
-        None => checkpoints.join(step),
+        None => place.join(step),
     };
     let background = engine.options().async_checkpoints;
     if background {
@@ -258,7 +288,7 @@ pub(crate) fn together_save<B>(
         false => Ok(()),
     });
     if background {
-        let start = |()| Pending::start(writer, checkpoints.path(step), keep, group);
+        let start = |()| Pending::start(writer, place.path(step), keep, group);
         let pending = written.and_then(start);
         together(group, "write a checkpoint", pending.as_ref().err())?;
         return pending.map(Saved::Underway);
@@ -268,7 +298,7 @@ pub(crate) fn together_save<B>(
     if !first {
         exchange(group, "checkpoint files", &writer.leave())?;
         together(group, "commit a checkpoint", None::<&Error>)?;
-        return Ok(Saved::Here(checkpoints.get(step)?));
+        return Ok(Saved::Here(CheckpointDir::open(&place.path(step))?));
     }
     let committed = exchange(group, "checkpoint files", &[]).and_then(|lists| {
         for list in lists.iter().filter(|list| !list.is_empty()) {

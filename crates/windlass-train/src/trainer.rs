@@ -11,7 +11,7 @@ use crate::evaluate::{idle, run};
 use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
 use crate::profile::{self, LayerProfile};
-use crate::save::{self, Progress};
+use crate::save::{self, Place, Progress};
 use crate::schedule::Rate;
 use event::timed;
 use std::num::NonZeroUsize;
@@ -428,10 +428,13 @@ impl Trainer {
         let (config, tokenizer) = (&self.config, &self.tokenizer);
         let map = config.naming.file_tensors(self.engine.model());
         let (keep, dtype) = (self.options.keep, self.engine.store().dtype());
-        self.engine
-            .save_with(&self.checkpoints, map, keep, &mut |writer| {
-                save::write_head(writer, config, tokenizer, &progress, dtype)
-            })?;
+        let place = Place {
+            checkpoints: &self.checkpoints,
+            name: None,
+        };
+        self.engine.save_with(place, map, keep, &mut |writer| {
+            save::write_head(writer, config, tokenizer, &progress, dtype)
+        })?;
         Ok(())
     }
 }

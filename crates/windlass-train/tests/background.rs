@@ -99,7 +99,9 @@ fn the_bytes_are_those_of_a_save_that_is_waited_for() {
                 for _ in 0..4 {
                     step(&mut engine).unwrap();
                     let state = json!({"step": engine.global_steps()});
-                    let path = engine.save_checkpoint(&dir(background), &state).unwrap();
+                    let path = engine
+                        .save_checkpoint(&dir(background), None, &state)
+                        .unwrap();
                     let done = engine.last_checkpoint() == Some(&path);
                     assert!(background || done, "a save that is waited for is there");
                 }
@@ -114,10 +116,12 @@ fn the_bytes_are_those_of_a_save_that_is_waited_for() {
         // Loading waits for what is on its way, and finds it.
         ranks(count, |group| {
             let mut engine = engine(group, stage, dtype, true);
-            assert!(engine.load_checkpoint(&dir(true)).unwrap().is_some());
+            assert!(engine.load_checkpoint(&dir(true), None).unwrap().is_some());
             step(&mut engine).unwrap();
-            engine.save_checkpoint(&dir(true), &json!({})).unwrap();
-            let (path, _) = engine.load_checkpoint(&dir(true)).unwrap().unwrap();
+            engine
+                .save_checkpoint(&dir(true), None, &json!({}))
+                .unwrap();
+            let (path, _) = engine.load_checkpoint(&dir(true), None).unwrap().unwrap();
             assert_eq!(Some(path.as_path()), engine.last_checkpoint());
             assert_eq!(engine.global_steps(), 5);
         });
@@ -132,10 +136,10 @@ fn errors_come_at_a_later_step_and_leave_the_checkpoint_before() {
     let messages = ranks(2, |group| {
         let mut engine = engine(group, Stage::Optimizer, DType::F32, true);
         step(&mut engine).unwrap();
-        engine.save_checkpoint(dir, &json!({})).unwrap();
+        engine.save_checkpoint(dir, None, &json!({})).unwrap();
         engine.finish_checkpoint().unwrap();
         step(&mut engine).unwrap();
-        let path = engine.save_checkpoint(dir, &json!({})).unwrap();
+        let path = engine.save_checkpoint(dir, None, &json!({})).unwrap();
         // Something stands where the folder is to be.
         std::fs::create_dir_all(path.join("in the way")).unwrap();
         engine.store().group().barrier("in the way").unwrap();
@@ -152,16 +156,16 @@ fn errors_come_at_a_later_step_and_leave_the_checkpoint_before() {
         assert_eq!(latest.checkpoint.step(), 1);
         // The same gradients serve the step that was refused.
         engine.step().unwrap();
-        engine.save_checkpoint(dir, &json!({})).unwrap();
+        engine.save_checkpoint(dir, None, &json!({})).unwrap();
         engine.finish_checkpoint().unwrap();
         let latest = Checkpoints::open(dir).latest().unwrap().unwrap();
         assert_eq!(latest.checkpoint.step(), engine.global_steps());
         failed.expect("an error at a later step")
     });
-    assert!(messages[0].contains("step-00000002"), "{messages:?}");
+    assert!(messages[0].contains("global_step2"), "{messages:?}");
     assert!(
         messages[1].contains("rank 0 could not commit a checkpoint")
-            && messages[1].contains("step-00000002"),
+            && messages[1].contains("global_step2"),
         "{messages:?}"
     );
 }
@@ -172,7 +176,9 @@ fn a_lone_engine_does_not_leave_its_checkpoint_behind() {
     let folder = tempfile::tempdir().unwrap();
     let mut engine = engine(Group::solo(), Stage::Replicated, DType::Bf16, true);
     step(&mut engine).unwrap();
-    engine.save_checkpoint(folder.path(), &json!({})).unwrap();
+    engine
+        .save_checkpoint(folder.path(), None, &json!({}))
+        .unwrap();
     drop(engine);
     let latest = Checkpoints::open(folder.path()).latest().unwrap().unwrap();
     assert_eq!((latest.checkpoint.step(), latest.note), (1, None));
@@ -201,7 +207,7 @@ fn the_copy_in_memory_is_planned() {
             let dir = folder.path().join(count.to_string());
             for _ in 0..3 {
                 step(&mut engine).unwrap();
-                engine.save_checkpoint(&dir, &json!({})).unwrap();
+                engine.save_checkpoint(&dir, None, &json!({})).unwrap();
             }
             engine.finish_checkpoint().unwrap();
             let taken = engine.store().cpu().memory.peak().reserved as f64;
@@ -244,4 +250,65 @@ fn what_rests_on_a_disk_is_not_copied_into_memory() {
         .err()
         .unwrap();
     assert!(error.to_string().contains("in the background"), "{error}");
+}
+
+/// Tags as in DeepSpeed: a name of their own, `global_step<N>` without one, and `latest`, which a load without a tag follows.
+#[test]
+fn checkpoints_are_saved_and_loaded_by_tag() {
+    for background in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        ranks(2, |group| {
+            let (stage, dtype) = (Stage::Gradients, DType::Bf16);
+            let mut engine = engine(group, stage, dtype, background);
+            assert_eq!(
+                engine.load_checkpoint(dir, None).unwrap(),
+                None,
+                "nothing is there"
+            );
+            let save = |engine: &mut Engine<Tokens>, tag: Option<&str>| {
+                step(engine).unwrap();
+                let state = json!({"seen": engine.global_steps()});
+                engine.save_checkpoint(dir, tag, &state).unwrap()
+            };
+            assert_eq!(save(&mut engine, None), dir.join("global_step1"));
+            assert_eq!(save(&mut engine, Some("best")), dir.join("best"));
+            save(&mut engine, None);
+            // The name is used again.
+            save(&mut engine, Some("best"));
+            engine.finish_checkpoint().unwrap();
+            let latest = std::fs::read_to_string(dir.join("latest")).unwrap();
+            assert_eq!(latest, "best\n");
+            for (tag, folder, steps) in [
+                (Some("global_step1"), "global_step1", 1),
+                (Some("global_step3"), "global_step3", 3),
+                (Some("best"), "best", 4),
+                (None, "best", 4),
+            ] {
+                let (path, state) = engine.load_checkpoint(dir, tag).unwrap().unwrap();
+                assert_eq!((path, state), (dir.join(folder), json!({"seen": steps})));
+                assert_eq!(engine.global_steps(), steps);
+            }
+            let missing = engine.load_checkpoint(dir, Some("worst")).unwrap_err();
+            assert!(missing.to_string().contains("worst"), "{missing}");
+            for tag in ["", "a/b", "..", ".hidden", "latest"] {
+                let error = engine
+                    .save_checkpoint(dir, Some(tag), &json!({}))
+                    .unwrap_err();
+                assert!(error.to_string().contains("name"), "{tag}: {error}");
+            }
+            let mine = format!("of rank {}", engine.store().group().rank());
+            let error = engine
+                .save_checkpoint(dir, Some(&mine), &json!({}))
+                .unwrap_err();
+            assert!(
+                error.to_string().contains("the tag of the checkpoint"),
+                "{error}"
+            );
+        });
+        let names = Checkpoints::open(dir).names().unwrap();
+        assert_eq!(names, ["global_step1", "global_step3", "best"]);
+        let hidden = files(dir).into_keys().find(|file| file.starts_with("."));
+        assert_eq!(hidden, None);
+    }
 }

@@ -211,7 +211,9 @@ impl<B> Prepared<B> {
     /// # Errors
     /// As [`Engine::save_checkpoint`].
     pub fn save_state(&mut self, dir: &Path) -> Result<()> {
-        self.engine.save_checkpoint(dir, &json!({})).map(|_| ())
+        self.engine
+            .save_checkpoint(dir, None, &json!({}))
+            .map(|_| ())
     }
 
     /// Continues from the latest checkpoint; whether there was one. Collective.
@@ -219,7 +221,7 @@ impl<B> Prepared<B> {
     /// # Errors
     /// As [`Engine::load_checkpoint`].
     pub fn load_state(&mut self, dir: &Path) -> Result<bool> {
-        Ok(self.engine.load_checkpoint(dir)?.is_some())
+        Ok(self.engine.load_checkpoint(dir, None)?.is_some())
     }
 
     /// The model.

@@ -22,6 +22,7 @@ use windlass_tensor::kernels::memory::Memory;
 /// A checkpoint being written. [`Writer::commit`] makes it real; dropping it leaves nothing.
 pub struct Writer {
     home: Checkpoints,
+    name: String,
     step: u64,
     temp: PathBuf,
     files: BTreeMap<String, FileEntry>,
@@ -33,9 +34,10 @@ pub struct Writer {
 
 impl Writer {
     /// Starts writing in `temp`, an empty folder.
-    pub(super) fn new(home: &Checkpoints, step: u64, temp: PathBuf) -> Self {
+    pub(super) fn new(home: &Checkpoints, name: &str, step: u64, temp: PathBuf) -> Self {
         Writer {
             home: home.clone(),
+            name: name.to_owned(),
             step,
             temp,
             files: BTreeMap::new(),
@@ -45,8 +47,8 @@ impl Writer {
     }
 
     /// Starts writing beside another writer, to whom the folder belongs.
-    pub(super) fn joined(home: &Checkpoints, step: u64, temp: PathBuf) -> Self {
-        let mut writer = Self::new(home, step, temp);
+    pub(super) fn joined(home: &Checkpoints, name: &str, step: u64, temp: PathBuf) -> Self {
+        let mut writer = Self::new(home, name, step, temp);
         writer.committed = true;
         writer
     }
@@ -211,9 +213,9 @@ impl Writer {
         self.flush()?;
         let manifest = Manifest::new(self.step, self.files.values().cloned().collect());
         self.json(MANIFEST, &manifest)?;
-        let path = self.home.put_in_place(self.step, &self.temp)?;
+        let path = self.home.put_in_place(&self.name, &self.temp)?;
         self.committed = true;
-        self.home.name_latest(self.step, keep)?;
+        self.home.name_latest(&self.name, keep)?;
         Ok(CheckpointDir::new(path, manifest))
     }
 

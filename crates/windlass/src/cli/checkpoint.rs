@@ -69,12 +69,12 @@ fn one(path: &Path) -> Result<CheckpointDir> {
 
 fn verify(path: &Path) -> Result<()> {
     let checkpoints = Checkpoints::open(path);
-    let steps = checkpoints.steps()?;
-    let all = if steps.is_empty() {
+    let names = checkpoints.names()?;
+    let all = if names.is_empty() {
         vec![one(path)?]
     } else {
-        let open = |&step: &u64| checkpoints.get(step);
-        steps.iter().map(open).collect::<Result<Vec<_>, _>>()?
+        let open = |name: &String| checkpoints.get_named(name);
+        names.iter().map(open).collect::<Result<Vec<_>, _>>()?
     };
     for checkpoint in all {
         checkpoint.verify()?;

@@ -54,6 +54,7 @@ fn hint(fit: &Fit, here: usize) -> String {
 /// Changes in the words of flags and of `ds_config.json`.
 pub fn settings(changes: &[Change]) -> String {
     let words = changes.iter().map(|change| match *change {
+        Change::WaitForCheckpoints => "no --async-checkpoints".to_owned(),
         Change::CheckpointActivations => "--checkpoint-activations".to_owned(),
         Change::Batch {
             micro_batch,

@@ -194,7 +194,7 @@ pub(super) const SECTIONS: &[Section] = &[
                 "tag_validation",
                 Kind::Choice(&["ignore", "warn", "fail"]),
                 r#""warn""#,
-                NoMeaning("a checkpoint is named by its step, which is that of all ranks"),
+                NoMeaning("ranks that name a checkpoint differently are refused"),
             ),
             key(
                 "load_universal",
