@@ -18,6 +18,7 @@ use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper};
 mod charsmap;
 mod definition;
 mod error;
+mod export;
 mod gguf;
 mod pieces;
 mod pre;
@@ -330,7 +331,10 @@ impl Tokenizer {
 
     /// The token of an id, in the vocabulary's own spelling (`Ġthe`, `▁the`).
     pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        // The library would give an added token as its normalizer changes it.
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let added = added.get(&id).map(|token| token.content.clone());
+        added.or_else(|| self.inner.id_to_token(id))
     }
 
     /// Checks that a model with `vocab_size` embeddings has one for every id.

@@ -61,6 +61,12 @@ pub enum TokenizerError {
         /// All known names.
         known: Vec<&'static str>,
     },
+    /// A tokenizer that a GGUF file cannot describe.
+    #[error("the tokenizer cannot be written to GGUF: {reason}")]
+    NotInGguf {
+        /// What such a file has no place for.
+        reason: String,
+    },
     /// The tokenizer can produce ids that the model has no embedding for.
     #[error(
         "the tokenizer has {tokenizer} tokens, but the vocabulary of the model (vocab_size) is {model}"
@@ -104,6 +110,9 @@ impl TokenizerError {
                 "known are {}; or give the model's own tokenizer with --tokenizer path/to/tokenizer.json",
                 known.join(", ")
             )),
+            Self::NotInGguf { .. } => {
+                Some("keep the model as a Hugging Face folder, which every verb reads as well".into())
+            }
             Self::Io { .. } | Self::Failed { .. } => None,
         }
     }

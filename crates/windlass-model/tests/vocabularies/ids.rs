@@ -37,7 +37,7 @@ fn published_ids_are_met() {
 }
 
 /// English, Chinese and code, cut to a length that keeps the test short.
-fn corpora(data: &Path) -> Vec<String> {
+pub fn corpora(data: &Path) -> Vec<String> {
     let read = |path: PathBuf| {
         let text = std::fs::read_to_string(path).unwrap();
         text[..text.floor_char_boundary(200_000)].to_owned()
@@ -53,7 +53,7 @@ fn corpora(data: &Path) -> Vec<String> {
 }
 
 /// Two tokenizers give the same ids for paragraphs and for whole texts, control tokens in them read as text.
-fn check_same(name: &str, one: &Tokenizer, other: &Tokenizer, texts: &[String]) {
+pub fn check_same(name: &str, one: &Tokenizer, other: &Tokenizer, texts: &[String]) {
     for text in texts {
         for text in text.lines().chain([text.as_str()]) {
             let ids = one.encode_with(text, true, false).unwrap();

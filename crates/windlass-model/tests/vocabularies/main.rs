@@ -2,4 +2,5 @@
 
 mod container;
 mod ids;
+mod round_trip;
 mod small;
