@@ -20,6 +20,7 @@ pub mod gemm;
 pub mod memory;
 pub mod norm;
 pub mod optim;
+pub mod packed;
 pub mod pool;
 pub mod quant;
 pub mod reduce;

@@ -1,0 +1,412 @@
+//! The product of panels and rows of activations, one body for all formats and instruction sets.
+
+#![cfg(target_arch = "x86_64")]
+
+use super::activations::{BOTH, StepScales};
+use super::lanes::{Avx2, Lanes, Vnni};
+use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
+use super::{PANEL, STEP, UNIT_STEPS};
+use crate::dispatch::Level;
+
+/// What a tile computes: the sums of `panels x rows` of activations, to `out [panels, rows, 16]`.
+pub(super) struct Tile<'a> {
+    pub layout: &'a Layout,
+    pub units: &'a Units,
+    /// First byte of each panel.
+    pub panels: &'a [*const u8],
+    /// Quants and scales of each row.
+    pub rows: &'a [(*const i8, *const StepScales)],
+    pub out: *mut f32,
+}
+
+/// A kernel for tiles of a number of panels and rows.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    pub panels: usize,
+    pub rows: usize,
+    /// # Safety
+    /// The CPU has the level's features; pointers are valid for panels and rows of the layout and for the result.
+    pub run: unsafe fn(&Tile<'_>),
+}
+
+/// The kernel for a number of rows; `None` where there is only the scalar form.
+pub(super) fn choose(level: Level, codes: Codes, half_steps: bool, rows: usize) -> Option<Kernel> {
+    match level {
+        Level::Scalar => None,
+        Level::Avx512 | Level::Amx if has_vnni() => Some(match rows {
+            ..=1 => vnni::<4, 1>(codes, half_steps),
+            2 => vnni::<4, 2>(codes, half_steps),
+            3..=4 => vnni::<2, 4>(codes, half_steps),
+            5..=8 => vnni::<2, 8>(codes, half_steps),
+            _ => vnni::<1, 16>(codes, half_steps),
+        }),
+        _ => Some(match rows {
+            ..=1 => avx2::<4, 1>(codes, half_steps),
+            2 => avx2::<4, 2>(codes, half_steps),
+            _ => avx2::<1, 4>(codes, half_steps),
+        }),
+    }
+}
+
+/// Whether AVX-512 has its byte products.
+pub(super) fn has_vnni() -> bool {
+    is_x86_feature_detected!("avx512vnni")
+}
+
+/// The codes of a step, four columns in each vector.
+trait Unpack {
+    /// Bytes of a step of a panel.
+    const BYTES: usize;
+    /// Whether codes may be 128 or more.
+    const WIDE: bool = false;
+    /// # Safety
+    /// `at` is the step's first byte, moved on to the lanes.
+    unsafe fn unpack<L: Lanes>(at: *const u8, table: L::I) -> [L::I; 8];
+}
+
+/// `LOW` and `HIGH` bits.
+struct Planes<const LOW: usize, const HIGH: usize>;
+/// 4 bits that name an entry of a table.
+struct Names;
+
+impl<const LOW: usize, const HIGH: usize> Unpack for Planes<LOW, HIGH> {
+    const BYTES: usize = (LOW + HIGH) * 64;
+    const WIDE: bool = LOW == 8;
+
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes>(at: *const u8, _: L::I) -> [L::I; 8] {
+        // SAFETY: within the step.
+        unsafe {
+            let low = low_plane::<L, LOW>(at);
+            let at = at.add(LOW * 64);
+            match HIGH {
+                0 => low,
+                1 => high_bits::<L, LOW>(low, at),
+                _ => high_pairs::<L>(low, at),
+            }
+        }
+    }
+}
+
+impl Unpack for Names {
+    const BYTES: usize = 256;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes>(at: *const u8, table: L::I) -> [L::I; 8] {
+        // SAFETY: within the step.
+        unsafe { low_plane::<L, 4>(at).map(|codes| L::lookup(table, codes)) }
+    }
+}
+
+#[inline(always)]
+unsafe fn low_plane<L: Lanes, const LOW: usize>(at: *const u8) -> [L::I; 8] {
+    // SAFETY: the plane has LOW rows of 64 bytes.
+    unsafe {
+        match LOW {
+            2 => {
+                let (a, b) = (L::bytes(at), L::bytes(at.add(64)));
+                [
+                    L::right::<0>(a, 3),
+                    L::right::<0>(b, 3),
+                    L::right::<2>(a, 3),
+                    L::right::<2>(b, 3),
+                    L::right::<4>(a, 3),
+                    L::right::<4>(b, 3),
+                    L::right::<6>(a, 3),
+                    L::right::<6>(b, 3),
+                ]
+            }
+            4 => {
+                let v = [
+                    L::bytes(at),
+                    L::bytes(at.add(64)),
+                    L::bytes(at.add(128)),
+                    L::bytes(at.add(192)),
+                ];
+                [
+                    L::right::<0>(v[0], 15),
+                    L::right::<0>(v[1], 15),
+                    L::right::<0>(v[2], 15),
+                    L::right::<0>(v[3], 15),
+                    L::right::<4>(v[0], 15),
+                    L::right::<4>(v[1], 15),
+                    L::right::<4>(v[2], 15),
+                    L::right::<4>(v[3], 15),
+                ]
+            }
+            _ => [
+                L::bytes(at),
+                L::bytes(at.add(64)),
+                L::bytes(at.add(128)),
+                L::bytes(at.add(192)),
+                L::bytes(at.add(256)),
+                L::bytes(at.add(320)),
+                L::bytes(at.add(384)),
+                L::bytes(at.add(448)),
+            ],
+        }
+    }
+}
+
+/// Adds bit `LOW`: one row of 64 bytes, bit `j` for vector `j`.
+#[inline(always)]
+unsafe fn high_bits<L: Lanes, const LOW: usize>(low: [L::I; 8], at: *const u8) -> [L::I; 8] {
+    // SAFETY: the plane has one row.
+    unsafe {
+        let v = L::bytes(at);
+        let bit = 1 << LOW;
+        let high = match LOW {
+            2 => [
+                L::left::<2>(v, bit),
+                L::left::<1>(v, bit),
+                L::right::<0>(v, bit),
+                L::right::<1>(v, bit),
+                L::right::<2>(v, bit),
+                L::right::<3>(v, bit),
+                L::right::<4>(v, bit),
+                L::right::<5>(v, bit),
+            ],
+            _ => [
+                L::left::<4>(v, bit),
+                L::left::<3>(v, bit),
+                L::left::<2>(v, bit),
+                L::left::<1>(v, bit),
+                L::right::<0>(v, bit),
+                L::right::<1>(v, bit),
+                L::right::<2>(v, bit),
+                L::right::<3>(v, bit),
+            ],
+        };
+        merge::<L>(low, high)
+    }
+}
+
+/// Adds bits 4 and 5: two rows, vectors `2 i` and `2 i + 1` in bits `2 i`.
+#[inline(always)]
+unsafe fn high_pairs<L: Lanes>(low: [L::I; 8], at: *const u8) -> [L::I; 8] {
+    // SAFETY: the plane has two rows.
+    unsafe {
+        let (a, b) = (L::bytes(at), L::bytes(at.add(64)));
+        let high = [
+            L::left::<4>(a, 0x30),
+            L::left::<4>(b, 0x30),
+            L::left::<2>(a, 0x30),
+            L::left::<2>(b, 0x30),
+            L::right::<0>(a, 0x30),
+            L::right::<0>(b, 0x30),
+            L::right::<2>(a, 0x30),
+            L::right::<2>(b, 0x30),
+        ];
+        merge::<L>(low, high)
+    }
+}
+
+#[inline(always)]
+unsafe fn merge<L: Lanes>(low: [L::I; 8], high: [L::I; 8]) -> [L::I; 8] {
+    // SAFETY: whoever holds vectors has the features.
+    unsafe {
+        [
+            L::or(low[0], high[0]),
+            L::or(low[1], high[1]),
+            L::or(low[2], high[2]),
+            L::or(low[3], high[3]),
+            L::or(low[4], high[4]),
+            L::or(low[5], high[5]),
+            L::or(low[6], high[6]),
+            L::or(low[7], high[7]),
+        ]
+    }
+}
+
+/// Scale and minimum of the lanes for half `half` of step `step` (`BOTH`: for all of it).
+///
+/// # Safety
+/// `base` is the unit's first byte; `lane` the first row.
+#[inline(always)]
+unsafe fn scales<L: Lanes>(
+    layout: &Layout,
+    unit: &Unit,
+    base: *const u8,
+    lane: usize,
+    step: usize,
+    half: usize,
+) -> (L::F, L::F) {
+    // SAFETY: offsets are those of the layout.
+    unsafe {
+        let head = step / unit.group_steps;
+        let sub = match half {
+            BOTH => step,
+            half => 2 * step + half,
+        };
+        let halves = |at: usize| L::halves(base.add(at + 2 * (head * PANEL + lane)));
+        let scale = match layout.scale {
+            Scale::Half { .. } => halves(0),
+            Scale::Exponent => L::exponents(base.add(head * PANEL + lane)),
+            Scale::Super { .. } => L::mul(
+                halves(0),
+                L::signed(base.add(unit.sub_scales + sub * PANEL + lane)),
+            ),
+        };
+        let min = match layout.min {
+            Min::Without => L::zero(),
+            Min::Half => halves(unit.mins),
+            Min::Zero => L::unsigned(base.add(unit.mins + head * PANEL + lane)),
+            Min::Super => L::mul(
+                halves(unit.mins),
+                L::unsigned(base.add(unit.sub_mins + sub * PANEL + lane)),
+            ),
+        };
+        (scale, min)
+    }
+}
+
+/// # Safety
+/// As [`Kernel::run`].
+#[inline(always)]
+unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
+    tile: &Tile<'_>,
+) {
+    let (layout, units) = (tile.layout, tile.units);
+    // SAFETY: as the caller promised.
+    unsafe {
+        let table = match layout.codes {
+            Codes::Table(table) => L::table(table),
+            _ => L::splat(0),
+        };
+        // The byte of zero: tables are stored 128 too large, and signed products take 128 off themselves.
+        let zero = match layout.codes {
+            Codes::Table(_) => 128,
+            _ => i32::from(layout.offset),
+        };
+        let offset = zero - if U::WIDE && L::SIGNED { 128 } else { 0 };
+        for lane in (0..PANEL).step_by(L::N) {
+            let mut sums = [[L::zero(); M]; P];
+            for index in 0..units.len() {
+                let (unit, start) = units.at(index);
+                for step in 0..unit.steps {
+                    let at = index * UNIT_STEPS + step;
+                    for p in 0..P {
+                        let base = tile.panels.get_unchecked(p).add(start);
+                        let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
+                        let codes = U::unpack::<L>(codes, table);
+                        if HALF_STEPS {
+                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, 0);
+                            add::<L, U, 0, M>(tile, at, &codes, offset, scale, min, &mut sums[p]);
+                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, 1);
+                            add::<L, U, 1, M>(tile, at, &codes, offset, scale, min, &mut sums[p]);
+                        } else {
+                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, BOTH);
+                            add::<L, U, BOTH, M>(
+                                tile,
+                                at,
+                                &codes,
+                                offset,
+                                scale,
+                                min,
+                                &mut sums[p],
+                            );
+                        }
+                    }
+                }
+            }
+            for (p, sums) in sums.iter().enumerate() {
+                for (m, sum) in sums.iter().enumerate() {
+                    L::store(*sum, tile.out.add((p * M + m) * PANEL + lane));
+                }
+            }
+        }
+    }
+}
+
+/// Adds a step, or half of one, to the sums of all rows.
+///
+/// # Safety
+/// As [`Kernel::run`].
+#[inline(always)]
+unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
+    tile: &Tile<'_>,
+    step: usize,
+    codes: &[L::I; 8],
+    offset: i32,
+    scale: L::F,
+    min: L::F,
+    sums: &mut [L::F; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let mut m = 0;
+        while m < M {
+            let (quants, scales) = *tile.rows.get_unchecked(m);
+            let (quants, a) = (quants.add(step * STEP), &*scales.add(step));
+            let mut products = L::splat(-offset * a.sums[HALF]);
+            let (first, last) = match HALF {
+                BOTH => (0, 8),
+                half => (4 * half, 4 * half + 4),
+            };
+            let mut j = first;
+            while j < last {
+                let a = quants.add(4 * j);
+                products = match U::WIDE {
+                    true => L::dot_wide(products, codes[j], a),
+                    false => L::dot(products, codes[j], a),
+                };
+                j += 1;
+            }
+            let mut number = L::number(products);
+            if tile.layout.min == Min::Zero {
+                number = L::fnma(min, L::broadcast(&a.numbers[HALF]), number);
+            }
+            let scaled = L::mul(scale, L::broadcast(&a.scale));
+            sums[m] = L::fma(number, scaled, sums[m]);
+            match tile.layout.min {
+                Min::Without | Min::Zero => {}
+                Min::Half => sums[m] = L::fma(min, L::broadcast(&a.scaled[HALF]), sums[m]),
+                Min::Super => sums[m] = L::fnma(min, L::broadcast(&a.scaled[HALF]), sums[m]),
+            }
+            m += 1;
+        }
+    }
+}
+
+macro_rules! level {
+    ($name:ident, $lanes:ty, $features:literal) => {
+        fn $name<const P: usize, const M: usize>(codes: Codes, half_steps: bool) -> Kernel {
+            #[target_feature(enable = $features)]
+            unsafe fn run<U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
+                work: &Tile<'_>,
+            ) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { tile::<$lanes, U, HALF_STEPS, P, M>(work) }
+            }
+            let run: unsafe fn(&Tile<'_>) = match (codes, half_steps) {
+                (Codes::U2, false) => run::<Planes<2, 0>, false, P, M>,
+                (Codes::U2, true) => run::<Planes<2, 0>, true, P, M>,
+                (Codes::U3, false) => run::<Planes<2, 1>, false, P, M>,
+                (Codes::U3, true) => run::<Planes<2, 1>, true, P, M>,
+                (Codes::U4, false) => run::<Planes<4, 0>, false, P, M>,
+                (Codes::U4, true) => run::<Planes<4, 0>, true, P, M>,
+                (Codes::U5, false) => run::<Planes<4, 1>, false, P, M>,
+                (Codes::U5, true) => run::<Planes<4, 1>, true, P, M>,
+                (Codes::U6, false) => run::<Planes<4, 2>, false, P, M>,
+                (Codes::U6, true) => run::<Planes<4, 2>, true, P, M>,
+                (Codes::U8, false) => run::<Planes<8, 0>, false, P, M>,
+                (Codes::U8, true) => run::<Planes<8, 0>, true, P, M>,
+                (Codes::Table(_), false) => run::<Names, false, P, M>,
+                (Codes::Table(_), true) => run::<Names, true, P, M>,
+            };
+            Kernel {
+                panels: P,
+                rows: M,
+                run,
+            }
+        }
+    };
+}
+
+level!(avx2, Avx2, "avx2,fma,f16c");
+level!(
+    vnni,
+    Vnni,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma"
+);

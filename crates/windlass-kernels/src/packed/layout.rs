@@ -1,0 +1,272 @@
+//! How a packed matrix stores its numbers, and where each piece of a unit lies.
+
+use super::{PANEL, STEP, UNIT, UNIT_STEPS};
+
+/// The values of IQ4_NL and IQ4_XS codes.
+///
+/// # Source
+/// The ggml block formats.
+pub const TABLE_IQ4: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
+/// Twice the values of the FP4 codes (E2M1).
+///
+/// # Source
+/// OCP Microscaling Formats 1.0.
+pub const TABLE_FP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Unsigned codes of some bits, kept in a low plane of 2, 4 or 8 bits and a high plane of the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Codes {
+    /// 2 bits.
+    U2,
+    /// 2 + 1 bits.
+    U3,
+    /// 4 bits.
+    U4,
+    /// 4 + 1 bits.
+    U5,
+    /// 4 + 2 bits.
+    U6,
+    /// 8 bits.
+    U8,
+    /// 4 bits that name an entry of a table.
+    Table(&'static [i8; 16]),
+}
+
+impl Codes {
+    /// Bits of a code.
+    pub const fn bits(self) -> usize {
+        match self {
+            Codes::U2 => 2,
+            Codes::U3 => 3,
+            Codes::U4 | Codes::Table(_) => 4,
+            Codes::U5 => 5,
+            Codes::U6 => 6,
+            Codes::U8 => 8,
+        }
+    }
+
+    /// Bits of a code in the low plane.
+    pub(super) const fn low_bits(self) -> usize {
+        match self {
+            Codes::U2 | Codes::U3 => 2,
+            Codes::U4 | Codes::U5 | Codes::U6 | Codes::Table(_) => 4,
+            Codes::U8 => 8,
+        }
+    }
+}
+
+/// What a code, less its offset, is multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scale {
+    /// An `f16` for every `group` columns: 32, 64, 128 or 256.
+    Half {
+        /// Columns that share a scale.
+        group: usize,
+    },
+    /// A power of two, `2^(e - 128)`, for every 32 columns; the two below the normal numbers of `f32` count as zero.
+    Exponent,
+    /// An `f16` for 256 columns times a signed byte for every `sub` columns: 16 or 32.
+    Super {
+        /// Columns that share a byte.
+        sub: usize,
+    },
+}
+
+/// What is added to a product of code and scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Min {
+    /// Nothing.
+    Without,
+    /// An `f16` for each scale, added.
+    Half,
+    /// A byte for each scale: the code of zero, in place of the layout's offset.
+    Zero,
+    /// An `f16` for 256 columns times a byte for each sub-scale, subtracted.
+    Super,
+}
+
+/// How a matrix is stored: `w = scale * (code - offset) + min`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// The codes.
+    pub codes: Codes,
+    /// The code of zero; 0 where `min` says it, and with a table.
+    pub offset: u8,
+    /// The scales.
+    pub scale: Scale,
+    /// The minimums.
+    pub min: Min,
+}
+
+impl Layout {
+    /// Symmetric integers of 4 bits, an `f16` scale for each group.
+    pub const fn q4(group: usize) -> Layout {
+        Layout {
+            codes: Codes::U4,
+            offset: 8,
+            scale: Scale::Half { group },
+            min: Min::Without,
+        }
+    }
+
+    /// Integers of 4 bits with a zero of their own, an `f16` scale and a byte for each group.
+    pub const fn q4_asymmetric(group: usize) -> Layout {
+        Layout {
+            offset: 0,
+            min: Min::Zero,
+            ..Layout::q4(group)
+        }
+    }
+
+    /// Symmetric integers of 8 bits, an `f16` scale for each 32.
+    pub const fn q8() -> Layout {
+        Layout {
+            codes: Codes::U8,
+            offset: 128,
+            scale: Scale::Half { group: 32 },
+            min: Min::Without,
+        }
+    }
+
+    /// Columns that share the scale nearest to the codes.
+    pub const fn sub(&self) -> usize {
+        match self.scale {
+            Scale::Super { sub } => sub,
+            Scale::Half { group } => group,
+            Scale::Exponent => STEP,
+        }
+    }
+
+    /// Columns that a matrix's columns are rounded up to.
+    pub const fn block(&self) -> usize {
+        match self.scale {
+            Scale::Super { .. } => UNIT,
+            Scale::Half { group } => group,
+            Scale::Exponent => STEP,
+        }
+    }
+
+    /// Bits a weight, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        let unit = self.unit(UNIT_STEPS);
+        8.0 * unit.bytes as f64 / (PANEL * UNIT) as f64
+    }
+
+    /// Where the pieces of a unit of `steps` steps lie.
+    ///
+    /// # Panics
+    /// On a group that is not 32, 64, 128 or 256, or a sub-block that is not 16 or 32.
+    #[track_caller]
+    pub(super) fn unit(&self, steps: usize) -> Unit {
+        let group_steps = match self.scale {
+            Scale::Super { sub } => {
+                assert!(
+                    sub == 16 || sub == 32,
+                    "a sub-scale for {sub} columns, not 16 or 32"
+                );
+                UNIT_STEPS
+            }
+            Scale::Half { group } => {
+                assert!(
+                    [32, 64, 128, 256].contains(&group),
+                    "a scale for {group} columns, not 32, 64, 128 or 256"
+                );
+                group / STEP
+            }
+            Scale::Exponent => 1,
+        };
+        let heads = steps.div_ceil(group_steps);
+        let (scale, sub) = match self.scale {
+            Scale::Half { .. } => (2, 0),
+            Scale::Exponent => (1, 0),
+            Scale::Super { sub } => (2, STEP / sub),
+        };
+        let (min, sub_min) = match self.min {
+            Min::Without => (0, 0),
+            Min::Half => (2, 0),
+            Min::Zero => (1, 0),
+            Min::Super => (2, sub),
+        };
+        let mins = heads * scale * PANEL;
+        let sub_scales = mins + heads * min * PANEL;
+        let sub_mins = sub_scales + steps * sub * PANEL;
+        let planes = (sub_mins + steps * sub_min * PANEL).next_multiple_of(64);
+        Unit {
+            steps,
+            group_steps,
+            mins,
+            sub_scales,
+            sub_mins,
+            planes,
+            bytes: planes + steps * self.codes.bits() * 64,
+        }
+    }
+}
+
+/// Offsets in bytes of the pieces of a unit; the scales of the groups come first.
+///
+/// Every piece has its numbers in the order of the 16 rows: `[groups or steps (, halves), 16]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unit {
+    /// Steps of the unit.
+    pub steps: usize,
+    /// Steps that share a scale.
+    pub group_steps: usize,
+    /// Minimums of the groups.
+    pub mins: usize,
+    /// Signed bytes of the sub-blocks.
+    pub sub_scales: usize,
+    /// Minimums of the sub-blocks.
+    pub sub_mins: usize,
+    /// Codes: low plane then high plane of each step.
+    pub planes: usize,
+    /// The whole unit.
+    pub bytes: usize,
+}
+
+/// How the units of a panel follow each other: whole ones, then maybe a shorter one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Units {
+    pub whole: Unit,
+    pub count: usize,
+    pub last: Option<Unit>,
+}
+
+impl Units {
+    pub fn new(layout: &Layout, cols: usize) -> Units {
+        let steps = cols.next_multiple_of(layout.block()) / STEP;
+        let last = steps % UNIT_STEPS;
+        Units {
+            whole: layout.unit(UNIT_STEPS),
+            count: steps / UNIT_STEPS,
+            last: (last > 0).then(|| layout.unit(last)),
+        }
+    }
+
+    /// Steps of a row.
+    pub fn steps(&self) -> usize {
+        self.count * UNIT_STEPS + self.last.map_or(0, |unit| unit.steps)
+    }
+
+    /// Bytes of a panel.
+    pub fn bytes(&self) -> usize {
+        self.count * self.whole.bytes + self.last.map_or(0, |unit| unit.bytes)
+    }
+
+    /// Number of units.
+    pub fn len(&self) -> usize {
+        self.count + usize::from(self.last.is_some())
+    }
+
+    /// The unit of a number and its first byte in the panel.
+    pub fn at(&self, index: usize) -> (Unit, usize) {
+        let start = index * self.whole.bytes;
+        if index < self.count {
+            (self.whole, start)
+        } else {
+            (self.last.expect("a unit inside the panel"), start)
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Matrices of small integers with scales, laid out for products with few or many rows of 8-bit activations.
+//!
+//! A matrix `[N, K]` is cut into *panels* of 16 rows; a panel is one stream of bytes along `K`, so a core that works on
+//! four panels reads four streams. Inside, a *step* of 32 columns holds its codes so that one 64-byte vector has four
+//! neighboring columns of each of the 16 rows: what `vpdpbusd` multiplies. A *unit* of up to eight steps starts with the
+//! scales of its steps.
+//!
+//! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each step. A product sums
+//! integers inside a step (or a half one, where the format has a scale for 16 columns), and adds steps in order in `f32`:
+//! a row's result has the same bits for any number of rows, threads and neighbors, and at every [`crate::dispatch::Level`].
+//!
+//! This module knows nothing of file formats; a [`RowUnit`] is what their blocks are taken apart into.
+
+mod activations;
+mod kernel;
+mod lanes;
+mod layout;
+mod matrix;
+mod product;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+pub use activations::Activations;
+pub use layout::{Codes, Layout, Min, Scale, TABLE_FP4, TABLE_IQ4};
+pub use matrix::{PackedMatrix, RowUnit};
+pub use product::{Product, multiply};
+
+/// Rows of a panel.
+pub const PANEL: usize = 16;
+/// Columns of a step: activations share a scale.
+pub const STEP: usize = 32;
+/// Steps of a whole unit.
+pub const UNIT_STEPS: usize = 8;
+/// Columns of a whole unit.
+pub const UNIT: usize = STEP * UNIT_STEPS;

@@ -1,0 +1,283 @@
+//! Every format at every level against the specification, bit for bit, and that against plain numbers.
+
+use super::*;
+use crate::dispatch::Level;
+use crate::memory::Memory;
+use crate::pool::Pool;
+use half::f16;
+
+fn random(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    }
+}
+
+fn layouts() -> Vec<(&'static str, Layout)> {
+    let half = |codes, offset, group, min| Layout {
+        codes,
+        offset,
+        scale: Scale::Half { group },
+        min,
+    };
+    let two = |codes, offset, sub, min| Layout {
+        codes,
+        offset,
+        scale: Scale::Super { sub },
+        min,
+    };
+    vec![
+        ("q4", Layout::q4(32)),
+        ("q4 in groups of 64", Layout::q4(64)),
+        ("q4 in groups of 128", Layout::q4(128)),
+        ("q4 with zeros", Layout::q4_asymmetric(128)),
+        ("q8", Layout::q8()),
+        ("Q4_1", half(Codes::U4, 0, 32, Min::Half)),
+        ("Q5_0", half(Codes::U5, 16, 32, Min::Without)),
+        ("Q5_1", half(Codes::U5, 0, 32, Min::Half)),
+        ("Q2_K", two(Codes::U2, 0, 16, Min::Super)),
+        ("Q3_K", two(Codes::U3, 4, 16, Min::Without)),
+        ("Q4_K", two(Codes::U4, 0, 32, Min::Super)),
+        ("Q5_K", two(Codes::U5, 0, 32, Min::Super)),
+        ("Q6_K", two(Codes::U6, 32, 16, Min::Without)),
+        (
+            "IQ4_NL",
+            half(Codes::Table(&TABLE_IQ4), 0, 32, Min::Without),
+        ),
+        ("IQ4_XS", two(Codes::Table(&TABLE_IQ4), 0, 32, Min::Without)),
+        (
+            "MXFP4",
+            Layout {
+                scale: Scale::Exponent,
+                ..half(Codes::Table(&TABLE_FP4), 0, 32, Min::Without)
+            },
+        ),
+        ("TQ2_0", half(Codes::U2, 1, 256, Min::Without)),
+        ("2 bits with zeros", half(Codes::U2, 0, 64, Min::Zero)),
+        ("3 bits with zeros", half(Codes::U3, 0, 128, Min::Zero)),
+        ("8 bits with zeros", half(Codes::U8, 0, 128, Min::Zero)),
+    ]
+}
+
+/// Random numbers in all fields that the layout stores.
+fn random_unit(layout: &Layout, next: &mut impl FnMut() -> u64) -> RowUnit {
+    let mut unit = RowUnit::ZERO;
+    let small = |next: &mut dyn FnMut() -> u64| {
+        f16::from_f32(((next() >> 40) as f32 / 1e7 - 0.8) / 50.0).to_bits()
+    };
+    let bits = layout.codes.bits();
+    unit.codes
+        .fill_with(|| (next() >> 32) as u8 & ((1u16 << bits) - 1) as u8);
+    for i in 0..UNIT_STEPS {
+        unit.scales[i] = match layout.scale {
+            Scale::Exponent => 110 + (next() >> 60) as u16,
+            _ => small(next),
+        };
+        unit.mins[i] = match layout.min {
+            Min::Without => 0,
+            Min::Zero => (next() >> 32) as u16 & ((1 << bits) - 1),
+            _ => small(next),
+        };
+    }
+    if matches!(layout.scale, Scale::Super { .. }) {
+        unit.sub_scales.fill_with(|| (next() >> 58) as i8 - 32);
+        if layout.min == Min::Super {
+            unit.sub_mins.fill_with(|| (next() >> 58) as u8);
+        }
+    }
+    unit
+}
+
+#[track_caller]
+fn assert_bits(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(
+            got.to_bits(),
+            want.to_bits(),
+            "{what}: element {i}: {got} for {want}"
+        );
+    }
+}
+
+/// A matrix of random units, and the units themselves where a row really has them.
+fn random_matrix(
+    pool: &Pool,
+    layout: Layout,
+    shape: [usize; 2],
+) -> (PackedMatrix, Vec<Vec<RowUnit>>) {
+    let mut next = random(shape[0] as u64 * 7919 + shape[1] as u64);
+    let units = shape[1].div_ceil(UNIT);
+    let rows: Vec<Vec<RowUnit>> = (0..shape[0])
+        .map(|_| {
+            (0..units)
+                .map(|_| random_unit(&layout, &mut next))
+                .collect()
+        })
+        .collect();
+    let memory = Memory::new();
+    let matrix = PackedMatrix::pack(pool, &memory, layout, shape, |row, unit, out| {
+        *out = rows[row][unit].clone();
+    });
+    (matrix, rows)
+}
+
+fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
+    let pools: Vec<Pool> = Level::supported()
+        .iter()
+        .map(|&level| Pool::with_level(2, level))
+        .collect();
+    let (matrix, rows) = random_matrix(&pools[0], layout, [n, k]);
+    let mut row = vec![0f32; k];
+    let mut dense = Vec::new();
+    for (r, units) in rows.iter().enumerate() {
+        matrix.unpack_row(r, &mut row);
+        let want: Vec<f32> = (0..k)
+            .map(|k| units[k / UNIT].weight(&layout, k % UNIT))
+            .collect();
+        assert_bits(
+            &format!("{name} [{n}, {k}]: row {r} read back"),
+            &row,
+            &want,
+        );
+        dense.extend_from_slice(&row);
+    }
+    let memory = Memory::new();
+    for m in [1, 2, 3, 5, 9, 17, 300] {
+        if m == 300 && n > 40 {
+            continue;
+        }
+        let mut next = random(m as u64);
+        let x: Vec<f32> = (0..m * k)
+            .map(|_| (next() >> 40) as f32 / 8e6 - 1.0)
+            .collect();
+        let scalar = Activations::quantize(&pools[0], &memory, &x, k);
+        let want: Vec<f32> = (0..m * n)
+            .map(|i| reference::dot(&matrix, i % n, scalar.row(i / n)))
+            .collect();
+        for pool in &pools {
+            let quantized = Activations::quantize(pool, &memory, &x, k);
+            let mut got = vec![0f32; m * n];
+            let product = Product {
+                matrix: &matrix,
+                bias: None,
+                residual: None,
+                out: &mut got,
+            };
+            multiply(pool, &quantized, &mut [product]);
+            let what = format!("{name} [{n}, {k}], {m} rows, {}", pool.level());
+            assert_bits(&what, &got, &want);
+        }
+        // The specification against plain products of the quantized numbers.
+        for i in (0..m * n).step_by(7) {
+            let (row, weights) = (scalar.row(i / n), &dense[i % n * k..][..k]);
+            let (mut exact, mut size) = (0f64, 0f64);
+            for (k, w) in weights.iter().enumerate() {
+                let a = f64::from(row.quants[k]) * f64::from(row.scales[k / STEP].scale);
+                exact += a * f64::from(*w);
+                // Terms of a minimum and of codes cancel.
+                size += a.abs() * (f64::from(w.abs()) + 1.0);
+            }
+            let error = (f64::from(want[i]) - exact).abs();
+            assert!(error <= 1e-5 * size, "{name}: {} for {exact}", want[i]);
+        }
+    }
+}
+
+#[test]
+fn all_levels_give_the_bits_of_the_specification() {
+    for (name, layout) in layouts() {
+        for shape in [[1, 256], [16, 512], [37, 768], [130, 256]] {
+            check(name, layout, shape);
+        }
+        // Columns that fill no unit, no group, no step.
+        if !matches!(layout.scale, Scale::Super { .. }) {
+            for shape in [[5, 32], [20, 172], [17, 900]] {
+                check(name, layout, shape);
+            }
+        }
+    }
+}
+
+#[test]
+fn several_products_share_a_run_with_bias_and_residual() {
+    let pool = Pool::new(2);
+    let memory = Memory::new();
+    let (a, _) = random_matrix(&pool, Layout::q4(32), [70, 256]);
+    let (b, _) = random_matrix(&pool, Layout::q8(), [33, 256]);
+    let x: Vec<f32> = (0..3 * 256).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Activations::quantize(&pool, &memory, &x, 256);
+    let plain = |matrix: &PackedMatrix| -> Vec<f32> {
+        (0..3 * matrix.rows())
+            .map(|i| reference::dot(matrix, i % matrix.rows(), x.row(i / matrix.rows())))
+            .collect()
+    };
+    let bias: Vec<f32> = (0..70).map(|i| i as f32).collect();
+    let residual: Vec<f32> = (0..210).map(|i| 1.0 / (1.0 + i as f32)).collect();
+    let (mut ya, mut yb) = (vec![0f32; 210], vec![0f32; 99]);
+    multiply(
+        &pool,
+        &x,
+        &mut [
+            Product {
+                matrix: &a,
+                bias: Some(&bias),
+                residual: Some(&residual),
+                out: &mut ya,
+            },
+            Product {
+                matrix: &b,
+                bias: None,
+                residual: None,
+                out: &mut yb,
+            },
+        ],
+    );
+    let want: Vec<f32> = plain(&a)
+        .iter()
+        .enumerate()
+        .map(|(i, y)| y + bias[i % 70] + residual[i])
+        .collect();
+    assert_bits("with bias and residual", &ya, &want);
+    assert_bits("the second product", &yb, &plain(&b));
+}
+
+#[test]
+fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
+    let memory = Memory::new();
+    for &level in Level::supported() {
+        let pool = Pool::with_level(1, level);
+        let mut x: Vec<f32> = (0..96).map(|i| (i as f32 - 48.0) / 3.0).collect();
+        (x[40], x[70]) = (f32::NAN, f32::NEG_INFINITY);
+        let q = Activations::quantize(&pool, &memory, &x, 96);
+        let row = q.row(0);
+        assert_eq!(row.quants[0], -127, "{level}");
+        assert!((row.scales[0].scale * 127.0 - 16.0).abs() < 1e-5);
+        for k in 0..32 {
+            let error = (row.scales[0].scale * f32::from(row.quants[k]) - x[k]).abs();
+            assert!(error <= row.scales[0].scale * 0.5001, "{level}: {error}");
+        }
+        assert!(row.scales[1].scale.is_nan() && row.scales[2].scale.is_nan());
+        let q = Activations::quantize(&pool, &memory, &[1e-42f32; 32], 32);
+        assert_eq!((q.row(0).scales[0].scale, q.row(0).quants[0]), (0.0, 0));
+    }
+}
+
+#[test]
+fn sizes_are_those_of_the_formats() {
+    let unit = |layout: Layout| layout.bits_per_weight();
+    assert_eq!(unit(Layout::q4(32)), 4.5);
+    assert_eq!(unit(Layout::q4(128)), 4.125);
+    assert_eq!(unit(Layout::q8()), 8.5);
+    for (name, layout) in layouts() {
+        let plain = layout.codes.bits() as f64;
+        let extra = unit(layout) - plain;
+        assert!(
+            (0.06..=1.15).contains(&extra),
+            "{name}: {extra} bits of scales"
+        );
+    }
+}
