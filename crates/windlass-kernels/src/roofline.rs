@@ -26,6 +26,20 @@ pub fn fma_peak(pool: &Pool, repeats: usize) -> f64 {
     })
 }
 
+/// Integer operations a second of byte products (two a product and sum) on registers, all threads together, with the
+/// instructions that packed products use at the pool's level; `None` for the scalar one.
+pub fn int8_peak(pool: &Pool, repeats: usize) -> Option<f64> {
+    let (chunk, lanes): (unsafe fn(usize) -> i32, usize) = match pool.level() {
+        Level::Scalar => return None,
+        Level::Avx512 | Level::Amx if is_x86_feature_detected!("avx512vnni") => (bytes_vnni, 64),
+        _ => (bytes_avx2, 32),
+    };
+    Some(peak(pool, repeats, (2 * CHAINS * lanes) as f64, |rounds| {
+        // SAFETY: the pool's level and the feature are supported.
+        std::hint::black_box(unsafe { chunk(rounds) });
+    }))
+}
+
 /// Floating-point operations a second of `bf16` tile products on registers; `None` below [`Level::Amx`].
 pub fn amx_peak(pool: &Pool, repeats: usize) -> Option<f64> {
     if pool.level() != Level::Amx {
@@ -154,6 +168,37 @@ unsafe fn fma_avx512(rounds: usize) -> f32 {
     c.iter().map(|c| _mm512_cvtss_f32(*c)).sum()
 }
 
+#[target_feature(enable = "avx2")]
+unsafe fn bytes_avx2(rounds: usize) -> i32 {
+    let (x, ones) = (
+        _mm256_set1_epi8(std::hint::black_box(3)),
+        _mm256_set1_epi16(1),
+    );
+    let mut c = [x; CHAINS];
+    for _ in 0..rounds {
+        c.iter_mut().for_each(|c| {
+            let pairs = _mm256_maddubs_epi16(*c, x);
+            *c = _mm256_add_epi32(*c, _mm256_madd_epi16(pairs, ones));
+        });
+    }
+    c.iter()
+        .map(|c| _mm256_cvtsi256_si32(*c))
+        .fold(0, i32::wrapping_add)
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn bytes_vnni(rounds: usize) -> i32 {
+    let x = _mm512_set1_epi8(std::hint::black_box(3));
+    let mut c = [x; CHAINS];
+    for _ in 0..rounds {
+        c.iter_mut()
+            .for_each(|c| *c = _mm512_dpbusd_epi32(*c, x, x));
+    }
+    c.iter()
+        .map(|c| _mm512_cvtsi512_si32(*c))
+        .fold(0, i32::wrapping_add)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,6 +210,9 @@ mod tests {
             let peak = fma_peak(&pool, 1);
             assert!(peak > 1e7, "{level}: {peak:e} operations a second");
             assert_eq!(amx_peak(&pool, 1).is_some(), level == Level::Amx);
+            let bytes = int8_peak(&pool, 1);
+            assert_eq!(bytes.is_some(), level != Level::Scalar);
+            assert!(bytes.is_none_or(|peak| peak > 1e8), "{level}: {bytes:?}");
         }
         let mut data = vec![1f32; 1 << 20];
         let pool = Pool::new(2);

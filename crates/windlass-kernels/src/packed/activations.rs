@@ -8,16 +8,22 @@ use crate::{Element, tasks::Tasks};
 
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
-/// A scale is `max|x| / 127` over a step of 32 columns. A step with a NaN or an infinity has the scale NaN.
+/// A scale is `max|x| / 127` over a step of 32 columns. A step with a NaN or an infinity has the scale NaN. Rows are kept in
+/// blocks of up to [`BLOCK`], step by step, so that a kernel finds those of a tile side by side.
 pub struct Activations {
     rows: usize,
     cols: usize,
     steps: usize,
-    /// `[rows, steps, 32]` of `i8`.
+    /// Rows of a block: 1, 2, 4 or 8.
+    height: usize,
+    /// `[blocks, steps, height, 32]` of `i8`.
     quants: Buffer,
-    /// `[rows, steps]` of [`StepScales`].
+    /// `[blocks, steps, height]` of [`StepScales`].
     scales: Buffer,
 }
+
+/// Rows of the largest block.
+pub(super) const BLOCK: usize = 8;
 
 /// What belongs to a step of a row. Of sums there are three: of the first half, of the second, of both.
 #[repr(C)]
@@ -27,8 +33,6 @@ pub(super) struct StepScales {
     pub scale: f32,
     /// Sums of quants.
     pub sums: [i32; 3],
-    /// The same as numbers.
-    pub numbers: [f32; 3],
     /// The same times the scale.
     pub scaled: [f32; 3],
 }
@@ -51,27 +55,37 @@ impl Activations {
         // Every layout's rows end at a multiple of a unit at most.
         let steps = cols.next_multiple_of(super::UNIT) / STEP;
         let rows = x.len() / cols;
-        let mut quants = memory.alloc(rows * steps * STEP, Category::Workspace);
-        let mut scales = memory.alloc(rows * steps * size_of::<StepScales>(), Category::Workspace);
+        let height = rows.next_power_of_two().min(BLOCK);
+        let blocks = rows.div_ceil(height);
+        let cells = steps * height;
+        let mut quants = memory.alloc(blocks * cells * STEP, Category::Workspace);
+        let bytes = cells * size_of::<StepScales>();
+        let mut scales = memory.alloc(blocks * bytes, Category::Workspace);
         let quantize = quantize_row(pool.level());
         {
             let q = SharedMut::new(quants.block_mut());
             let s = SharedMut::new(scales.block_mut());
-            let tasks = Tasks::rows(rows, cols);
+            let tasks = Tasks::rows(blocks, cols * height);
             pool.run(tasks.count(), |task, worker| {
-                for row in tasks.part(task) {
+                for block in tasks.part(task) {
                     let floats = worker.scratch::<f32>(steps * STEP);
-                    for (to, from) in floats.iter_mut().zip(&x[row * cols..][..cols]) {
-                        *to = E::to_f64(*from) as f32;
-                    }
-                    floats[cols..].fill(0.0);
-                    let bytes = size_of::<StepScales>();
-                    // SAFETY: a task writes its own rows; the block of scales is aligned and every bit pattern is valid.
-                    unsafe {
-                        let q = q.slice(row * steps * STEP, steps * STEP);
-                        let s = s.slice(row * steps * bytes, steps * bytes);
-                        let s = std::slice::from_raw_parts_mut(s.as_mut_ptr().cast(), steps);
-                        quantize(floats, q, s);
+                    // SAFETY: a task writes its own blocks; that of scales is aligned and every bit pattern is valid.
+                    let (q, s) = unsafe {
+                        let s = s.slice(block * bytes, bytes).as_mut_ptr();
+                        (
+                            q.slice(block * cells * STEP, cells * STEP),
+                            std::slice::from_raw_parts_mut(s.cast(), cells),
+                        )
+                    };
+                    for m in 0..height {
+                        // The rows that a last block lacks are its last one again.
+                        let row = (block * height + m).min(rows - 1);
+                        for (to, from) in floats.iter_mut().zip(&x[row * cols..][..cols]) {
+                            *to = E::to_f64(*from) as f32;
+                        }
+                        floats[cols..].fill(0.0);
+                        // SAFETY: the pool's level is supported.
+                        unsafe { quantize(floats, q, s, m, height) };
                     }
                 }
             });
@@ -80,6 +94,7 @@ impl Activations {
             rows,
             cols,
             steps,
+            height,
             quants,
             scales,
         }
@@ -95,40 +110,56 @@ impl Activations {
         self.cols
     }
 
-    /// One row.
-    pub(super) fn row(&self, row: usize) -> Row<'_> {
-        let quants = &self.quants.block()[row * self.steps * STEP..][..self.steps * STEP];
-        let bytes = size_of::<StepScales>();
-        let scales = &self.scales.block()[row * self.steps * bytes..][..self.steps * bytes];
-        Row {
-            // SAFETY: `i8` and `u8` have the same layout.
-            quants: unsafe { std::slice::from_raw_parts(quants.as_ptr().cast(), quants.len()) },
-            // SAFETY: written as such above; blocks are aligned to 64 and the size is a multiple of 4.
-            scales: unsafe { std::slice::from_raw_parts(scales.as_ptr().cast(), self.steps) },
-        }
+    /// Rows of a block.
+    pub(super) fn height(&self) -> usize {
+        self.height
+    }
+
+    /// The quants of all rows: step `s` of row `r` is at `cell(r, s) * 32`.
+    pub(super) fn quants(&self) -> &[i8] {
+        let bytes = &self.quants.block()[..self.quants.bytes()];
+        // SAFETY: `i8` and `u8` have the same layout.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) }
+    }
+
+    /// The scales of all rows: step `s` of row `r` is at `cell(r, s)`.
+    pub(super) fn scales(&self) -> &[StepScales] {
+        let bytes = &self.scales.block()[..self.scales.bytes()];
+        let len = bytes.len() / size_of::<StepScales>();
+        // SAFETY: written as such above; blocks are aligned to 64 and the size is a multiple of 4.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
+    }
+
+    /// Where a step of a row lies.
+    pub(super) fn cell(&self, row: usize, step: usize) -> usize {
+        let (block, m) = (row / self.height, row % self.height);
+        (block * self.steps + step) * self.height + m
+    }
+
+    /// The quants of a step of a row and its scales.
+    pub(super) fn step(&self, row: usize, step: usize) -> (&[i8; STEP], &StepScales) {
+        let cell = self.cell(row, step);
+        (
+            &self.quants().as_chunks::<STEP>().0[cell],
+            &self.scales()[cell],
+        )
     }
 }
 
-/// A row of activations.
-#[derive(Clone, Copy)]
-pub(super) struct Row<'a> {
-    pub quants: &'a [i8],
-    pub scales: &'a [StepScales],
-}
-
-type QuantizeRow = unsafe fn(&[f32], &mut [u8], &mut [StepScales]);
+/// Of `(x, quants, scales, m, height)`: row `m` of a block.
+type QuantizeRow = unsafe fn(&[f32], &mut [u8], &mut [StepScales], usize, usize);
 
 /// The same code compiled for each level: every operation is exact or rounded once, so all levels give the same bits.
 fn quantize_row(level: Level) -> QuantizeRow {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(x: &[f32], q: &mut [u8], s: &mut [StepScales]) {
-            quantize_steps(x, q, s);
+        unsafe fn avx2(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
+            quantize_steps(x, q, s, m, height);
         }
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-        unsafe fn avx512(x: &[f32], q: &mut [u8], s: &mut [StepScales]) {
-            quantize_steps(x, q, s);
+        unsafe fn avx512(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
+            quantize_steps(x, q, s, m, height);
         }
         match level {
             Level::Scalar => quantize_steps,
@@ -144,9 +175,16 @@ fn quantize_row(level: Level) -> QuantizeRow {
 }
 
 #[inline(always)]
-fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales]) {
+fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
     let steps = x.as_chunks::<STEP>().0.iter();
-    for ((x, q), s) in steps.zip(q.as_chunks_mut::<STEP>().0).zip(s) {
+    let q = q
+        .as_chunks_mut::<STEP>()
+        .0
+        .iter_mut()
+        .skip(m)
+        .step_by(height);
+    let s = s.iter_mut().skip(m).step_by(height);
+    for ((x, q), s) in steps.zip(q).zip(s) {
         let mut largest = 0u32;
         for x in x {
             // Magnitudes of floats are ordered like their bits; NaN is above infinity.
@@ -171,12 +209,10 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales]) {
         let halves = [first.iter().sum::<i32>(), second.iter().sum()];
         let sums = [halves[0], halves[1], halves[0] + halves[1]];
         let scale = if finite && !normal { 0.0 } else { scale };
-        let numbers = sums.map(|sum| sum as f32);
         *s = StepScales {
             scale,
             sums,
-            numbers,
-            scaled: numbers.map(|sum| sum * scale),
+            scaled: sums.map(|sum| sum as f32 * scale),
         };
     }
 }

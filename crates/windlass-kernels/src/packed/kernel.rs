@@ -14,9 +14,15 @@ pub(super) struct Tile<'a> {
     pub units: &'a Units,
     /// First byte of each panel.
     pub panels: &'a [*const u8],
-    /// Quants and scales of each row.
-    pub rows: &'a [(*const i8, *const StepScales)],
+    /// Quants of the first row and step.
+    pub quants: *const i8,
+    /// Scales of the first row and step.
+    pub scales: *const StepScales,
+    /// Rows that lie between a step and the next.
+    pub height: usize,
     pub out: *mut f32,
+    /// The layout's code of zero, as [`Layout::zero`] says.
+    pub zero: f32,
 }
 
 /// A kernel for tiles of a number of panels and rows.
@@ -38,7 +44,7 @@ pub(super) fn choose(level: Level, codes: Codes, half_steps: bool, rows: usize) 
             2 => vnni::<4, 2>(codes, half_steps),
             3..=4 => vnni::<2, 4>(codes, half_steps),
             5..=8 => vnni::<2, 8>(codes, half_steps),
-            _ => vnni::<1, 16>(codes, half_steps),
+            _ => vnni::<1, 8>(codes, half_steps),
         }),
         _ => Some(match rows {
             ..=1 => avx2::<4, 1>(codes, half_steps),
@@ -219,13 +225,13 @@ unsafe fn merge<L: Lanes>(low: [L::I; 8], high: [L::I; 8]) -> [L::I; 8] {
     }
 }
 
-/// Scale and minimum of the lanes for half `half` of step `step` (`BOTH`: for all of it).
+/// Scale and minimum (that of code zero) of the lanes for half `half` of step `step` (`BOTH`: for all of it).
 ///
 /// # Safety
 /// `base` is the unit's first byte; `lane` the first row.
 #[inline(always)]
 unsafe fn scales<L: Lanes>(
-    layout: &Layout,
+    work: &Tile<'_>,
     unit: &Unit,
     base: *const u8,
     lane: usize,
@@ -234,13 +240,13 @@ unsafe fn scales<L: Lanes>(
 ) -> (L::F, L::F) {
     // SAFETY: offsets are those of the layout.
     unsafe {
-        let head = step / unit.group_steps;
+        let head = step >> unit.group_shift;
         let sub = match half {
             BOTH => step,
             half => 2 * step + half,
         };
         let halves = |at: usize| L::halves(base.add(at + 2 * (head * PANEL + lane)));
-        let scale = match layout.scale {
+        let scale = match work.layout.scale {
             Scale::Half { .. } => halves(0),
             Scale::Exponent => L::exponents(base.add(head * PANEL + lane)),
             Scale::Super { .. } => L::mul(
@@ -248,14 +254,18 @@ unsafe fn scales<L: Lanes>(
                 L::signed(base.add(unit.sub_scales + sub * PANEL + lane)),
             ),
         };
-        let min = match layout.min {
-            Min::Without => L::zero(),
+        let zero = L::zero();
+        let min = match work.layout.min {
+            Min::Without => L::fnma(scale, L::broadcast(&work.zero), zero),
             Min::Half => halves(unit.mins),
-            Min::Zero => L::unsigned(base.add(unit.mins + head * PANEL + lane)),
-            Min::Super => L::mul(
-                halves(unit.mins),
-                L::unsigned(base.add(unit.sub_mins + sub * PANEL + lane)),
-            ),
+            Min::Zero => {
+                let code = L::unsigned(base.add(unit.mins + head * PANEL + lane));
+                L::fnma(scale, code, zero)
+            }
+            Min::Super => {
+                let sub = L::unsigned(base.add(unit.sub_mins + sub * PANEL + lane));
+                L::fnma(halves(unit.mins), sub, zero)
+            }
         };
         (scale, min)
     }
@@ -265,21 +275,15 @@ unsafe fn scales<L: Lanes>(
 /// As [`Kernel::run`].
 #[inline(always)]
 unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
-    tile: &Tile<'_>,
+    work: &Tile<'_>,
 ) {
-    let (layout, units) = (tile.layout, tile.units);
+    let units = work.units;
     // SAFETY: as the caller promised.
     unsafe {
-        let table = match layout.codes {
+        let table = match work.layout.codes {
             Codes::Table(table) => L::table(table),
             _ => L::splat(0),
         };
-        // The byte of zero: tables are stored 128 too large, and signed products take 128 off themselves.
-        let zero = match layout.codes {
-            Codes::Table(_) => 128,
-            _ => i32::from(layout.offset),
-        };
-        let offset = zero - if U::WIDE && L::SIGNED { 128 } else { 0 };
         for lane in (0..PANEL).step_by(L::N) {
             let mut sums = [[L::zero(); M]; P];
             for index in 0..units.len() {
@@ -287,32 +291,24 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                 for step in 0..unit.steps {
                     let at = index * UNIT_STEPS + step;
                     for p in 0..P {
-                        let base = tile.panels.get_unchecked(p).add(start);
+                        let base = work.panels.get_unchecked(p).add(start);
                         let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
                         let codes = U::unpack::<L>(codes, table);
                         if HALF_STEPS {
-                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, 0);
-                            add::<L, U, 0, M>(tile, at, &codes, offset, scale, min, &mut sums[p]);
-                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, 1);
-                            add::<L, U, 1, M>(tile, at, &codes, offset, scale, min, &mut sums[p]);
+                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, 0);
+                            add::<L, U, 0, M>(work, at, &codes, scale, min, &mut sums[p]);
+                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, 1);
+                            add::<L, U, 1, M>(work, at, &codes, scale, min, &mut sums[p]);
                         } else {
-                            let (scale, min) = scales::<L>(layout, &unit, base, lane, step, BOTH);
-                            add::<L, U, BOTH, M>(
-                                tile,
-                                at,
-                                &codes,
-                                offset,
-                                scale,
-                                min,
-                                &mut sums[p],
-                            );
+                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, BOTH);
+                            add::<L, U, BOTH, M>(work, at, &codes, scale, min, &mut sums[p]);
                         }
                     }
                 }
             }
             for (p, sums) in sums.iter().enumerate() {
                 for (m, sum) in sums.iter().enumerate() {
-                    L::store(*sum, tile.out.add((p * M + m) * PANEL + lane));
+                    L::store(*sum, work.out.add((p * M + m) * PANEL + lane));
                 }
             }
         }
@@ -325,47 +321,69 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
 /// As [`Kernel::run`].
 #[inline(always)]
 unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
-    tile: &Tile<'_>,
+    work: &Tile<'_>,
     step: usize,
     codes: &[L::I; 8],
-    offset: i32,
     scale: L::F,
     min: L::F,
     sums: &mut [L::F; M],
 ) {
     // SAFETY: as the caller promised.
     unsafe {
-        let mut m = 0;
-        while m < M {
-            let (quants, scales) = *tile.rows.get_unchecked(m);
-            let (quants, a) = (quants.add(step * STEP), &*scales.add(step));
-            let mut products = L::splat(-offset * a.sums[HALF]);
-            let (first, last) = match HALF {
-                BOTH => (0, 8),
-                half => (4 * half, 4 * half + 4),
-            };
-            let mut j = first;
-            while j < last {
-                let a = quants.add(4 * j);
-                products = match U::WIDE {
-                    true => L::dot_wide(products, codes[j], a),
-                    false => L::dot(products, codes[j], a),
-                };
-                j += 1;
-            }
-            let mut number = L::number(products);
-            if tile.layout.min == Min::Zero {
-                number = L::fnma(min, L::broadcast(&a.numbers[HALF]), number);
-            }
-            let scaled = L::mul(scale, L::broadcast(&a.scale));
-            sums[m] = L::fma(number, scaled, sums[m]);
-            match tile.layout.min {
-                Min::Without | Min::Zero => {}
-                Min::Half => sums[m] = L::fma(min, L::broadcast(&a.scaled[HALF]), sums[m]),
-                Min::Super => sums[m] = L::fnma(min, L::broadcast(&a.scaled[HALF]), sums[m]),
-            }
-            m += 1;
+        let quants = work.quants.add(step * work.height * STEP);
+        let a = work.scales.add(step * work.height);
+        let mut products = [L::splat(0); M];
+        // Written out: loops would keep their sums in memory. Rows go side by side, for a chain of sums has a latency.
+        macro_rules! rows {
+            ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
         }
+        macro_rules! all {
+            ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7) };
+        }
+        if U::WIDE && L::SIGNED {
+            // Signed products lack 128 for each byte.
+            macro_rules! start {
+                ($m:literal) => {
+                    products[$m] = L::splat(128 * (*a.add($m)).sums[HALF])
+                };
+            }
+            all!(start);
+        }
+        macro_rules! column {
+            ($j:literal) => {{
+                macro_rules! multiply {
+                    ($m:literal) => {{
+                        let a = quants.add($m * STEP + 4 * $j);
+                        products[$m] = match U::WIDE {
+                            true => L::dot_wide(products[$m], codes[$j], a),
+                            false => L::dot(products[$m], codes[$j], a),
+                        };
+                    }};
+                }
+                all!(multiply);
+            }};
+        }
+        if HALF != 1 {
+            column!(0);
+            column!(1);
+            column!(2);
+            column!(3);
+        }
+        if HALF != 0 {
+            column!(4);
+            column!(5);
+            column!(6);
+            column!(7);
+        }
+        macro_rules! finish {
+            ($m:literal) => {{
+                let a = &*a.add($m);
+                let scaled = L::mul(scale, L::broadcast(&a.scale));
+                sums[$m] = L::fma(L::number(products[$m]), scaled, sums[$m]);
+                sums[$m] = L::fma(min, L::broadcast(&a.scaled[HALF]), sums[$m]);
+            }};
+        }
+        all!(finish);
     }
 }
 

@@ -79,7 +79,7 @@ pub enum Scale {
 pub enum Min {
     /// Nothing.
     Without,
-    /// An `f16` for each scale, added.
+    /// An `f16` for each scale, added; the layout's offset is 0.
     Half,
     /// A byte for each scale: the code of zero, in place of the layout's offset.
     Zero,
@@ -139,6 +139,14 @@ impl Layout {
         }
     }
 
+    /// The byte that stands for zero, where no minimum says it; the entries of a table count from 128.
+    pub(super) const fn zero(&self) -> f32 {
+        match self.codes {
+            Codes::Table(_) => 128.0,
+            _ => self.offset as f32,
+        }
+    }
+
     /// Columns that a matrix's columns are rounded up to.
     pub const fn block(&self) -> usize {
         match self.scale {
@@ -195,7 +203,7 @@ impl Layout {
         let planes = (sub_mins + steps * sub_min * PANEL).next_multiple_of(64);
         Unit {
             steps,
-            group_steps,
+            group_shift: group_steps.trailing_zeros(),
             mins,
             sub_scales,
             sub_mins,
@@ -212,8 +220,8 @@ impl Layout {
 pub(super) struct Unit {
     /// Steps of the unit.
     pub steps: usize,
-    /// Steps that share a scale.
-    pub group_steps: usize,
+    /// Steps that share a scale, as a power of two.
+    pub group_shift: u32,
     /// Minimums of the groups.
     pub mins: usize,
     /// Signed bytes of the sub-blocks.
@@ -224,6 +232,13 @@ pub(super) struct Unit {
     pub planes: usize,
     /// The whole unit.
     pub bytes: usize,
+}
+
+impl Unit {
+    /// Scales of a row, not counting those of sub-blocks.
+    pub fn heads(&self) -> usize {
+        (self.steps + (1 << self.group_shift) - 1) >> self.group_shift
+    }
 }
 
 /// How the units of a panel follow each other: whole ones, then maybe a shorter one.

@@ -280,7 +280,7 @@ fn write_unit(layout: &Layout, unit: &Unit, rows: &[RowUnit], bytes: &mut [u8]) 
         1 => bytes[at + r] = value as u8,
         _ => bytes[at + 2 * r..][..2].copy_from_slice(&value.to_le_bytes()),
     };
-    let heads = unit.steps.div_ceil(unit.group_steps);
+    let heads = unit.heads();
     for (r, row) in rows.iter().enumerate() {
         for head in 0..heads {
             let (scales, mins) = (head * PANEL * scale_bytes, head * PANEL * min_bytes);
@@ -337,7 +337,7 @@ fn read_unit(layout: &Layout, unit: &Unit, bytes: &[u8], r: usize, out: &mut Row
         1 => u16::from(bytes[at + r]),
         _ => u16::from_le_bytes([bytes[at + 2 * r], bytes[at + 2 * r + 1]]),
     };
-    for head in 0..unit.steps.div_ceil(unit.group_steps) {
+    for head in 0..unit.heads() {
         out.scales[head] = match layout.scale {
             Scale::Exponent => get(head * PANEL, 1),
             _ => get(head * PANEL * 2, 2),

@@ -2,7 +2,7 @@
 
 use super::activations::Activations;
 use super::matrix::PackedMatrix;
-use super::{PANEL, reference};
+use super::{PANEL, STEP, reference};
 use crate::Element;
 use crate::pool::{Pool, SharedMut};
 
@@ -110,7 +110,7 @@ fn run_task<E: Element>(
             for (lane, sum) in sums.iter_mut().enumerate() {
                 let n = panel * PANEL + lane;
                 if n < job.matrix.rows() {
-                    *sum = reference::dot(job.matrix, n, x.row(row));
+                    *sum = reference::dot(job.matrix, n, x, row);
                 }
             }
             finish(job, panel, row, &sums);
@@ -130,23 +130,23 @@ fn run_tiles<E: Element>(
     let last = |range: &std::ops::Range<usize>, at: usize| at.min(range.end - 1);
     let mut sums = [[0f32; PANEL]; TILE];
     for panel in panels.clone().step_by(kernel.panels) {
-        // Tiles at an edge compute their last panel or row again, and drop it.
+        // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
+        // numbers are powers of two.
         let mut at = [std::ptr::null(); TILE];
         for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
             *at = job.matrix.panel(last(&panels, panel + p)).as_ptr();
         }
         for row in rows.clone().step_by(kernel.rows) {
-            let mut inputs = [(std::ptr::null(), std::ptr::null()); TILE];
-            for (m, input) in inputs[..kernel.rows].iter_mut().enumerate() {
-                let row = x.row(last(&rows, row + m));
-                *input = (row.quants.as_ptr(), row.scales.as_ptr());
-            }
+            let cell = x.cell(row, 0);
             let tile = Tile {
                 layout: job.matrix.layout(),
                 units: job.matrix.units(),
                 panels: &at[..kernel.panels],
-                rows: &inputs[..kernel.rows],
+                quants: x.quants()[cell * STEP..].as_ptr(),
+                scales: x.scales()[cell..].as_ptr(),
+                height: x.height(),
                 out: sums.as_mut_ptr().cast(),
+                zero: job.matrix.layout().zero(),
             };
             // SAFETY: `choose` saw the features; panels and rows are as long as the layout says (activations are padded to
             // whole units), and `sums` holds the tile.

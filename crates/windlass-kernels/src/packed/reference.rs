@@ -1,17 +1,17 @@
 //! The specification of a packed product, in plain code.
 
-use super::activations::{BOTH, Row};
+use super::activations::{Activations, BOTH};
 use super::layout::{Codes, Layout, Min, Scale};
 use super::matrix::{PackedMatrix, RowUnit, exponent};
 use super::{STEP, UNIT_STEPS};
 use half::f16;
 
-/// One element of a product: row `n` of the matrix times a row of activations.
+/// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// For each step in order, and in it for each half where the format has a scale for 16 columns: an integer sum of
-/// products, as `f32`, is multiplied by (scale of the weights times scale of the activations) and added, rounded once;
-/// then the minimum times the scaled sum of the activations.
-pub(super) fn dot(matrix: &PackedMatrix, n: usize, row: Row<'_>) -> f32 {
+/// For each step in order, and in it for each half where the format has a scale for 16 columns: the integer sum of codes
+/// (of tables: entries plus 128) times activations is multiplied by (scale of the weights times scale of the activations)
+/// and added, rounded once; then the weight of code zero times the scaled sum of the activations.
+pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) -> f32 {
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
     let mut sum = 0f32;
@@ -20,7 +20,7 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, row: Row<'_>) -> f32 {
             matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
         }
         let at = step % UNIT_STEPS;
-        let a = &row.scales[step];
+        let (quants, a) = x.step(row, step);
         let halves = match layout.scale {
             Scale::Super { sub: 16 } => 0..2,
             _ => BOTH..BOTH + 1,
@@ -32,20 +32,11 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, row: Row<'_>) -> f32 {
             };
             let mut products = 0i32;
             for k in span.clone() {
-                products += value(layout, unit.codes[at * STEP + k])
-                    * i32::from(row.quants[step * STEP + k]);
+                products += value(layout, unit.codes[at * STEP + k]) * i32::from(quants[k]);
             }
             let (scale, min) = scales(layout, &unit, at * STEP + span.start);
-            let mut number = products as f32;
-            if layout.min == Min::Zero {
-                number = (-min).mul_add(a.numbers[half], number);
-            }
-            sum = number.mul_add(scale * a.scale, sum);
-            sum = match layout.min {
-                Min::Without | Min::Zero => sum,
-                Min::Half => min.mul_add(a.scaled[half], sum),
-                Min::Super => (-min).mul_add(a.scaled[half], sum),
-            };
+            sum = (products as f32).mul_add(scale * a.scale, sum);
+            sum = min.mul_add(a.scaled[half], sum);
         }
     }
     sum
@@ -53,12 +44,12 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, row: Row<'_>) -> f32 {
 
 fn value(layout: &Layout, code: u8) -> i32 {
     match layout.codes {
-        Codes::Table(table) => i32::from(table[usize::from(code)]),
-        _ => i32::from(code) - i32::from(layout.offset),
+        Codes::Table(table) => 128 + i32::from(table[usize::from(code)]),
+        _ => i32::from(code),
     }
 }
 
-/// Scale and minimum at column `k` of a unit.
+/// Scale, and weight of code zero, at column `k` of a unit.
 fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, f32) {
     let half = |bits| f16::from_bits(bits).to_f32();
     let (head, sub) = (k / layout.block(), k / layout.sub());
@@ -68,10 +59,10 @@ fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, f32) {
         Scale::Super { .. } => half(unit.scales[head]) * f32::from(unit.sub_scales[sub]),
     };
     let min = match layout.min {
-        Min::Without => 0.0,
+        Min::Without => -scale * layout.zero(),
         Min::Half => half(unit.mins[head]),
-        Min::Zero => f32::from(unit.mins[head]),
-        Min::Super => half(unit.mins[head]) * f32::from(unit.sub_mins[sub]),
+        Min::Zero => -scale * f32::from(unit.mins[head]),
+        Min::Super => -half(unit.mins[head]) * f32::from(unit.sub_mins[sub]),
     };
     (scale, min)
 }

@@ -156,7 +156,7 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
             .collect();
         let scalar = Activations::quantize(&pools[0], &memory, &x, k);
         let want: Vec<f32> = (0..m * n)
-            .map(|i| reference::dot(&matrix, i % n, scalar.row(i / n)))
+            .map(|i| reference::dot(&matrix, i % n, &scalar, i / n))
             .collect();
         for pool in &pools {
             let quantized = Activations::quantize(pool, &memory, &x, k);
@@ -173,10 +173,11 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
         }
         // The specification against plain products of the quantized numbers.
         for i in (0..m * n).step_by(7) {
-            let (row, weights) = (scalar.row(i / n), &dense[i % n * k..][..k]);
+            let weights = &dense[i % n * k..][..k];
             let (mut exact, mut size) = (0f64, 0f64);
             for (k, w) in weights.iter().enumerate() {
-                let a = f64::from(row.quants[k]) * f64::from(row.scales[k / STEP].scale);
+                let (quants, scales) = scalar.step(i / n, k / STEP);
+                let a = f64::from(quants[k % STEP]) * f64::from(scales.scale);
                 exact += a * f64::from(*w);
                 // Terms of a minimum and of codes cancel.
                 size += a.abs() * (f64::from(w.abs()) + 1.0);
@@ -212,7 +213,7 @@ fn several_products_share_a_run_with_bias_and_residual() {
     let x = Activations::quantize(&pool, &memory, &x, 256);
     let plain = |matrix: &PackedMatrix| -> Vec<f32> {
         (0..3 * matrix.rows())
-            .map(|i| reference::dot(matrix, i % matrix.rows(), x.row(i / matrix.rows())))
+            .map(|i| reference::dot(matrix, i % matrix.rows(), &x, i / matrix.rows()))
             .collect()
     };
     let bias: Vec<f32> = (0..70).map(|i| i as f32).collect();
@@ -253,16 +254,16 @@ fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
         let mut x: Vec<f32> = (0..96).map(|i| (i as f32 - 48.0) / 3.0).collect();
         (x[40], x[70]) = (f32::NAN, f32::NEG_INFINITY);
         let q = Activations::quantize(&pool, &memory, &x, 96);
-        let row = q.row(0);
-        assert_eq!(row.quants[0], -127, "{level}");
-        assert!((row.scales[0].scale * 127.0 - 16.0).abs() < 1e-5);
+        let (quants, scales) = q.step(0, 0);
+        assert_eq!(quants[0], -127, "{level}");
+        assert!((scales.scale * 127.0 - 16.0).abs() < 1e-5);
         for k in 0..32 {
-            let error = (row.scales[0].scale * f32::from(row.quants[k]) - x[k]).abs();
-            assert!(error <= row.scales[0].scale * 0.5001, "{level}: {error}");
+            let error = (scales.scale * f32::from(quants[k]) - x[k]).abs();
+            assert!(error <= scales.scale * 0.5001, "{level}: {error}");
         }
-        assert!(row.scales[1].scale.is_nan() && row.scales[2].scale.is_nan());
+        assert!(q.step(0, 1).1.scale.is_nan() && q.step(0, 2).1.scale.is_nan());
         let q = Activations::quantize(&pool, &memory, &[1e-42f32; 32], 32);
-        assert_eq!((q.row(0).scales[0].scale, q.row(0).quants[0]), (0.0, 0));
+        assert_eq!((q.step(0, 0).1.scale, q.step(0, 0).0[0]), (0.0, 0));
     }
 }
 
