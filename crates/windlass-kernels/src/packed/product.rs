@@ -21,7 +21,7 @@ pub struct Product<'a, E> {
 /// Panels of a task: 64 rows of the matrix.
 const TASK_PANELS: usize = 4;
 /// Rows of activations of a task: they stay in the second cache while panels pass by.
-const TASK_ROWS: usize = 256;
+const TASK_ROWS: usize = 128;
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
 
