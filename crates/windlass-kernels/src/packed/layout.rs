@@ -2,19 +2,6 @@
 
 use super::{PANEL, STEP, UNIT, UNIT_STEPS};
 
-/// The values of IQ4_NL and IQ4_XS codes.
-///
-/// # Source
-/// The ggml block formats.
-pub const TABLE_IQ4: [i8; 16] = [
-    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
-];
-/// Twice the values of the FP4 codes (E2M1).
-///
-/// # Source
-/// OCP Microscaling Formats 1.0.
-pub const TABLE_FP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
-
 /// Unsigned codes of some bits, kept in a low plane of 2, 4 or 8 bits and a high plane of the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Codes {

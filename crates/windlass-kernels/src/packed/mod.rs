@@ -12,17 +12,19 @@
 //! This module knows nothing of file formats; a [`RowUnit`] is what their blocks are taken apart into.
 
 mod activations;
+mod from_blocks;
 mod kernel;
 mod lanes;
 mod layout;
 mod matrix;
 mod product;
+mod quantize;
 mod reference;
 #[cfg(test)]
 mod tests;
 
 pub use activations::Activations;
-pub use layout::{Codes, Layout, Min, Scale, TABLE_FP4, TABLE_IQ4};
+pub use layout::{Codes, Layout, Min, Scale};
 pub use matrix::{PackedMatrix, RowUnit};
 pub use product::{Product, multiply};
 

@@ -1,6 +1,7 @@
 //! Every format at every level against the specification, bit for bit, and that against plain numbers.
 
 use super::*;
+use crate::blocks::{self, BlockType, FLOAT4, UNEVEN};
 use crate::dispatch::Level;
 use crate::memory::Memory;
 use crate::pool::Pool;
@@ -43,16 +44,13 @@ fn layouts() -> Vec<(&'static str, Layout)> {
         ("Q4_K", two(Codes::U4, 0, 32, Min::Super)),
         ("Q5_K", two(Codes::U5, 0, 32, Min::Super)),
         ("Q6_K", two(Codes::U6, 32, 16, Min::Without)),
-        (
-            "IQ4_NL",
-            half(Codes::Table(&TABLE_IQ4), 0, 32, Min::Without),
-        ),
-        ("IQ4_XS", two(Codes::Table(&TABLE_IQ4), 0, 32, Min::Without)),
+        ("IQ4_NL", half(Codes::Table(&UNEVEN), 0, 32, Min::Without)),
+        ("IQ4_XS", two(Codes::Table(&UNEVEN), 0, 32, Min::Without)),
         (
             "MXFP4",
             Layout {
                 scale: Scale::Exponent,
-                ..half(Codes::Table(&TABLE_FP4), 0, 32, Min::Without)
+                ..half(Codes::Table(&FLOAT4), 0, 32, Min::Without)
             },
         ),
         ("TQ2_0", half(Codes::U2, 1, 256, Min::Without)),
@@ -281,4 +279,127 @@ fn sizes_are_those_of_the_formats() {
             "{name}: {extra} bits of scales"
         );
     }
+}
+
+/// Blocks of random bytes, with scales that are numbers.
+#[test]
+fn blocks_are_packed_without_a_change() {
+    let pool = Pool::new(2);
+    let memory = Memory::new();
+    let mut checked = 0;
+    for &block_type in BlockType::ALL {
+        let Some(layout) = Layout::of(block_type) else {
+            continue;
+        };
+        checked += 1;
+        let (rows, cols) = (19, 512);
+        let mut next = random(checked);
+        let count = rows * cols / block_type.elements();
+        let mut bytes = Vec::new();
+        let mut plain = vec![0f32; rows * cols];
+        for out in plain.chunks_mut(block_type.elements()) {
+            // Halves of random bytes are sometimes not finite.
+            let block = loop {
+                let block: Vec<u8> = (0..block_type.bytes())
+                    .map(|_| (next() >> 32) as u8)
+                    .collect();
+                blocks::dequantize(block_type, &block, out);
+                if out
+                    .iter()
+                    .all(|x| x.is_finite() && x.abs() >= f32::MIN_POSITIVE || *x == 0.0)
+                {
+                    break block;
+                }
+            };
+            bytes.extend_from_slice(&block);
+        }
+        assert_eq!(bytes.len(), count * block_type.bytes());
+        let shape = [rows, cols];
+        let matrix =
+            PackedMatrix::from_blocks(&pool, &memory, block_type, shape, &bytes, |n| rows - 1 - n);
+        let mut row = vec![0f32; cols];
+        for n in 0..rows {
+            matrix.unpack_row(n, &mut row);
+            let want = &plain[(rows - 1 - n) * cols..][..cols];
+            for (k, (got, want)) in row.iter().zip(want).enumerate() {
+                assert_eq!(got, want, "{block_type} {layout:?}: row {n}, column {k}");
+            }
+        }
+        // Scales of less than a byte get a whole one, codes of less than two bits get two.
+        let (file, packed) = (block_type.bits(), layout.bits_per_weight());
+        let most = match block_type {
+            BlockType::TQ1_0 | BlockType::Q1_0 => 2.2,
+            BlockType::Q2_K => 3.2,
+            _ => 1.05 * file,
+        };
+        assert!(packed <= most, "{block_type}: {packed} bits for {file}");
+    }
+    assert_eq!(checked, 17);
+}
+
+/// Roots of the mean squared error, relative to the standard deviation.
+#[test]
+fn own_formats_round_well() {
+    let pool = Pool::new(2);
+    let memory = Memory::new();
+    let mut next = random(5);
+    let (rows, cols) = (40, 1000);
+    // Sums of uniform numbers, nearly normal.
+    let x: Vec<f32> = (0..rows * cols)
+        .map(|_| {
+            (0..12)
+                .map(|_| (next() >> 40) as f32 / (1 << 24) as f32 - 0.5)
+                .sum()
+        })
+        .collect();
+    let error = |matrix: &PackedMatrix| {
+        let mut row = vec![0f32; cols];
+        let mut sum = 0f64;
+        for n in 0..rows {
+            matrix.unpack_row(n, &mut row);
+            for (got, want) in row.iter().zip(&x[n * cols..]) {
+                sum += f64::from(got - want).powi(2);
+            }
+        }
+        (sum / (rows * cols) as f64).sqrt()
+    };
+    let of = |layout| {
+        error(&PackedMatrix::quantize(
+            &pool,
+            &memory,
+            layout,
+            [rows, cols],
+            &x,
+        ))
+    };
+    // As the file format's quantizer: the largest weight is -8, without a search.
+    let mut q4_0 = 0f64;
+    for x in x.chunks(32) {
+        let largest = x
+            .iter()
+            .fold(0f32, |m, &x| if x.abs() > m.abs() { x } else { m });
+        let d = f16::from_f32(largest / -8.0).to_f32();
+        for x in x {
+            let q = (x / d + 8.5).trunc().min(15.0) - 8.0;
+            q4_0 += f64::from(q * d - x).powi(2);
+        }
+    }
+    let q4_0 = (q4_0 / x.len() as f64).sqrt();
+    let errors = [
+        Layout::q4(32),
+        Layout::q4_asymmetric(32),
+        Layout::q4_asymmetric(128),
+        Layout::q8(),
+    ]
+    .map(of);
+    assert!(
+        errors[0] < 0.95 * q4_0,
+        "{} against {q4_0} of Q4_0",
+        errors[0]
+    );
+    assert!(
+        errors[1] < errors[0] && errors[2] < 1.3 * q4_0,
+        "{errors:?}"
+    );
+    assert!(errors[3] < 0.008, "{errors:?}");
 }
