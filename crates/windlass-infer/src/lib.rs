@@ -5,6 +5,7 @@
 
 mod error;
 pub mod generate;
+mod gguf;
 pub mod loaded;
 pub mod sampler;
 pub mod score;
@@ -13,6 +14,6 @@ pub mod vocabulary;
 
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};
-pub use loaded::LoadedModel;
+pub use loaded::{LoadIn, LoadedModel};
 pub use sampler::SamplingParams;
 pub use stop::StopReason;

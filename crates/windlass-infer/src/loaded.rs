@@ -10,6 +10,7 @@ use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, de
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_store::{Store, load_weights};
+use windlass_tensor::kernels::packed;
 use windlass_tensor::{
     Category, Cpu, DType, FileTensor, Packed, Tensor, UnitSpec, Weight, Weights,
 };
@@ -33,39 +34,40 @@ pub struct LoadedModel {
 }
 
 /// How matrices are kept in memory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Representation {
-    Dense,
-    Packed,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadIn {
+    /// As the file has them: blocks packed, other numbers plain.
+    #[default]
+    AsStored,
+    /// Rounded to a layout as they are read, a unit at a time.
+    Packed(packed::Layout),
 }
 
 impl LoadedModel {
-    /// Opens a Hugging Face folder, a checkpoint, or a folder of checkpoints (its latest one).
+    /// Opens a Hugging Face folder, a checkpoint, a folder of checkpoints (its latest one), or a GGUF file.
     ///
-    /// Without a `dtype` it is the file's own: `f32`, or `bf16` for files in 16 bits.
+    /// Without a `dtype` it is the file's own: `f32`, or `bf16` for files in 16 bits; `f32` beside packed matrices.
     ///
     /// # Errors
     /// A path without a model, an unknown architecture, missing, damaged or misshapen weights, a tokenizer that is
     /// damaged or has more tokens than the model.
     pub fn open(cpu: &Cpu, path: &Path, dtype: Option<DType>) -> Result<Self, InferError> {
-        Self::open_as(cpu, path, dtype, Representation::Dense)
+        Self::open_in(cpu, path, dtype, LoadIn::AsStored)
     }
 
-    /// As [`LoadedModel::open`], with matrices packed to 8-bit integers as they are read, a unit at a time: about a
-    /// quarter of the memory of `f32`.
+    /// As [`LoadedModel::open`], with matrices kept in another form.
     ///
     /// # Errors
     /// Those of [`LoadedModel::open`].
-    pub fn open_packed(cpu: &Cpu, path: &Path, dtype: Option<DType>) -> Result<Self, InferError> {
-        Self::open_as(cpu, path, dtype, Representation::Packed)
-    }
-
-    fn open_as(
+    pub fn open_in(
         cpu: &Cpu,
         path: &Path,
         dtype: Option<DType>,
-        representation: Representation,
+        load_in: LoadIn,
     ) -> Result<Self, InferError> {
+        if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
+            return Self::open_gguf(cpu, path, dtype, load_in);
+        }
         let mut notes = Vec::new();
         let folder = find_folder(path, &mut notes)?;
         let config = DecoderConfig::load(&folder)?;
@@ -82,6 +84,7 @@ impl LoadedModel {
         let model = decoder(&config);
         let dtype = match dtype {
             Some(dtype) => dtype,
+            None if load_in != LoadIn::AsStored => DType::F32,
             None => file_dtype(&tensors, &mut notes)?,
         };
         let reader = Reader {
@@ -89,7 +92,7 @@ impl LoadedModel {
             tensors: &tensors,
             config: &config,
             dtype,
-            representation,
+            load_in,
         };
         let (weights, unused) = reader.read(&model)?;
         sort_out_unused(&folder, &config, unused, &mut notes)?;
@@ -241,7 +244,7 @@ struct Reader<'a> {
     tensors: &'a Tensors,
     config: &'a DecoderConfig,
     dtype: DType,
-    representation: Representation,
+    load_in: LoadIn,
 }
 
 impl Reader<'_> {
@@ -272,9 +275,9 @@ impl Reader<'_> {
     ) -> Result<(Weights, Vec<String>), InferError> {
         let naming = self.config.naming;
         // Packed weights are rounded once, from what the file says.
-        let dtype = match self.representation {
-            Representation::Dense => self.dtype,
-            Representation::Packed => DType::F32,
+        let dtype = match self.load_in {
+            LoadIn::AsStored => self.dtype,
+            LoadIn::Packed(_) => DType::F32,
         };
         let (mut weights, unused) = load_weights(
             self.cpu,
@@ -285,13 +288,13 @@ impl Reader<'_> {
             dtype,
         )?;
         let weights = weights.pop().unwrap_or_default();
-        if self.representation == Representation::Dense {
+        let LoadIn::Packed(layout) = self.load_in else {
             return Ok((weights, unused));
-        }
+        };
         let packed = weights.iter().map(|weight| {
             let tensor = weight.dense();
             match tensor.rows() > 1 {
-                true => Weight::Packed(Packed::quantize(self.cpu, tensor)),
+                true => Weight::Packed(Packed::quantize(self.cpu, layout, tensor)),
                 false => tensor.cast(self.cpu, self.dtype, Category::Weights).into(),
             }
         });

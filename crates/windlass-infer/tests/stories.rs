@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use windlass_infer::score::{Question, Tally, perplexity};
 use windlass_infer::{
-    GenerateOptions, Generation, Generator, InferError, LoadedModel, SamplingParams, StopReason,
+    GenerateOptions, Generation, Generator, InferError, LoadIn, LoadedModel, SamplingParams,
+    StopReason,
 };
 use windlass_model::{Goal, Tokens};
 use windlass_store::atomic::RealDisk;
 use windlass_store::llama2c::convert;
+use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Category, Cpu, DType, Tape, Tensor};
 
 struct Stories {
@@ -39,7 +41,13 @@ impl Stories {
     }
 
     fn packed(&self) -> LoadedModel {
-        LoadedModel::open_packed(&self.cpu, self.folder.path(), None).unwrap()
+        LoadedModel::open_in(
+            &self.cpu,
+            self.folder.path(),
+            None,
+            LoadIn::Packed(Layout::q8()),
+        )
+        .unwrap()
     }
 
     /// Ids of the beginning of a text that the model was not trained on.

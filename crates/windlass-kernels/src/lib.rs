@@ -22,7 +22,6 @@ pub mod norm;
 pub mod optim;
 pub mod packed;
 pub mod pool;
-pub mod quant;
 pub mod reduce;
 pub mod reference;
 pub mod roofline;

@@ -6,6 +6,7 @@ mod cache;
 pub mod config;
 mod decoder;
 mod families;
+pub mod gguf;
 mod model;
 mod names;
 mod presets;

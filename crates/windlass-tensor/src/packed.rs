@@ -1,37 +1,44 @@
-//! Packed weights: blocks of small integers with scales.
+//! Packed weights: small integers with scales.
 
 use crate::{Cpu, DType, Shape, Tensor, each_dtype};
 use std::sync::Arc;
+use windlass_kernels::Element;
 use windlass_kernels::memory::Category;
-use windlass_kernels::{Element, quant};
+use windlass_kernels::packed::{Layout, PackedMatrix};
 
-/// A matrix in 8-bit integers with one `f32` scale per group of 32 along a row: `w = scale * q`, symmetric.
+/// A matrix of small integers with scales; see [`windlass_kernels::packed`].
 ///
-/// Read by look-ups and matrix products, which unpack a panel of rows at a time; never trained.
+/// Read by look-ups, by matrix products (without a gradient: as integers; with one: a panel of rows unpacked at a time);
+/// never trained.
 #[derive(Clone, Debug)]
 pub struct Packed {
     shape: Shape,
-    blocks: Arc<quant::Q8Blocks>,
+    matrix: Arc<PackedMatrix>,
 }
 
 impl Packed {
-    /// Quantizes a matrix, rounding to nearest; each group's largest magnitude becomes 127.
+    /// Rounds a matrix to a layout; see [`PackedMatrix::quantize`].
     ///
     /// # Panics
     /// When the tensor is not a matrix.
     #[track_caller]
-    pub fn quantize(cpu: &Cpu, matrix: &Tensor) -> Self {
-        assert_eq!(matrix.shape().len(), matrix.rows() * matrix.cols());
-        let blocks = each_dtype!(matrix.dtype(), E => quant::Q8Blocks::quantize(&cpu.pool, matrix.as_slice::<E>(), matrix.cols()));
-        Packed {
-            shape: *matrix.shape(),
-            blocks: Arc::new(blocks),
-        }
+    pub fn quantize(cpu: &Cpu, layout: Layout, tensor: &Tensor) -> Self {
+        assert_eq!(tensor.shape().len(), tensor.rows() * tensor.cols());
+        let shape = [tensor.rows(), tensor.cols()];
+        each_dtype!(tensor.dtype(), E => {
+            PackedMatrix::quantize(&cpu.pool, &cpu.memory, layout, shape, tensor.as_slice::<E>())
+        })
+        .into()
     }
 
     /// The shape.
     pub fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    /// The matrix itself.
+    pub fn matrix(&self) -> &PackedMatrix {
+        &self.matrix
     }
 
     /// Rows `range` as plain elements.
@@ -42,17 +49,26 @@ impl Packed {
             dtype,
             Category::Workspace,
         );
-        each_dtype!(dtype, E => self.blocks.unpack_rows(&cpu.pool, range, out.as_mut_slice::<E>()));
+        each_dtype!(dtype, E => self.matrix.unpack_rows(&cpu.pool, range, out.as_mut_slice::<E>()));
         out
     }
 
     /// Unpacks row `row` into `out`.
     pub fn unpack_row<E: Element>(&self, cpu: &Cpu, row: usize, out: &mut [E]) {
-        self.blocks.unpack_rows(&cpu.pool, row..row + 1, out);
+        self.matrix.unpack_rows(&cpu.pool, row..row + 1, out);
     }
 
-    /// Bytes of the quants and scales.
+    /// Bytes of codes and scales.
     pub fn bytes(&self) -> usize {
-        self.blocks.bytes()
+        self.matrix.bytes().len()
+    }
+}
+
+impl From<PackedMatrix> for Packed {
+    fn from(matrix: PackedMatrix) -> Self {
+        Packed {
+            shape: [matrix.rows(), matrix.cols()].into(),
+            matrix: Arc::new(matrix),
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use windlass_tensor::{
     Activation, AttentionShape, Category, Cpu, DType, Grads, IGNORED, Packed, Rng, RopeTable,
-    RouterStats, Segment, Tape, Tensor, Var, Weight, Weights,
+    RouterStats, Segment, Tape, Tensor, Var, Weight, Weights, kernels::packed,
 };
 
 /// What an op is given: tensors that gradients flow to, weights, and the forward code.
@@ -780,7 +780,11 @@ fn packed_weights_are_their_unpacked_numbers() {
     let targets = targets(rows, n as i64);
     type Op<'a> = &'a dyn Fn(&mut Tape, &Var, &Weights) -> Var;
     for dtype in [DType::F64, DType::F32, DType::Bf16, DType::F16] {
-        let packed = Packed::quantize(&cpu, &tensor(&cpu, DType::F32, &normal(3, n * k), &[n, k]));
+        let packed = Packed::quantize(
+            &cpu,
+            packed::Layout::q8(),
+            &tensor(&cpu, DType::F32, &normal(3, n * k), &[n, k]),
+        );
         let dense = packed.unpack_rows(&cpu, 0..n, dtype);
         let error = difference(&dense.to_f64(), &normal(3, n * k));
         assert!(error <= 1.0 / 128.0, "8 bits of {error:.1e}");

@@ -104,9 +104,7 @@ impl Attention {
         batch: &Tokens,
         tape: &mut Tape,
     ) -> Var {
-        let q = self.q.forward(w, h, None, tape);
-        let k = self.k.forward(w, h, None, tape);
-        let v = self.v.forward(w, h, None, tape);
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], w, h, tape);
         let mut q = self.q_norm.forward(w, q, tape);
         let mut k = self.k_norm.forward(w, k, tape);
         if let Some(rope) = &self.rope {

@@ -29,8 +29,7 @@ impl Ffn {
     fn forward(&self, w: &Weights, h: &Var, residual: Option<&Var>, tape: &mut Tape) -> Var {
         let a = match &self.gate {
             Some(gate) => {
-                let gate = gate.forward(w, h, None, tape);
-                let up = self.up.forward(w, h, None, tape);
+                let [gate, up] = Linear::forward_all([gate, &self.up], w, h, tape);
                 tape.gated(self.activation, &gate, &up)
             }
             None => {

@@ -1,7 +1,7 @@
 //! Declaring parameters: names, shapes and initial values, and the layers that are nothing but parameters.
 
 use crate::families::{DecoderConfig, Norm};
-use windlass_tensor::{Init, ParamSpec, Tape, Var, Weights};
+use windlass_tensor::{Init, Param, ParamSpec, Tape, Var, Weights};
 
 /// Collects the parameters of a unit while its layer is declared.
 pub(super) struct Params<'a> {
@@ -100,7 +100,23 @@ impl Linear {
         residual: Option<&Var>,
         tape: &mut Tape,
     ) -> Var {
-        tape.linear(x, w.at(self.weight), self.bias.map(|b| w.at(b)), residual)
+        let (weight, bias) = self.params(w);
+        tape.linear(x, weight, bias, residual)
+    }
+
+    fn params<'w>(&self, w: &'w Weights) -> (Param<'w>, Option<Param<'w>>) {
+        (w.at(self.weight), self.bias.map(|b| w.at(b)))
+    }
+
+    /// Several products of the same input.
+    pub(super) fn forward_all<const N: usize>(
+        linears: [&Linear; N],
+        w: &Weights,
+        x: &Var,
+        tape: &mut Tape,
+    ) -> [Var; N] {
+        let outputs = tape.linears(x, &linears.map(|linear| linear.params(w)));
+        outputs.try_into().expect("an output for each weight")
     }
 }
 

@@ -2,12 +2,13 @@
 
 use super::linear::{mat, weight_gradient};
 use crate::tape::{Backprop, Backward};
-use crate::{Cpu, Grads, Param, Tape, Tensor, Var, Weight, each_dtype};
+use crate::{Cpu, Grads, Packed, Param, Shape, Tape, Tensor, Var, Weight, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::Element;
 use windlass_kernels::cross_entropy::cross_entropy_rows;
 use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use windlass_kernels::memory::Category;
+use windlass_kernels::packed::{Activations, Product, multiply};
 
 /// The target of a position that has no loss.
 pub const IGNORED: i64 = -100;
@@ -18,7 +19,7 @@ const CHUNK_BYTES: usize = 64 << 20;
 /// What the head computes: `softcap(h Wᵀ)` against `targets`.
 struct Head<'a> {
     h: &'a Tensor,
-    weight: &'a Tensor,
+    weight: Matrix<'a>,
     targets: &'a [i64],
     softcap: Option<f32>,
 }
@@ -46,7 +47,7 @@ impl Tape {
     ) -> Var {
         let cpu = self.cpu().clone();
         let weight = plain(&cpu, w.weight, &h.tensor);
-        let head = Head::new(&h.tensor, &weight, targets, softcap);
+        let head = Head::new(&h.tensor, Matrix::Dense(&weight), targets, softcap);
         let mut dh = None;
         let losses = match &mut self.eager {
             Some(eager) => {
@@ -92,8 +93,9 @@ impl Tape {
         softcap: Option<f32>,
     ) -> Var {
         let cpu = self.cpu().clone();
-        let weight = plain(&cpu, w.weight, &h.tensor);
-        let losses = Head::new(&h.tensor, &weight, targets, softcap).losses(&cpu);
+        let plain = self.plain_if_recording(w.weight, &h.tensor);
+        let weight = Matrix::new(w.weight, plain.as_ref());
+        let losses = Head::new(&h.tensor, weight, targets, softcap).losses(&cpu);
         self.record_opaque("token_losses", losses, &[h])
     }
 
@@ -104,9 +106,10 @@ impl Tape {
     #[track_caller]
     pub fn logits(&mut self, h: &Var, w: Param<'_>, softcap: Option<f32>) -> Var {
         let cpu = self.cpu().clone();
-        let weight = plain(&cpu, w.weight, &h.tensor);
+        let plain = self.plain_if_recording(w.weight, &h.tensor);
+        let weight = Matrix::new(w.weight, plain.as_ref());
         let targets = vec![IGNORED; h.tensor.rows()];
-        let head = Head::new(&h.tensor, &weight, &targets, softcap);
+        let head = Head::new(&h.tensor, weight, &targets, softcap);
         let mut logits = head.chunk(&cpu, 0..h.tensor.rows(), Category::Activations);
         if let Some(cap) = softcap {
             let cap = cap as f64;
@@ -115,6 +118,52 @@ impl Tape {
             });
         }
         self.record_opaque("logits", logits, &[h])
+    }
+
+    /// A packed weight as plain elements, where a gradient may ask for the products of just these.
+    fn plain_if_recording(&self, weight: &Weight, like: &Tensor) -> Option<Tensor> {
+        let packed = matches!(weight, Weight::Packed(_));
+        (packed && self.is_recording()).then(|| plain(self.cpu(), weight, like))
+    }
+}
+
+/// A head's matrix, as its products read it.
+#[derive(Clone, Copy)]
+enum Matrix<'a> {
+    Dense(&'a Tensor),
+    Packed(&'a Packed),
+}
+
+impl<'a> Matrix<'a> {
+    /// The weight itself, or its plain elements where they are given.
+    fn new(weight: &'a Weight, plain: Option<&'a Tensor>) -> Self {
+        match (plain, weight) {
+            (Some(plain), _) | (None, Weight::Dense(plain)) => Matrix::Dense(plain),
+            (None, Weight::Packed(packed)) => Matrix::Packed(packed),
+        }
+    }
+
+    fn shape(&self) -> &'a Shape {
+        match self {
+            Matrix::Dense(tensor) => tensor.shape(),
+            Matrix::Packed(packed) => packed.shape(),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.shape()[0]
+    }
+
+    fn cols(&self) -> usize {
+        self.shape()[1]
+    }
+
+    #[track_caller]
+    fn dense(&self) -> &'a Tensor {
+        match self {
+            Matrix::Dense(tensor) => tensor,
+            Matrix::Packed(_) => panic!("a gradient through a head that was not unpacked"),
+        }
     }
 }
 
@@ -128,7 +177,7 @@ fn plain(cpu: &Cpu, weight: &Weight, like: &Tensor) -> Tensor {
 
 impl<'a> Head<'a> {
     #[track_caller]
-    fn new(h: &'a Tensor, weight: &'a Tensor, targets: &'a [i64], softcap: Option<f32>) -> Self {
+    fn new(h: &'a Tensor, weight: Matrix<'a>, targets: &'a [i64], softcap: Option<f32>) -> Self {
         assert_eq!(
             h.cols(),
             weight.cols(),
@@ -175,10 +224,18 @@ impl<'a> Head<'a> {
         let dtype = self.h.dtype();
         let mut logits = Tensor::empty(cpu, [rows.len(), v], dtype.accumulator(), category);
         each_dtype!(dtype, E => {
-            let a = mat(&self.h.as_slice::<E>()[rows.start * d..], d);
-            let b = mat(self.weight.as_slice::<E>(), d);
+            let h = &self.h.as_slice::<E>()[rows.start * d..rows.end * d];
             let out = logits.as_mut_slice::<<E as Element>::Acc>();
-            gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, a, b, out, v, Epilogue::default());
+            match self.weight {
+                Matrix::Dense(weight) => {
+                    let b = mat(weight.as_slice::<E>(), d);
+                    gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, mat(h, d), b, out, v, Epilogue::default());
+                }
+                Matrix::Packed(packed) => {
+                    let h = Activations::quantize(&cpu.pool, &cpu.memory, h, d);
+                    multiply(&cpu.pool, &h, &mut [Product { matrix: packed.matrix(), bias: None, residual: None, out }]);
+                }
+            }
         });
         logits
     }
@@ -232,7 +289,7 @@ impl<'a> Head<'a> {
                     &mut losses.as_mut_slice::<A>()[rows.clone()],
                     Some((dlogits.as_mut_slice::<E>(), scale as f32)),
                 );
-                let (a, b) = (mat(dlogits.as_slice::<E>(), v), mat(self.weight.as_slice::<E>(), d));
+                let (a, b) = (mat(dlogits.as_slice::<E>(), v), mat(self.weight.dense().as_slice::<E>(), d));
                 let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
                 gemm(&cpu.pool, Layout::Nn, rows.len(), d, v, a, b, out, d, Epilogue::default());
                 if grads.wants(slot) {
@@ -280,7 +337,7 @@ impl Backward for Saved {
                 denominator,
             } => {
                 let weight = plain(&cpu, cx.weights.at(w).weight, &h.tensor);
-                let head = Head::new(&h.tensor, &weight, &targets, softcap);
+                let head = Head::new(&h.tensor, Matrix::Dense(&weight), &targets, softcap);
                 let (_, dh) = head.gradient(&cpu, dy.item() / denominator, w, cx.grads);
                 cx.add(h.node(), dh);
             }

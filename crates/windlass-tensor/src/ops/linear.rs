@@ -6,6 +6,7 @@ use std::ops::Range;
 use windlass_kernels::elementwise::sum_rows;
 use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
 use windlass_kernels::memory::Category;
+use windlass_kernels::packed::{Activations, Product, multiply};
 use windlass_kernels::{DType, Element};
 
 /// Rows of a packed weight that are unpacked at a time.
@@ -35,8 +36,10 @@ impl Tape {
             x.shape(),
             w.weight.shape()
         );
-        let mut shape = *x.shape();
-        shape = with_cols(&shape, n);
+        if let (Weight::Packed(packed), false) = (w.weight, self.is_recording()) {
+            return self.packed(x, &[(packed, bias)], residual).remove(0);
+        }
+        let shape = with_cols(x.shape(), n);
         let cpu = self.cpu().clone();
         let mut y = Tensor::empty(&cpu, shape, x.tensor.dtype(), Category::Activations);
         if let Some(r) = residual {
@@ -68,6 +71,67 @@ impl Tape {
             bias,
             residual,
         })
+    }
+}
+
+impl Tape {
+    /// [`Tape::linear`] of several weights on the same input, each with its bias. Packed weights without a gradient share
+    /// one rounding of the input and one run of the threads.
+    ///
+    /// # Panics
+    /// When shapes or storage types do not fit.
+    #[track_caller]
+    pub fn linears(&mut self, x: &Var, weights: &[(Param<'_>, Option<Param<'_>>)]) -> Vec<Var> {
+        let packed = weights.iter().map(|(weight, bias)| match weight.weight {
+            Weight::Packed(packed) => Some((packed, *bias)),
+            Weight::Dense(_) => None,
+        });
+        match packed.collect::<Option<Vec<_>>>() {
+            Some(packed) if !self.is_recording() => self.packed(x, &packed, None),
+            _ => weights
+                .iter()
+                .map(|&(weight, bias)| self.linear(x, weight, bias, None))
+                .collect(),
+        }
+    }
+
+    /// Products of packed weights, as integers.
+    #[track_caller]
+    fn packed(
+        &mut self,
+        x: &Var,
+        weights: &[(&Packed, Option<Param<'_>>)],
+        residual: Option<&Var>,
+    ) -> Vec<Var> {
+        let cpu = self.cpu().clone();
+        let mut outputs: Vec<Tensor> = weights
+            .iter()
+            .map(|(packed, _)| {
+                let shape = with_cols(x.shape(), packed.shape()[0]);
+                Tensor::empty(&cpu, shape, x.tensor.dtype(), Category::Activations)
+            })
+            .collect();
+        if x.tensor.rows() > 0 {
+            each_dtype!(x.tensor.dtype(), E => {
+                let (pool, memory) = (&cpu.pool, &cpu.memory);
+                let x = Activations::quantize(pool, memory, x.tensor.as_slice::<E>(), x.tensor.cols());
+                let mut products: Vec<Product<'_, E>> = weights
+                    .iter()
+                    .zip(&mut outputs)
+                    .map(|((packed, bias), out)| Product {
+                        matrix: packed.matrix(),
+                        bias: bias.map(|bias| bias.weight.dense().as_slice::<E>()),
+                        residual: residual.map(|r| r.tensor.as_slice::<E>()),
+                        out: out.as_mut_slice::<E>(),
+                    })
+                    .collect();
+                multiply(pool, &x, &mut products);
+            });
+        }
+        let outputs = outputs.into_iter();
+        outputs
+            .map(|y| self.record_opaque("a packed product", y, &[]))
+            .collect()
     }
 }
 

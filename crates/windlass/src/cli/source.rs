@@ -5,7 +5,8 @@ use anyhow::Result;
 use std::path::PathBuf;
 use std::time::Instant;
 use windlass::hub;
-use windlass::infer::{InferError, LoadedModel};
+use windlass::infer::{InferError, LoadIn, LoadedModel};
+use windlass::tensor::kernels::packed::Layout;
 
 /// A model to compute with.
 #[derive(clap::Args, Clone, Debug)]
@@ -29,8 +30,22 @@ pub struct Source {
 /// How weights are packed while they are loaded.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
+    /// 4-bit integers, symmetric, a scale for each 32
+    Q4,
+    /// 4-bit integers with a zero, for each 128 a scale: the smallest
+    Q4G128,
     /// 8-bit integers, a scale for each 32
     Q8,
+}
+
+impl Packing {
+    fn layout(self) -> Layout {
+        match self {
+            Packing::Q4 => Layout::q4(32),
+            Packing::Q4G128 => Layout::q4_asymmetric(128),
+            Packing::Q8 => Layout::q8(),
+        }
+    }
 }
 
 impl Source {
@@ -42,7 +57,9 @@ impl Source {
         let dtype = self.dtype.map(Precision::dtype);
         let mut model = match self.load_in {
             None => LoadedModel::open(&cpu, &folder, dtype)?,
-            Some(Packing::Q8) => LoadedModel::open_packed(&cpu, &folder, dtype)?,
+            Some(packing) => {
+                LoadedModel::open_in(&cpu, &folder, dtype, LoadIn::Packed(packing.layout()))?
+            }
         };
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
@@ -51,10 +68,9 @@ impl Source {
         for note in &model.notes {
             eprintln!("note: {note}");
         }
-        let packed = if self.load_in.is_some() {
-            " with q8 weights"
-        } else {
-            ""
+        let packed = match self.load_in {
+            Some(packing) => format!(" with {packing:?} weights").to_lowercase(),
+            None => String::new(),
         };
         eprintln!(
             "loaded {}: {}, {:.1} M parameters, {}{packed}, {} threads, {:.1} s",

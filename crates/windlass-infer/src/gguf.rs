@@ -1,0 +1,247 @@
+//! Models in GGUF files: the configuration from metadata, blocks straight into packed matrices.
+
+use crate::loaded::LoadedModel;
+use crate::{InferError, LoadIn};
+use serde_json::{Map, Value};
+use std::path::Path;
+use windlass_model::gguf::{Place, config_json, place};
+use windlass_model::{DecoderConfig, decoder};
+use windlass_store::Store;
+use windlass_store::gguf::{self, File, TensorInfo};
+use windlass_tensor::kernels::blocks::{BlockType, dequantize};
+use windlass_tensor::kernels::packed::{Layout, PackedMatrix};
+use windlass_tensor::{
+    Category, Cpu, DType, Packed, ParamSpec, Shape, Tensor, Weight, Weights, each_dtype,
+};
+
+/// Tensors that say something which is read elsewhere.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+impl LoadedModel {
+    /// Opens a GGUF file; of a split model, its first part.
+    ///
+    /// Matrices stay in the bits they have, unless `load_in` says otherwise. Without a `dtype`, activations and plain
+    /// weights are `f32`, or what the plain matrices of the file are.
+    ///
+    /// # Errors
+    /// A file that is damaged or no model, an unknown architecture, missing or misshapen tensors.
+    pub(crate) fn open_gguf(
+        cpu: &Cpu,
+        path: &Path,
+        dtype: Option<DType>,
+        load_in: LoadIn,
+    ) -> Result<Self, InferError> {
+        let file = File::open(path)?;
+        let (config, mut notes) = config(&file, path)?;
+        let model = decoder(&config);
+        let dtype = dtype.unwrap_or_else(|| plain_dtype(&file));
+        let mut reader = Reader {
+            cpu,
+            file: &file,
+            path,
+            config: &config,
+            dtype,
+            load_in,
+            rounded: Vec::new(),
+        };
+        let mut weights = Vec::new();
+        for unit in model.units() {
+            let unit: Result<Vec<Weight>, InferError> =
+                unit.params.iter().map(|param| reader.read(param)).collect();
+            weights.push(Weights::new(unit?));
+        }
+        if !reader.rounded.is_empty() {
+            let kinds = reader.rounded.join(", ");
+            notes.push(format!(
+                "{kinds} has no kernels of its own: these tensors are rounded to q8"
+            ));
+        }
+        let store = Store::new(cpu, model.units(), weights);
+        Ok(LoadedModel {
+            config,
+            model,
+            store,
+            tokenizer: None,
+            dtype,
+            notes,
+            folder: path.to_owned(),
+        })
+    }
+}
+
+/// The configuration that the metadata describe.
+fn config(file: &File, path: &Path) -> Result<(DecoderConfig, Vec<String>), InferError> {
+    let name = path.display().to_string();
+    let shape = |tensor: &str| file.tensor(tensor).ok().map(|info| info.shape.clone());
+    let factors = match file.contains(ROPE_FACTORS) {
+        true => {
+            let info = file.tensor(ROPE_FACTORS)?;
+            let mut factors = vec![0f32; info.elements()];
+            dequantize(info.block_type, file.bytes(ROPE_FACTORS)?, &mut factors);
+            Some(factors)
+        }
+        false => None,
+    };
+    let json = config_json(&name, &json(file.metadata()), &shape, factors.as_deref())?;
+    let config = DecoderConfig::from_json(&name, &json.to_string())?;
+    let notes = config.notes.clone();
+    Ok((config, notes))
+}
+
+/// The scalars of the metadata.
+fn json(metadata: &gguf::Metadata) -> Value {
+    use gguf::Value as V;
+    let scalars = metadata.iter().filter_map(|(key, value)| {
+        let value: Value = match value {
+            V::U8(v) => (*v).into(),
+            V::I8(v) => (*v).into(),
+            V::U16(v) => (*v).into(),
+            V::I16(v) => (*v).into(),
+            V::U32(v) => (*v).into(),
+            V::I32(v) => (*v).into(),
+            V::U64(v) => (*v).into(),
+            V::I64(v) => (*v).into(),
+            V::F32(v) => f64::from(*v).into(),
+            V::F64(v) => (*v).into(),
+            V::Bool(v) => (*v).into(),
+            V::String(v) => v.as_str().into(),
+            V::Array(_) => return None,
+        };
+        Some((key.to_owned(), value))
+    });
+    Value::Object(scalars.collect::<Map<_, _>>())
+}
+
+/// The storage type of the file's matrices where they are plain; `f32` beside packed ones.
+fn plain_dtype(file: &File) -> DType {
+    let largest = file.tensors().max_by_key(|info| info.elements());
+    match largest.map(|info| info.block_type) {
+        Some(BlockType::BF16) => DType::Bf16,
+        Some(BlockType::F16) => DType::F16,
+        _ => DType::F32,
+    }
+}
+
+struct Reader<'a> {
+    cpu: &'a Cpu,
+    file: &'a File,
+    path: &'a Path,
+    config: &'a DecoderConfig,
+    dtype: DType,
+    load_in: LoadIn,
+    /// Names of types that were rounded, for a note.
+    rounded: Vec<&'static str>,
+}
+
+impl Reader<'_> {
+    fn read(&mut self, param: &ParamSpec) -> Result<Weight, InferError> {
+        let shape = param.shape;
+        let (vector, rows, cols) = match shape.to_vec()[..] {
+            [rows, cols] => (false, rows, cols),
+            _ => (true, 1, shape.len()),
+        };
+        // A vector's elements are the rows of its tensor.
+        let place = place(self.config, &param.name, if vector { cols } else { rows });
+        let info = self.file.tensor(&place.tensor)?;
+        self.check(info, &place, &shape)?;
+        let bytes = self.file.bytes(&place.tensor)?;
+        if vector {
+            return self.vector(info, bytes, &place, shape);
+        }
+        let row = |n: usize| place.row(n, rows);
+        let layout = match (self.load_in, Layout::of(info.block_type)) {
+            (LoadIn::AsStored, Some(_)) => {
+                let (pool, memory) = (&self.cpu.pool, &self.cpu.memory);
+                let packed = PackedMatrix::from_blocks(
+                    pool,
+                    memory,
+                    info.block_type,
+                    [rows, cols],
+                    bytes,
+                    row,
+                );
+                return Ok(Weight::Packed(Packed::from(packed)));
+            }
+            (LoadIn::Packed(layout), _) => Some(layout),
+            (LoadIn::AsStored, None) => match info.block_type {
+                BlockType::F32 | BlockType::F16 | BlockType::BF16 | BlockType::F64 => None,
+                other => {
+                    if !self.rounded.contains(&other.name()) {
+                        self.rounded.push(other.name());
+                    }
+                    Some(Layout::q8())
+                }
+            },
+        };
+        let dense = self.dense(
+            info,
+            bytes,
+            [rows, cols],
+            row,
+            layout.map_or(self.dtype, |_| DType::F32),
+        );
+        Ok(match layout {
+            Some(layout) => Weight::Packed(Packed::quantize(self.cpu, layout, &dense)),
+            None => dense.into(),
+        })
+    }
+
+    /// Checks that a tensor holds the rows that a parameter asks for.
+    fn check(&self, info: &TensorInfo, place: &Place, shape: &Shape) -> Result<(), InferError> {
+        let fits = match (&place.rows, shape.to_vec().len()) {
+            (None, 1) => info.elements() == shape[0],
+            (Some(rows), 1) => rows.end <= info.elements(),
+            (None, _) => info.rows() == shape[0] && info.row_len() == shape[1],
+            (Some(rows), _) => rows.end <= info.rows() && info.row_len() == shape[1],
+        };
+        if fits {
+            return Ok(());
+        }
+        let problem = format!(
+            "tensor {} has the shape {:?} where the metadata ask for {shape}",
+            info.name, info.shape
+        );
+        Err(InferError::NoModel {
+            path: self.path.to_owned(),
+            problem,
+            hint: "the file is damaged, or of a variant of the architecture that is not known"
+                .into(),
+        })
+    }
+
+    fn vector(
+        &self,
+        info: &TensorInfo,
+        bytes: &[u8],
+        place: &Place,
+        shape: Shape,
+    ) -> Result<Weight, InferError> {
+        let mut all = vec![0f32; info.elements()];
+        dequantize(info.block_type, bytes, &mut all);
+        let values: Vec<f32> = (0..shape[0])
+            .map(|n| all[place.row(n, shape[0])] - place.offset)
+            .collect();
+        let tensor = Tensor::from_slice(self.cpu, &values, shape, Category::Weights);
+        Ok(tensor.cast(self.cpu, self.dtype, Category::Weights).into())
+    }
+
+    fn dense(
+        &self,
+        info: &TensorInfo,
+        bytes: &[u8],
+        [rows, cols]: [usize; 2],
+        row: impl Fn(usize) -> usize,
+        dtype: DType,
+    ) -> Tensor {
+        let size = info.byte_size() / info.rows();
+        let mut out = Tensor::empty(self.cpu, [rows, cols], dtype, Category::Weights);
+        let mut values = vec![0f32; cols];
+        each_dtype!(dtype, E => for (n, out) in out.as_mut_slice::<E>().chunks_mut(cols).enumerate() {
+            dequantize(info.block_type, &bytes[row(n) * size..][..size], &mut values);
+            for (out, value) in out.iter_mut().zip(&values) {
+                *out = windlass_tensor::kernels::Element::from_f64(f64::from(*value));
+            }
+        });
+        out
+    }
+}

@@ -1,0 +1,401 @@
+//! What GGUF files call the settings and tensors that a Hugging Face folder has: a `config.json` made of metadata, and
+//! the place of every parameter.
+//!
+//! This module reads no files: it is given metadata as JSON and asked about names.
+
+use crate::config::{Fields, ModelError, nearest};
+use crate::families::{DecoderConfig, Norm, Placement};
+use serde_json::{Map, Value, json};
+use std::ops::Range;
+
+/// An architecture as files name it, and how its tensors differ.
+struct Architecture {
+    /// `general.architecture`.
+    name: &'static str,
+    /// `model_type` of a `config.json`.
+    model_type: &'static str,
+    /// Whether rows of queries and keys are in the order of a rotation of neighbors.
+    rotated: bool,
+    /// Whether queries, keys and values are one tensor.
+    fused_qkv: bool,
+    /// Whether gate and up are one tensor, named after the latter.
+    fused_up: bool,
+}
+
+const fn plain(name: &'static str, model_type: &'static str) -> Architecture {
+    Architecture {
+        name,
+        model_type,
+        rotated: false,
+        fused_qkv: false,
+        fused_up: false,
+    }
+}
+
+const fn rotated(name: &'static str, model_type: &'static str) -> Architecture {
+    Architecture {
+        rotated: true,
+        ..plain(name, model_type)
+    }
+}
+
+const fn fused(name: &'static str, model_type: &'static str, fused_up: bool) -> Architecture {
+    Architecture {
+        fused_qkv: true,
+        fused_up,
+        ..plain(name, model_type)
+    }
+}
+
+const ARCHITECTURES: &[Architecture] = &[
+    rotated("llama", "llama"),
+    rotated("smollm3", "smollm3"),
+    plain("qwen2", "qwen2"),
+    plain("qwen3", "qwen3"),
+    plain("qwen3moe", "qwen3_moe"),
+    plain("gemma2", "gemma2"),
+    plain("gemma3", "gemma3_text"),
+    plain("stablelm", "stablelm"),
+    plain("olmo2", "olmo2"),
+    fused("phi3", "phi3", true),
+    fused("gpt2", "gpt2", false),
+    fused("gptneox", "gpt_neox", false),
+];
+
+fn architecture(f: &Fields<'_>, file: &str) -> Result<&'static Architecture, ModelError> {
+    let name = f.text("general.architecture")?.ok_or_else(|| {
+        let hint = "every model in a GGUF file has it; this may be a vocabulary or an adapter";
+        f.error("general.architecture", "is missing", hint)
+    })?;
+    let names = || ARCHITECTURES.iter().map(|a| a.name);
+    ARCHITECTURES
+        .iter()
+        .find(|a| a.name == name)
+        .ok_or_else(|| ModelError::Architecture {
+            file: file.into(),
+            nearest: nearest(&name, names()).unwrap_or_default().into(),
+            known: names().collect(),
+            name,
+        })
+}
+
+/// The `config.json` that says what a GGUF file's metadata say.
+///
+/// `shape` gives the shape of a tensor of the file, outermost dimension first, and `factors` the numbers of
+/// `rope_freqs.weight` where the file has it.
+///
+/// # Errors
+/// An unknown architecture; a key that is missing or has a wrong type or value: all name the file and the key.
+pub fn config_json(
+    file: &str,
+    metadata: &Value,
+    shape: &dyn Fn(&str) -> Option<Vec<usize>>,
+    factors: Option<&[f32]>,
+) -> Result<Value, ModelError> {
+    let f = Fields::root(file, metadata)?;
+    let arch = architecture(&f, file)?;
+    let key = |name: &str| format!("{}.{name}", arch.name);
+    let mut config = Map::new();
+    let mut put = |name: &str, value: Value| config.insert(name.into(), value);
+
+    let experts = f.int(&key("expert_count"))?.filter(|&n| n > 0);
+    let model_type = match (arch.name, experts) {
+        ("llama", Some(_)) => "mixtral",
+        _ => arch.model_type,
+    };
+    put("model_type", model_type.into());
+    let hidden = f.need_int(&key("embedding_length"))?;
+    let heads = f.need_int(&key("attention.head_count"))?;
+    put("hidden_size", hidden.into());
+    put("num_hidden_layers", f.need_int(&key("block_count"))?.into());
+    put("num_attention_heads", heads.into());
+    put(
+        "max_position_embeddings",
+        f.need_int(&key("context_length"))?.into(),
+    );
+    if let Some(kv) = f.int(&key("attention.head_count_kv"))? {
+        put("num_key_value_heads", kv.into());
+    }
+    let head_dim = match f.int(&key("attention.key_length"))? {
+        Some(dim) => dim,
+        None => hidden / heads,
+    };
+    if let Some(values) = f
+        .int(&key("attention.value_length"))?
+        .filter(|&v| v != head_dim)
+    {
+        let message = format!("{values} where keys have {head_dim}");
+        let hint = "values as wide as keys are supported";
+        return Err(f.error(&key("attention.value_length"), message, hint));
+    }
+    put("head_dim", head_dim.into());
+    if let Some(width) = f.int(&key("feed_forward_length"))? {
+        put("intermediate_size", width.into());
+    }
+    let vocabulary = shape("token_embd.weight").and_then(|shape| shape.first().copied());
+    put("vocab_size", vocabulary.map_or(Value::Null, Value::from));
+    put(
+        "tie_word_embeddings",
+        shape("output.weight").is_none().into(),
+    );
+
+    for (name, ours) in [
+        ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"][..]),
+        (
+            "attention.layer_norm_epsilon",
+            &["layer_norm_eps", "layer_norm_epsilon"][..],
+        ),
+        ("rope.freq_base", &["rope_theta", "rotary_emb_base"][..]),
+        ("rope.local.freq_base", &["rope_local_base_freq"][..]),
+        ("attn_logit_softcapping", &["attn_logit_softcapping"][..]),
+        ("final_logit_softcapping", &["final_logit_softcapping"][..]),
+        ("attention.sliding_window", &["sliding_window"][..]),
+        ("expert_used_count", &["num_experts_per_tok"][..]),
+        ("expert_feed_forward_length", &["moe_intermediate_size"][..]),
+    ] {
+        if let Some(value) = f.number(&key(name))? {
+            ours.iter().for_each(|ours| drop(put(ours, number(value))));
+        }
+    }
+    if let Some(count) = experts {
+        put("num_local_experts", count.into());
+        put("num_experts", count.into());
+        put("norm_topk_prob", true.into());
+    }
+    if let Some(rotary) = f
+        .int(&key("rope.dimension_count"))?
+        .filter(|&r| r != head_dim)
+    {
+        let fraction = rotary as f64 / head_dim as f64;
+        put("partial_rotary_factor", fraction.into());
+        put("rotary_pct", fraction.into());
+    }
+    let bias = |name: &str| shape(&format!("blk.0.{name}.bias")).is_some();
+    put(
+        "attention_bias",
+        (bias("attn_q") || bias("attn_qkv")).into(),
+    );
+    put("use_qkv_bias", bias("attn_q").into());
+    put("mlp_bias", bias("ffn_down").into());
+    put(
+        "qk_layernorm",
+        shape("blk.0.attn_q_norm.weight").is_some().into(),
+    );
+    match f.flag(&key("use_parallel_residual"))? {
+        Some(parallel) => drop(put("use_parallel_residual", parallel.into())),
+        None => drop(put(
+            "use_parallel_residual",
+            shape("blk.0.ffn_norm.weight").is_none().into(),
+        )),
+    }
+    if arch.name.starts_with("gemma") {
+        put(
+            "query_pre_attn_scalar",
+            query_scale(arch.name, &f, hidden, heads, head_dim)?,
+        );
+    }
+    if let Some(scaling) = scaling(&f, arch.name, factors)? {
+        put("rope_scaling", scaling);
+    }
+    Ok(Value::Object(config))
+}
+
+/// A whole number as one, so that integers are read as such.
+fn number(value: f64) -> Value {
+    match value.fract() == 0.0 && value.abs() < 9e15 {
+        true => (value as i64).into(),
+        false => value.into(),
+    }
+}
+
+/// Gemma's scale of scores is not in files: it is that of the largest model's width for one size, of the head for others.
+fn query_scale(
+    arch: &str,
+    f: &Fields<'_>,
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+) -> Result<Value, ModelError> {
+    /// Layers of Gemma 2 27B and Gemma 3 27B.
+    const LARGEST: [(&str, usize); 2] = [("gemma2", 46), ("gemma3", 62)];
+    let layers = f.need_int(&format!("{arch}.block_count"))?;
+    Ok(match LARGEST.contains(&(arch, layers)) {
+        true => (hidden / heads).into(),
+        false => head_dim.into(),
+    })
+}
+
+/// The `rope_scaling` object, where there is a scaling.
+fn scaling(
+    f: &Fields<'_>,
+    arch: &str,
+    factors: Option<&[f32]>,
+) -> Result<Option<Value>, ModelError> {
+    let key = |name: &str| format!("{arch}.rope.scaling.{name}");
+    let original = f.int(&key("original_context_length"))?;
+    if let Some(factors) = factors {
+        // Divisors of the frequencies, whatever made them.
+        return Ok(Some(json!({
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": f.need_int(&format!("{arch}.context_length"))?,
+        })));
+    }
+    let factor = f.number(&key("factor"))?.unwrap_or(1.0);
+    match f.text(&key("type"))?.as_deref() {
+        None | Some("none") => Ok(None),
+        Some("linear") if factor == 1.0 => Ok(None),
+        Some("linear") => Ok(Some(json!({ "rope_type": "linear", "factor": factor }))),
+        Some("yarn") => Ok(Some(json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }))),
+        Some(other) => {
+            let hint = "known scalings: none, linear, yarn, and the factors of rope_freqs.weight";
+            Err(f.unsupported(&key("type"), other, hint))
+        }
+    }
+}
+
+/// Where a file keeps a parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// Its rows, when it holds other parameters too. A stack of matrices counts the rows of all of them.
+    pub rows: Option<Range<usize>>,
+    /// Heads whose rows are in the order of a rotation of neighbors: row `h, 2 i + s` of the file is row `h, s, i` of the
+    /// parameter.
+    pub rotated_heads: Option<usize>,
+    /// What the file has added to every element.
+    pub offset: f32,
+}
+
+impl Place {
+    /// The row of the file that holds row `row` of a parameter of `rows` rows.
+    pub fn row(&self, row: usize, rows: usize) -> usize {
+        let row = match self.rotated_heads {
+            None => row,
+            Some(heads) => {
+                let dim = rows / heads;
+                let (head, at) = (row / dim, row % dim);
+                let (half, i) = (at / (dim / 2), at % (dim / 2));
+                head * dim + 2 * i + half
+            }
+        };
+        row + self.rows.as_ref().map_or(0, |rows| rows.start)
+    }
+}
+
+/// Where a GGUF file of the configuration's model keeps the parameter of a name and its number of rows.
+///
+/// # Panics
+/// On a name that no decoder declares.
+pub fn place(config: &DecoderConfig, name: &str, rows: usize) -> Place {
+    let arch = ARCHITECTURES
+        .iter()
+        .find(|a| a.model_type == config.model_type)
+        .unwrap_or(&ARCHITECTURES[0]);
+    let (kv, hd) = (config.num_key_value_heads, config.head_dim);
+    let q_rows = config.num_attention_heads * hd;
+    let mut place = Place {
+        tensor: String::new(),
+        rows: None,
+        rotated_heads: None,
+        offset: 0.0,
+    };
+    let (inside, kind) = name
+        .rsplit_once('.')
+        .expect("a parameter's name has a kind");
+    let Some(rest) = inside.strip_prefix("model.layers.") else {
+        place.tensor = match inside {
+            "model.embed_tokens" => "token_embd",
+            "model.embed_positions" => "position_embd",
+            "model.norm" => "output_norm",
+            "lm_head" => "output",
+            other => panic!("a decoder has no parameter {other}.{kind}"),
+        }
+        .to_owned()
+            + "."
+            + kind;
+        place.offset = norm_offset(config, inside);
+        return place;
+    };
+    let (layer, inside) = rest.split_once('.').expect("a layer's parameter");
+    let tensor = match inside {
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" if arch.fused_qkv => {
+            let start = match inside {
+                "self_attn.q_proj" => 0,
+                "self_attn.k_proj" => q_rows,
+                _ => q_rows + kv * hd,
+            };
+            place.rows = Some(start..start + rows);
+            "attn_qkv"
+        }
+        "self_attn.q_proj" => {
+            place.rotated_heads = arch.rotated.then_some(config.num_attention_heads);
+            "attn_q"
+        }
+        "self_attn.k_proj" => {
+            place.rotated_heads = arch.rotated.then_some(kv);
+            "attn_k"
+        }
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
+        "input_layernorm" => "attn_norm",
+        "post_attention_layernorm" => match config.placement {
+            Placement::Sandwich | Placement::Post => "post_attention_norm",
+            _ => "ffn_norm",
+        },
+        "pre_feedforward_layernorm" => "ffn_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
+        "mlp.gate_proj" | "mlp.up_proj" if arch.fused_up => {
+            let start = if inside == "mlp.up_proj" { rows } else { 0 };
+            place.rows = Some(start..start + rows);
+            "ffn_up"
+        }
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        "mlp.gate" => "ffn_gate_inp",
+        other => one_of_many(other, rows, &mut place),
+    };
+    place.tensor = format!("blk.{layer}.{tensor}.{kind}");
+    place.offset = norm_offset(config, inside);
+    place
+}
+
+/// Parameters that files stack: experts, and norms with a weight for each head.
+fn one_of_many(inside: &str, rows: usize, place: &mut Place) -> &'static str {
+    let (stack, number) = if let Some(rest) = inside.strip_prefix("mlp.experts.") {
+        let (number, name) = rest.split_once('.').expect("an expert's parameter");
+        let stack = match name {
+            "gate_proj" => "ffn_gate_exps",
+            "up_proj" => "ffn_up_exps",
+            _ => "ffn_down_exps",
+        };
+        (stack, number)
+    } else if let Some(number) = inside.strip_prefix("self_attn.q_layernorm.norms.") {
+        ("attn_q_norm", number)
+    } else if let Some(number) = inside.strip_prefix("self_attn.k_layernorm.norms.") {
+        ("attn_k_norm", number)
+    } else {
+        panic!("a decoder's layer has no parameter {inside}");
+    };
+    let number: usize = number.parse().expect("a number");
+    place.rows = Some(number * rows..(number + 1) * rows);
+    stack
+}
+
+/// Files hold the weights of Gemma's norms as they multiply; we hold them less 1.
+fn norm_offset(config: &DecoderConfig, inside: &str) -> f32 {
+    match config.norm {
+        Norm::Rms { offset } if inside.ends_with("norm") => offset,
+        _ => 0.0,
+    }
+}
