@@ -1,5 +1,7 @@
 //! Models in GGUF files: the configuration from metadata, blocks straight into packed matrices.
 
+mod vocabulary;
+
 use crate::loaded::LoadedModel;
 use crate::{InferError, LoadIn};
 use serde_json::{Map, Value};
@@ -33,6 +35,10 @@ impl LoadedModel {
     ) -> Result<Self, InferError> {
         let file = File::open(path)?;
         let (config, mut notes) = config(&file, path)?;
+        let tokenizer = vocabulary::tokenizer(file.metadata())?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocabulary(config.vocab_size)?;
+        }
         let model = decoder(&config);
         let dtype = dtype.unwrap_or_else(|| plain_dtype(&file));
         let mut reader = Reader {
@@ -61,7 +67,7 @@ impl LoadedModel {
             config,
             model,
             store,
-            tokenizer: None,
+            tokenizer,
             dtype,
             notes,
             folder: path.to_owned(),

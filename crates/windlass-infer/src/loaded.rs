@@ -6,7 +6,7 @@
 use crate::InferError;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
+use windlass_model::{DecoderConfig, Goal, Model, Tokenizer, TokenizerError, Tokens, decoder};
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_store::{Store, load_weights};
@@ -153,6 +153,30 @@ impl LoadedModel {
             })?);
         }
         Ok(ids)
+    }
+
+    /// The logits after each token of a text.
+    ///
+    /// # Shapes
+    /// `[ids.len(), vocab_size]`.
+    ///
+    /// # Errors
+    /// An id without an embedding; more tokens than the model has positions for.
+    pub fn logits(&self, ids: &[u32]) -> Result<Tensor, InferError> {
+        self.check_ids(ids)?;
+        if ids.len() > self.context() {
+            return Err(InferError::TooLong {
+                what: "the text".into(),
+                tokens: ids.len(),
+                context: self.context(),
+            });
+        }
+        let rows = (0..ids.len() as u32).collect();
+        let goal = Goal::Logits { rows };
+        Ok(self.run(
+            &Tokens::new(ids.to_vec(), &[ids.len()], goal, self.dtype),
+            true,
+        ))
     }
 
     /// Runs the layers on a batch without recording. `head` says whether the last layer runs too: without it only

@@ -1,0 +1,146 @@
+//! Models in GGUF files against known logits and losses.
+
+use std::path::{Path, PathBuf};
+use windlass_infer::{GenerateOptions, Generator, LoadIn, LoadedModel, SamplingParams};
+use windlass_store::safetensors::Tensors;
+use windlass_tensor::kernels::packed::Layout;
+use windlass_tensor::{Cpu, DType};
+
+fn data() -> Option<PathBuf> {
+    let Some(data) = std::env::var_os("WINDLASS_TEST_DATA") else {
+        println!("WINDLASS_TEST_DATA is not set: nothing is compared");
+        return None;
+    };
+    Some(PathBuf::from(data).join("models/stories260K"))
+}
+
+/// Log-probability of each next token, negated, on average.
+fn nll(logits: &[Vec<f32>], ids: &[u32]) -> f64 {
+    let losses = logits.iter().zip(&ids[1..]).map(|(logits, &next)| {
+        let largest = logits.iter().fold(f32::MIN, |m, &l| m.max(l)) as f64;
+        let sum: f64 = logits.iter().map(|&l| (l as f64 - largest).exp()).sum();
+        largest + sum.ln() - logits[next as usize] as f64
+    });
+    losses.sum::<f64>() / (ids.len() - 1) as f64
+}
+
+/// The known logits of a file, and the tokens.
+fn golden(folder: &Path, name: &str) -> (Vec<u32>, Vec<Vec<f32>>) {
+    let golden = Tensors::open(&folder.join("golden_logits.safetensors")).unwrap();
+    let ids = golden.get("ids").unwrap();
+    let ids: Vec<u32> = ids
+        .bytes
+        .chunks_exact(4)
+        .map(|b| u32::from_le_bytes(b.try_into().unwrap()))
+        .collect();
+    let name = format!("logits.{name}");
+    let logits = golden.get(&name).unwrap();
+    let logits: Vec<f32> = logits
+        .bytes
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect();
+    let width = logits.len() / ids.len();
+    (ids, logits.chunks(width).map(<[f32]>::to_vec).collect())
+}
+
+/// The mean over positions of the divergence of `q` from `p`.
+fn divergence(p: &[Vec<f32>], q: &[Vec<f32>]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let largest = logits.iter().fold(f32::MIN, |m, &l| m.max(l)) as f64;
+        let sum: f64 = logits.iter().map(|&l| (l as f64 - largest).exp()).sum();
+        let log = largest + sum.ln();
+        logits.iter().map(|&l| l as f64 - log).collect()
+    };
+    let rows = p.iter().zip(q).map(|(p, q)| {
+        let (p, q) = (log_softmax(p), log_softmax(q));
+        p.iter()
+            .zip(&q)
+            .map(|(p, q)| p.exp() * (p - q))
+            .sum::<f64>()
+    });
+    rows.sum::<f64>() / p.len() as f64
+}
+
+#[test]
+fn files_of_all_types_give_the_known_logits() {
+    let Some(data) = data() else { return };
+    let folder = data.join("gguf-v3");
+    let cpu = Cpu::new(2);
+    let known: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.join("golden_nll.json")).unwrap()).unwrap();
+    // Packed products round activations to 8 bits.
+    for (name, tolerance, most) in [
+        ("F32", 2e-4, 1e-9),
+        ("F16", 2e-4, 1e-9),
+        ("BF16", 2e-4, 1e-9),
+        ("Q8_0", 0.6, 1e-3),
+        ("Q5_1", 0.6, 1e-3),
+        ("Q5_0", 0.6, 1e-3),
+        ("Q4_1", 0.6, 1e-3),
+        ("Q4_0", 0.6, 1e-3),
+    ] {
+        let path = folder.join(format!("stories260K-{name}.gguf"));
+        let model = LoadedModel::open(&cpu, &path, Some(DType::F32)).unwrap();
+        let (ids, want) = golden(&folder, name);
+        let got = model.logits(&ids).unwrap();
+        let got: Vec<Vec<f32>> = got
+            .to_f32()
+            .chunks(got.cols())
+            .map(<[f32]>::to_vec)
+            .collect();
+        let largest = got.iter().flatten().zip(want.iter().flatten());
+        let off = largest.map(|(g, w)| (g - w).abs()).fold(0f32, f32::max);
+        let divergence = divergence(&want, &got);
+        let (loss, expected) = (nll(&got, &ids), known[name]["nll"].as_f64().unwrap());
+        println!(
+            "{name}: logits off by {off:.1e}, divergence {divergence:.1e}, loss {loss:.5} for {expected:.5}"
+        );
+        assert!(off < tolerance, "{name}: logits off by {off}");
+        assert!(divergence < most, "{name}: divergence {divergence}");
+        assert!(
+            (loss - expected).abs() < 0.02 * expected,
+            "{name}: {loss} for {expected}"
+        );
+    }
+}
+
+#[test]
+fn the_file_tells_the_stories_of_the_folder() {
+    let Some(data) = data() else { return };
+    let cpu = Cpu::new(2);
+    let path = data.join("gguf-v3/stories260K-F32.gguf");
+    let model = LoadedModel::open(&cpu, &path, None).unwrap();
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(data.join("golden_greedy_200.json")).unwrap())
+            .unwrap();
+    println!("{golden:.200}");
+    let options = GenerateOptions {
+        sampling: SamplingParams::greedy(),
+        max_tokens: 100,
+        ..GenerateOptions::default()
+    };
+    let mut generator = Generator::new(&model, options.clone()).unwrap();
+    let text = generator
+        .generate_text("Once upon a time", &mut |_| {})
+        .unwrap();
+    assert!(text.text.starts_with(", there was a"), "{}", text.text);
+    // Prompts in chunks give the same tokens with packed weights, whose rows do not depend on their neighbors.
+    let packed = LoadIn::Packed(Layout::q4(32));
+    let model = LoadedModel::open_in(&cpu, &path, None, packed).unwrap();
+    let prompt = model
+        .encode("Once upon a time, there was a little girl named")
+        .unwrap();
+    let tell = |chunk: usize| {
+        let options = GenerateOptions {
+            prefill_chunk: chunk,
+            ..options.clone()
+        };
+        let mut generator = Generator::new(&model, options).unwrap();
+        generator.generate(&prompt, &mut |_| {}).unwrap().ids
+    };
+    let whole = tell(512);
+    for chunk in [1, 2, 3, 5, 8] {
+        assert_eq!(tell(chunk), whole, "chunks of {chunk}");
+    }
+}
