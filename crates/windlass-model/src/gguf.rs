@@ -94,16 +94,66 @@ pub fn config_json(
 ) -> Result<Value, ModelError> {
     let f = Fields::root(file, metadata)?;
     let arch = architecture(&f, file)?;
-    let key = |name: &str| format!("{}.{name}", arch.name);
-    let mut config = Map::new();
-    let mut put = |name: &str, value: Value| config.insert(name.into(), value);
-
-    let experts = f.int(&key("expert_count"))?.filter(|&n| n > 0);
+    let mut config = sizes(&f, arch.name)?;
+    let mut put = |name: &str, value: Value| drop(config.insert(name.into(), value));
+    let experts = f
+        .int(&format!("{}.expert_count", arch.name))?
+        .filter(|&n| n > 0);
     let model_type = match (arch.name, experts) {
         ("llama", Some(_)) => "mixtral",
         _ => arch.model_type,
     };
     put("model_type", model_type.into());
+    if let Some(count) = experts {
+        put("num_local_experts", count.into());
+        put("num_experts", count.into());
+        put("norm_topk_prob", true.into());
+    }
+    let vocabulary = shape("token_embd.weight").and_then(|shape| shape.first().copied());
+    put("vocab_size", vocabulary.map_or(Value::Null, Value::from));
+    // What files do not say, their tensors do.
+    let has = |name: &str| shape(name).is_some();
+    let bias = |name: &str| has(&format!("blk.0.{name}.bias"));
+    put("tie_word_embeddings", (!has("output.weight")).into());
+    put(
+        "attention_bias",
+        (bias("attn_q") || bias("attn_qkv")).into(),
+    );
+    put("use_qkv_bias", bias("attn_q").into());
+    put("mlp_bias", bias("ffn_down").into());
+    put("qk_layernorm", has("blk.0.attn_q_norm.weight").into());
+    let parallel = f.flag(&format!("{}.use_parallel_residual", arch.name))?;
+    let parallel = parallel.unwrap_or(!has("blk.0.ffn_norm.weight"));
+    put("use_parallel_residual", parallel.into());
+    if let Some(scaling) = scaling(&f, arch.name, factors)? {
+        put("rope_scaling", scaling);
+    }
+    Ok(Value::Object(config))
+}
+
+/// Keys with a number, and what a `config.json` calls it.
+const NUMBERS: [(&str, &[&str]); 11] = [
+    ("attention.head_count_kv", &["num_key_value_heads"]),
+    ("feed_forward_length", &["intermediate_size"]),
+    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
+    (
+        "attention.layer_norm_epsilon",
+        &["layer_norm_eps", "layer_norm_epsilon"],
+    ),
+    ("rope.freq_base", &["rope_theta", "rotary_emb_base"]),
+    ("rope.local.freq_base", &["rope_local_base_freq"]),
+    ("attn_logit_softcapping", &["attn_logit_softcapping"]),
+    ("final_logit_softcapping", &["final_logit_softcapping"]),
+    ("attention.sliding_window", &["sliding_window"]),
+    ("expert_used_count", &["num_experts_per_tok"]),
+    ("expert_feed_forward_length", &["moe_intermediate_size"]),
+];
+
+/// Widths, counts and other numbers.
+fn sizes(f: &Fields<'_>, arch: &str) -> Result<Map<String, Value>, ModelError> {
+    let key = |name: &str| format!("{arch}.{name}");
+    let mut config = Map::new();
+    let mut put = |name: &str, value: Value| drop(config.insert(name.into(), value));
     let hidden = f.need_int(&key("embedding_length"))?;
     let heads = f.need_int(&key("attention.head_count"))?;
     put("hidden_size", hidden.into());
@@ -113,54 +163,19 @@ pub fn config_json(
         "max_position_embeddings",
         f.need_int(&key("context_length"))?.into(),
     );
-    if let Some(kv) = f.int(&key("attention.head_count_kv"))? {
-        put("num_key_value_heads", kv.into());
-    }
-    let head_dim = match f.int(&key("attention.key_length"))? {
-        Some(dim) => dim,
-        None => hidden / heads,
-    };
-    if let Some(values) = f
-        .int(&key("attention.value_length"))?
-        .filter(|&v| v != head_dim)
-    {
-        let message = format!("{values} where keys have {head_dim}");
-        let hint = "values as wide as keys are supported";
-        return Err(f.error(&key("attention.value_length"), message, hint));
-    }
+    let head_dim = f
+        .int(&key("attention.key_length"))?
+        .unwrap_or(hidden / heads);
     put("head_dim", head_dim.into());
-    if let Some(width) = f.int(&key("feed_forward_length"))? {
-        put("intermediate_size", width.into());
+    let values = key("attention.value_length");
+    if let Some(width) = f.int(&values)?.filter(|&v| v != head_dim) {
+        let message = format!("{width} where keys have {head_dim}");
+        return Err(f.error(&values, message, "values as wide as keys are supported"));
     }
-    let vocabulary = shape("token_embd.weight").and_then(|shape| shape.first().copied());
-    put("vocab_size", vocabulary.map_or(Value::Null, Value::from));
-    put(
-        "tie_word_embeddings",
-        shape("output.weight").is_none().into(),
-    );
-
-    for (name, ours) in [
-        ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"][..]),
-        (
-            "attention.layer_norm_epsilon",
-            &["layer_norm_eps", "layer_norm_epsilon"][..],
-        ),
-        ("rope.freq_base", &["rope_theta", "rotary_emb_base"][..]),
-        ("rope.local.freq_base", &["rope_local_base_freq"][..]),
-        ("attn_logit_softcapping", &["attn_logit_softcapping"][..]),
-        ("final_logit_softcapping", &["final_logit_softcapping"][..]),
-        ("attention.sliding_window", &["sliding_window"][..]),
-        ("expert_used_count", &["num_experts_per_tok"][..]),
-        ("expert_feed_forward_length", &["moe_intermediate_size"][..]),
-    ] {
+    for (name, ours) in NUMBERS {
         if let Some(value) = f.number(&key(name))? {
-            ours.iter().for_each(|ours| drop(put(ours, number(value))));
+            ours.iter().for_each(|ours| put(ours, number(value)));
         }
-    }
-    if let Some(count) = experts {
-        put("num_local_experts", count.into());
-        put("num_experts", count.into());
-        put("norm_topk_prob", true.into());
     }
     if let Some(rotary) = f
         .int(&key("rope.dimension_count"))?
@@ -170,34 +185,13 @@ pub fn config_json(
         put("partial_rotary_factor", fraction.into());
         put("rotary_pct", fraction.into());
     }
-    let bias = |name: &str| shape(&format!("blk.0.{name}.bias")).is_some();
-    put(
-        "attention_bias",
-        (bias("attn_q") || bias("attn_qkv")).into(),
-    );
-    put("use_qkv_bias", bias("attn_q").into());
-    put("mlp_bias", bias("ffn_down").into());
-    put(
-        "qk_layernorm",
-        shape("blk.0.attn_q_norm.weight").is_some().into(),
-    );
-    match f.flag(&key("use_parallel_residual"))? {
-        Some(parallel) => drop(put("use_parallel_residual", parallel.into())),
-        None => drop(put(
-            "use_parallel_residual",
-            shape("blk.0.ffn_norm.weight").is_none().into(),
-        )),
-    }
-    if arch.name.starts_with("gemma") {
+    if arch.starts_with("gemma") {
         put(
             "query_pre_attn_scalar",
-            query_scale(arch.name, &f, hidden, heads, head_dim)?,
+            query_scale(arch, f, hidden, heads, head_dim)?,
         );
     }
-    if let Some(scaling) = scaling(&f, arch.name, factors)? {
-        put("rope_scaling", scaling);
-    }
-    Ok(Value::Object(config))
+    Ok(config)
 }
 
 /// A whole number as one, so that integers are read as such.
@@ -310,18 +304,9 @@ pub fn place(config: &DecoderConfig, name: &str, rows: usize) -> Place {
     let (inside, kind) = name
         .rsplit_once('.')
         .expect("a parameter's name has a kind");
+    place.offset = norm_offset(config, inside);
     let Some(rest) = inside.strip_prefix("model.layers.") else {
-        place.tensor = match inside {
-            "model.embed_tokens" => "token_embd",
-            "model.embed_positions" => "position_embd",
-            "model.norm" => "output_norm",
-            "lm_head" => "output",
-            other => panic!("a decoder has no parameter {other}.{kind}"),
-        }
-        .to_owned()
-            + "."
-            + kind;
-        place.offset = norm_offset(config, inside);
+        place.tensor = format!("{}.{kind}", outside_layers(inside));
         return place;
     };
     let (layer, inside) = rest.split_once('.').expect("a layer's parameter");
@@ -366,8 +351,17 @@ pub fn place(config: &DecoderConfig, name: &str, rows: usize) -> Place {
         other => one_of_many(other, rows, &mut place),
     };
     place.tensor = format!("blk.{layer}.{tensor}.{kind}");
-    place.offset = norm_offset(config, inside);
     place
+}
+
+fn outside_layers(inside: &str) -> &'static str {
+    match inside {
+        "model.embed_tokens" => "token_embd",
+        "model.embed_positions" => "position_embd",
+        "model.norm" => "output_norm",
+        "lm_head" => "output",
+        other => panic!("a decoder has no parameter {other}"),
+    }
 }
 
 /// Parameters that files stack: experts, and norms with a weight for each head.

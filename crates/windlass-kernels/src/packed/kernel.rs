@@ -290,18 +290,18 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                 let (unit, start) = units.at(index);
                 for step in 0..unit.steps {
                     let at = index * UNIT_STEPS + step;
-                    for p in 0..P {
+                    for (p, sums) in sums.iter_mut().enumerate() {
                         let base = work.panels.get_unchecked(p).add(start);
                         let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
                         let codes = U::unpack::<L>(codes, table);
                         if HALF_STEPS {
                             let (scale, min) = scales::<L>(work, &unit, base, lane, step, 0);
-                            add::<L, U, 0, M>(work, at, &codes, scale, min, &mut sums[p]);
+                            add::<L, U, 0, M>(work, at, &codes, scale, min, sums);
                             let (scale, min) = scales::<L>(work, &unit, base, lane, step, 1);
-                            add::<L, U, 1, M>(work, at, &codes, scale, min, &mut sums[p]);
+                            add::<L, U, 1, M>(work, at, &codes, scale, min, sums);
                         } else {
                             let (scale, min) = scales::<L>(work, &unit, base, lane, step, BOTH);
-                            add::<L, U, BOTH, M>(work, at, &codes, scale, min, &mut sums[p]);
+                            add::<L, U, BOTH, M>(work, at, &codes, scale, min, sums);
                         }
                     }
                 }

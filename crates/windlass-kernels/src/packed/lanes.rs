@@ -8,10 +8,6 @@ use std::arch::x86_64::*;
 ///
 /// # Safety
 /// Every function requires the CPU features of the implementation, and pointers valid for what it reads or writes.
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "one contract, stated on the trait"
-)]
 pub(super) trait Lanes: Copy {
     /// Rows.
     const N: usize;

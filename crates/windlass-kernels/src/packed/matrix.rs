@@ -326,7 +326,7 @@ fn write_codes(codes: &[u8; STEP], low: usize, bits: usize, r: usize, plane: &mu
         or(row * 64 + 4 * r, (word & mask) << shift);
         if bits > low {
             let (row, shift) = place(bits - low, j);
-            let high = (word & !mask) >> low & 0x0101_0101 * ((1 << (bits - low)) - 1);
+            let high = ((word & !mask) >> low) & (0x0101_0101 * ((1 << (bits - low)) - 1));
             or((low + row) * 64 + 4 * r, high << shift);
         }
     }
