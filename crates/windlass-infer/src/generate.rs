@@ -5,9 +5,8 @@
 
 use crate::sampler::{Sampler, SamplingParams};
 use crate::stop::{StopReason, StopRules, Stopper};
-use crate::{InferError, LoadedModel};
-use std::sync::{Arc, Mutex};
-use windlass_model::{KvCache, Tokenizer, Tokens};
+use crate::{InferError, LoadedModel, Session};
+use windlass_model::Tokenizer;
 use windlass_tensor::Rng;
 
 /// Ids of the prompt's end that the text of the first tokens is decoded after, for spaces and split characters.
@@ -138,7 +137,9 @@ impl<'m> Generator<'m> {
         show: &mut dyn FnMut(&str),
     ) -> Result<Generation, InferError> {
         self.check(prompt)?;
-        let mut run = Run::start(self.model, prompt.len(), &self.options);
+        // The last token that is generated is not read again.
+        let capacity = prompt.len().saturating_add(self.options.max_tokens - 1);
+        let mut session = Session::new(self.model, capacity, self.options.prefill_chunk);
         let mut stopper = self.stopper()?;
         let mut decoder = self.tokenizer.stream(true);
         for &id in &prompt[prompt.len().saturating_sub(TEXT_CONTEXT)..] {
@@ -148,7 +149,7 @@ impl<'m> Generator<'m> {
         let mut ids = prompt.to_vec();
         let mut logprobs = self.options.logprobs.then(Vec::new);
         let mut text = String::new();
-        let mut logits = run.read_prompt(prompt, self.options.prefill_chunk);
+        let mut logits = session.next(prompt)?;
         let stop = loop {
             let token = self.sampler.sample(&logits, &ids, &mut rng)?;
             ids.push(token);
@@ -156,7 +157,9 @@ impl<'m> Generator<'m> {
                 logprobs.push(log_probability(&logits, token));
             }
             let step = stopper.push(token, &decoder.push(token)?);
-            let stop = step.stop.or(run.is_full().then_some(StopReason::Context));
+            let stop = step
+                .stop
+                .or((session.room() == 0).then_some(StopReason::Context));
             let mut piece = step.text;
             if let Some(reason) = stop {
                 if step.stop.is_none() {
@@ -171,7 +174,7 @@ impl<'m> Generator<'m> {
             if let Some(reason) = stop {
                 break reason;
             }
-            logits = run.step(&[token]);
+            logits = session.next(&[token])?;
         };
         Ok(Generation {
             ids: ids.split_off(prompt.len()),
@@ -197,57 +200,6 @@ impl<'m> Generator<'m> {
             });
         }
         self.model.check_ids(prompt)
-    }
-}
-
-/// One sequence on its way through the model.
-struct Run<'m> {
-    model: &'m LoadedModel,
-    cache: Arc<Mutex<KvCache>>,
-}
-
-impl<'m> Run<'m> {
-    /// A sequence with a cache for what will be read: everything but the last token generated.
-    fn start(model: &'m LoadedModel, prompt: usize, options: &GenerateOptions) -> Self {
-        let config = &model.config;
-        let capacity = prompt
-            .saturating_add(options.max_tokens - 1)
-            .min(model.context());
-        let kv_dim = config.num_key_value_heads * config.head_dim;
-        let layers = config.num_hidden_layers();
-        let cache = KvCache::new(model.store.cpu(), layers, kv_dim, capacity, model.dtype);
-        Run {
-            model,
-            cache: Arc::new(Mutex::new(cache)),
-        }
-    }
-
-    fn is_full(&self) -> bool {
-        let cache = self.cache.lock().expect("cache");
-        cache.len() == cache.capacity()
-    }
-
-    /// Reads the prompt in chunks; only its last token needs the head. Returns the logits after it.
-    fn read_prompt(&mut self, prompt: &[u32], chunk: usize) -> Vec<f32> {
-        let chunk = chunk.max(1);
-        let last = (prompt.len() - 1) / chunk * chunk;
-        for ids in prompt[..last].chunks(chunk) {
-            self.model.run(&self.batch(ids), false);
-            self.cache.lock().expect("cache").advance(ids.len());
-        }
-        self.step(&prompt[last..])
-    }
-
-    /// Reads tokens and returns the logits after the last.
-    fn step(&mut self, ids: &[u32]) -> Vec<f32> {
-        let logits = self.model.run(&self.batch(ids), true);
-        self.cache.lock().expect("cache").advance(ids.len());
-        logits.to_f32()
-    }
-
-    fn batch(&self, ids: &[u32]) -> Tokens {
-        let rows = [ids.len() as u32 - 1].into();
-        Tokens::cached(ids.to_vec(), &self.cache, rows, self.model.dtype)
     }
 }
 

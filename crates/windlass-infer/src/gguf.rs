@@ -1,13 +1,11 @@
 //! Models in GGUF files: the configuration from metadata, blocks straight into packed matrices.
 
-mod vocabulary;
-
 use crate::loaded::LoadedModel;
-use crate::{InferError, LoadIn};
+use crate::{InferError, LoadIn, vocabulary};
 use serde_json::{Map, Value};
 use std::path::Path;
 use windlass_model::gguf::{Place, config_json, place};
-use windlass_model::{DecoderConfig, decoder};
+use windlass_model::{DecoderConfig, Tokenizer, decoder};
 use windlass_store::Store;
 use windlass_store::gguf::{self, File, TensorInfo};
 use windlass_tensor::kernels::blocks::{BlockType, dequantize};
@@ -35,7 +33,7 @@ impl LoadedModel {
     ) -> Result<Self, InferError> {
         let file = File::open(path)?;
         let (config, mut notes) = config(&file, path)?;
-        let tokenizer = vocabulary::tokenizer(file.metadata())?;
+        let tokenizer = tokenizer(file.metadata())?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocabulary(config.vocab_size)?;
         }
@@ -72,6 +70,15 @@ impl LoadedModel {
             notes,
             folder: path.to_owned(),
         })
+    }
+}
+
+/// The tokenizer of the metadata, where they have one.
+fn tokenizer(metadata: &gguf::Metadata) -> Result<Option<Tokenizer>, InferError> {
+    // "none" and "no_vocab" stand for a model without one.
+    match metadata.get_str("tokenizer.ggml.model")? {
+        None | Some("none" | "no_vocab") => Ok(None),
+        Some(_) => Ok(Some(Tokenizer::from_gguf(&vocabulary::read(metadata)?)?)),
     }
 }
 

@@ -9,6 +9,7 @@ mod gguf;
 pub mod loaded;
 pub mod sampler;
 pub mod score;
+mod session;
 pub mod stop;
 pub mod vocabulary;
 
@@ -16,4 +17,5 @@ pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};
 pub use loaded::{LoadIn, LoadedModel};
 pub use sampler::SamplingParams;
+pub use session::Session;
 pub use stop::StopReason;
