@@ -18,7 +18,7 @@ mod transfer;
 
 pub use error::{Error, Result};
 pub use store::{
-    ArrayKind, Gathered, Home, Placement, Shard, Stage, StateEntry, StateSpec, Store, Tier, Wire,
-    partition,
+    ArrayKind, Gathered, Home, Placement, Shard, Shelved, Stage, StateEntry, StateSpec, Store,
+    Tier, Wire, partition,
 };
 pub use transfer::{Loader, elements, load_weights, save_weights};

@@ -11,23 +11,26 @@
 mod disk;
 mod owner;
 mod placement;
+mod shelf;
 mod slot;
 mod state;
 mod whole;
 
 pub use owner::{ArrayKind, Shard, StateSpec};
 pub use placement::{Placement, Stage, Tier, Wire, partition};
+pub use shelf::Shelved;
 
 pub use state::StateEntry;
 
 use crate::error::Result;
 use crate::swap::{IoStats, SwapFile};
 use disk::{Coming, Disk};
+use shelf::Shelf;
 use slot::{Residence, Slot};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use windlass_comm::Group;
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, UnitSpec, Weight, Weights};
 
@@ -42,6 +45,8 @@ pub struct Store {
     disk: Disk,
     /// Shards on their way from the disk, by unit and slot.
     ahead: Mutex<BTreeMap<(usize, usize), Coming>>,
+    /// Values that rest on the disk between passes.
+    shelf: Arc<Shelf>,
 }
 
 /// Where a store lives: its rank, what is partitioned, and the disk for what rests there.
@@ -125,6 +130,7 @@ impl Store {
             deferred: false,
             disk: Disk::new(None, 1),
             ahead: Mutex::default(),
+            shelf: Arc::default(),
         }
     }
 
@@ -151,9 +157,7 @@ impl Store {
         placement.check();
         let swapped = |tier| tier == Tier::Nvme;
         assert!(
-            !(swapped(placement.parameters) || swapped(placement.optimizer))
-                || swap.is_some()
-                || cpu.pool.is_dry(),
+            !placement.needs_disk() || swap.is_some() || cpu.pool.is_dry(),
             "a disk for {placement:?}"
         );
         let disk = Disk::new(swap, 2 * placement.buffers);
@@ -190,6 +194,7 @@ impl Store {
             deferred: false,
             disk,
             ahead: Mutex::default(),
+            shelf: Arc::default(),
         })
     }
 

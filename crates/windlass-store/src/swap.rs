@@ -149,6 +149,19 @@ impl Region {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// The region's first `bytes`, to be written and read alone.
+    ///
+    /// # Panics
+    /// If the region is shorter.
+    #[track_caller]
+    pub fn first(&self, bytes: usize) -> Region {
+        assert!(bytes <= self.bytes, "{bytes} bytes of {}", self.bytes);
+        Region {
+            bytes,
+            ..self.clone()
+        }
+    }
 }
 
 /// A file on a fast disk that buffers are moved to and from in the background.

@@ -138,6 +138,15 @@ impl Tensor {
         (self.offset == 0).then(|| Arc::into_inner(self.data))?
     }
 
+    /// The bytes: these where nothing else shares them, else a copy under `category`.
+    pub fn into_own_buffer(self, cpu: &Cpu, category: Category) -> Buffer {
+        let own = match self.offset == 0 && self.is_unique() {
+            true => self,
+            false => self.deep_clone(cpu, category),
+        };
+        own.into_buffer().expect("nothing else shares it")
+    }
+
     /// The shape.
     pub fn shape(&self) -> &Shape {
         &self.shape

@@ -4,13 +4,14 @@ use crate::background::Pending;
 use crate::error::{Error, Result};
 use crate::loss_scale::{LossScale, LossScaler};
 use crate::optimizer::{Optimizer, Step};
+use crate::pass::Pass;
 use crate::schedule::Rate;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use windlass_model::Model;
 use windlass_store::{StateSpec, Store, Tier};
 use windlass_tensor::kernels::optim::Storage;
-use windlass_tensor::{Category, Cpu, DType, Grads, ParamId, Recorded, Tape, Tensor};
+use windlass_tensor::{Category, Cpu, DType, Grads, ParamId, Tape, Tensor};
 
 /// How an engine trains.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -97,13 +98,6 @@ pub struct Loss<B> {
     dx: Option<Tensor>,
     /// Gradients of units that a layer further back will use again.
     held: BTreeMap<usize, Grads>,
-}
-
-/// What one layer left behind.
-enum Pass {
-    Recorded(Recorded),
-    /// Activation checkpointing: the layer's input.
-    Input(Tensor),
 }
 
 impl<B> Loss<B> {
@@ -314,20 +308,12 @@ impl<B> Engine<B> {
             }
             let weights = self.store.gather(unit)?;
             self.store.prefetch(order[index + 1]);
-            let input = x.clone();
             let checkpointing = self.options.activation_checkpointing && index > 0;
-            let mut tape = if checkpointing {
-                Tape::inference(&cpu)
-            } else {
-                Tape::training(&cpu)
-            };
-            let value = tape.input(x);
-            let y = layer.forward(&weights, value, &loss.batch, &mut tape);
-            loss.passes.push(match checkpointing {
-                true => Pass::Input(input),
-                false => Pass::Recorded(tape.finish(&y).0),
-            });
-            x = y.tensor;
+            let how = (checkpointing, index + 2 == count);
+            let layer = (layer, &*weights);
+            let (y, pass) = Pass::run(&self.store, layer, x, &loss.batch, how)?;
+            loss.passes.push(pass);
+            x = y;
         }
         Ok(loss)
     }
@@ -337,35 +323,28 @@ impl<B> Engine<B> {
     /// # Errors
     /// As [`Engine::forward`].
     pub fn backward(&mut self, loss: Loss<B>) -> Result<()> {
-        let cpu = self.store.cpu().clone();
         let Loss {
             batch,
             deferred,
-            passes,
+            mut passes,
             mut dx,
             mut held,
             ..
         } = loss;
         self.store.defer_reduction(deferred);
         let layers: Vec<_> = self.model.layers().map(|(unit, _)| unit).collect();
-        for (index, pass) in passes.into_iter().enumerate().rev() {
+        while let Some(pass) = passes.pop() {
             let Some(dy) = dx.take() else { break };
+            let index = passes.len();
             let unit = layers[index];
             let mut grads = held.remove(&unit).unwrap_or_else(|| self.store.grads(unit));
             let weights = self.store.gather(unit)?;
             if let Some(before) = index.checked_sub(1) {
                 self.store.prefetch(layers[before]);
+                passes[before].recall(&self.store)?;
             }
-            let recorded = match pass {
-                Pass::Recorded(recorded) => recorded,
-                Pass::Input(input) => {
-                    let layer = self.model.layers().nth(index).expect("a layer").1;
-                    let mut tape = Tape::training(&cpu);
-                    let value = tape.input(input);
-                    let y = layer.forward(&weights, value, &batch, &mut tape);
-                    tape.finish(&y).0
-                }
-            };
+            let layer = self.model.layers().nth(index).expect("a layer").1;
+            let recorded = pass.recorded(&self.store, (layer, &*weights), &batch)?;
             dx = recorded.backward(&weights, dy, &mut grads);
             drop(weights);
             finish_unit(&layers, &mut self.store, &mut held, index, grads)?;

@@ -61,6 +61,8 @@ pub enum Change {
     },
     /// A higher stage of ZeRO.
     Stage(u8),
+    /// Inputs of layers on a disk until the backward pass.
+    OffloadActivations,
     /// Optimizer state on a disk.
     OffloadOptimizer,
     /// Parameters on a disk too.
@@ -75,6 +77,7 @@ impl Change {
             Change::CheckpointActivations => 1,
             Change::Batch { .. } => 2,
             Change::Stage(_) => 4,
+            Change::OffloadActivations => 6,
             Change::OffloadOptimizer => 8,
             Change::OffloadParameters => 16,
         }
@@ -147,7 +150,12 @@ fn variants(run: Outline) -> Vec<(Vec<Change>, Outline)> {
 /// The run with every combination of changes but that of when checkpoints are written.
 fn rearranged(run: Outline) -> Vec<(Vec<Change>, Outline)> {
     let mut variants = Vec::new();
-    for checkpointing in [false, true] {
+    for (checkpointing, shelving) in [(false, false), (true, false), (true, true)] {
+        let before = run.options.activation_checkpointing;
+        let shelved = run.placement.activations == Tier::Nvme;
+        if (before && !checkpointing) || (shelved && !shelving) {
+            continue;
+        }
         for shape in shapes(run.shape) {
             for (moved, placement) in placements(run.placement, run.ranks) {
                 let mut outline = Outline {
@@ -156,12 +164,13 @@ fn rearranged(run: Outline) -> Vec<(Vec<Change>, Outline)> {
                     ..run
                 };
                 let mut changes = Vec::new();
-                if checkpointing {
-                    if run.options.activation_checkpointing {
-                        continue;
-                    }
+                if checkpointing && !before {
                     outline.options.activation_checkpointing = true;
                     changes.push(Change::CheckpointActivations);
+                }
+                if shelving && !shelved {
+                    outline.placement.activations = Tier::Nvme;
+                    changes.push(Change::OffloadActivations);
                 }
                 if shape != run.shape {
                     changes.push(Change::Batch {

@@ -86,6 +86,10 @@ impl Config {
             reduce_once: !self.reduction.sync_each_batch,
             parameters: tier(&zero.offload_param.device),
             optimizer: tier(&zero.offload_optimizer.device),
+            activations: match self.activations_path() {
+                Some(_) => Tier::Nvme,
+                None => Tier::Memory,
+            },
             buffers: zero.offload_optimizer.buffer_count.max(1),
             sub_group: zero.sub_group_size.clamp(1, whole.sub_group),
             ..whole
@@ -95,19 +99,21 @@ impl Config {
     /// Whether something is offloaded to the memory of the CPU, where ranks have everything anyway.
     pub fn offloads_to_cpu(&self) -> bool {
         let zero = &self.zero;
+        let activations = self.activation_checkpointing.as_ref();
         [&zero.offload_optimizer.device, &zero.offload_param.device]
             .into_iter()
             .any(|device| matches!(device, config::Tier::Cpu))
+            || activations.is_some_and(|a| a.cpu_checkpointing && a.nvme_path.is_none())
+    }
+
+    /// The folder for swap files in which inputs of layers rest.
+    fn activations_path(&self) -> Option<&Path> {
+        self.activation_checkpointing.as_ref()?.nvme_path.as_deref()
     }
 
     /// The folder for swap files and how its disk is kept busy, where something rests there.
     pub fn swap(&self) -> Option<(PathBuf, AioOptions)> {
-        let zero = &self.zero;
-        let devices = [&zero.offload_optimizer.device, &zero.offload_param.device];
-        let folder = devices.into_iter().find_map(|device| match device {
-            config::Tier::Nvme(folder) => Some(folder.clone()),
-            config::Tier::None | config::Tier::Cpu => None,
-        })?;
+        let folder = self.zero.nvme_path().or(self.activations_path())?;
         let options = AioOptions {
             block_size: self.aio.block_size,
             queue_depth: self.aio.queue_depth,
@@ -115,7 +121,7 @@ impl Config {
             single_submit: self.aio.single_submit,
             overlap_events: self.aio.overlap_events,
         };
-        Some((folder, options))
+        Some((folder.to_owned(), options))
     }
 
     /// The place of a rank's store; opens its swap file, if it needs one.

@@ -18,6 +18,7 @@ pub mod loss_scale;
 pub mod monitor;
 mod no_sync;
 mod optimizer;
+mod pass;
 mod plan;
 mod profile;
 mod save;

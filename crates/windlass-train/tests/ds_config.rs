@@ -1,6 +1,8 @@
 //! `ds_config.json` from outside: files as users have them, every form of the text, every refusal.
 
 use serde_json::{Value, json};
+use std::path::PathBuf;
+use windlass_store::Tier as Rest;
 use windlass_train::config::keys::optimizer::OPTIMIZERS;
 use windlass_train::config::keys::scheduler::SCHEDULERS;
 use windlass_train::config::keys::{SECTIONS, Status};
@@ -173,7 +175,7 @@ fn a_file_that_needs_no_run() {
     );
     assert_eq!(config.gradient_clipping, None);
     assert_eq!(config.batch.gradient_accumulation_steps, 4);
-    let activations = config.activation_checkpointing.unwrap();
+    let activations = config.activation_checkpointing.as_ref().unwrap();
     assert_eq!(
         (
             activations.number_checkpoints,
@@ -662,6 +664,13 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "same folder",
     );
     check(
+        "zero_optimization: {stage: 3, offload_param: {device: \"nvme\", nvme_path: \"/a\"}}, \
+         activation_checkpointing: {nvme_path: \"/b\"}",
+        "activation_checkpointing.nvme_path",
+        "one swap file",
+        "same folder",
+    );
+    check(
         "zero_optimization: {offload_optimizer: {device: \"cpu\"}}",
         "zero_optimization.offload_optimizer.device",
         "stage 0",
@@ -741,6 +750,25 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "not supported",
         "remove",
     );
+}
+
+/// Inputs of layers rest on the disk if a folder is given, in memory if not, where `cpu_checkpointing` puts them too.
+#[test]
+fn where_activation_checkpoints_rest() {
+    for (section, tier, folder, cpu) in [
+        ("{}", Rest::Memory, None, false),
+        ("{cpu_checkpointing: true}", Rest::Memory, None, true),
+        ("{nvme_path: \"/a\"}", Rest::Nvme, Some("/a"), false),
+    ] {
+        let config = good(&format!(
+            "{{train_batch_size: 2, activation_checkpointing: {section}}}"
+        ));
+        let placement = config.placement();
+        assert_eq!(placement.activations, tier, "{section}");
+        let swap = config.swap().map(|(folder, _)| folder);
+        assert_eq!(swap, folder.map(PathBuf::from), "{section}");
+        assert_eq!(config.offloads_to_cpu(), cpu, "{section}");
+    }
 }
 
 #[test]

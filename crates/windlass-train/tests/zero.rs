@@ -8,9 +8,9 @@ use windlass_store::swap::{AioOptions, SwapFile};
 use windlass_store::{Home, Placement, Stage, Store, Tier, Wire, partition};
 use windlass_tensor::kernels::memory::Category;
 use windlass_tensor::kernels::optim::Storage;
-use windlass_tensor::{Cpu, DType, Rng};
+use windlass_tensor::{Cpu, DType, ParamSpec, Rng};
 use windlass_train::loss_scale::LossScale;
-use windlass_train::{Engine, EngineOptions, Losses, Optimizer};
+use windlass_train::{Engine, EngineOptions, Losses, Optimizer, StepShape, plan_rank};
 
 const STAGES: [Stage; 4] = [
     Stage::Replicated,
@@ -107,7 +107,7 @@ fn rank(job: Job, group: Group) -> (Seen, Traffic, [usize; 3]) {
     let model = decoder(&config());
     let (rank, ranks) = (group.rank(), group.size());
     let mut home = Home::on(group, job.placement);
-    if job.placement.optimizer == Tier::Nvme {
+    if job.placement.needs_disk() {
         let name = format!("rank-{rank}");
         let swap = SwapFile::create(&std::env::temp_dir(), &name, AioOptions::default(), None);
         home.swap = Some(swap.unwrap());
@@ -205,6 +205,22 @@ fn all_stages_give_the_same_bits() {
                     if partitioned || stage == Stage::Parameters {
                         jobs.push(Job {
                             placement: nvme,
+                            ..job
+                        });
+                    }
+                }
+                // Layers run again from inputs in memory or on the disk, with the parameters there or not.
+                for parameters in [Tier::Memory, Tier::Nvme] {
+                    let tiered = Placement {
+                        parameters,
+                        activations: Tier::Nvme,
+                        swap_from: 500,
+                        ..job.placement
+                    };
+                    if tiered.is_consistent() {
+                        jobs.push(Job {
+                            checkpointing: true,
+                            placement: tiered,
                             ..job
                         });
                     }
@@ -560,4 +576,71 @@ fn memory_falls_with_the_stage() {
             }
         }
     }
+}
+
+/// Inputs of layers that rest on the disk take the memory of a few, not of all layers; the losses are the same, and the
+/// plan knows it.
+#[test]
+fn activations_on_the_disk_take_no_memory() {
+    const LAYERS: usize = 16;
+    let text = preset_config("llama", "1m", 320).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["num_hidden_layers"] = LAYERS.into();
+    let config = DecoderConfig::from_json("deep", &json.to_string()).unwrap();
+    let shape = StepShape {
+        micro_batch: 2,
+        seq_len: 128,
+        gradient_accumulation_steps: 2,
+    };
+    let tokens = shape.micro_batch * shape.seq_len;
+    let options = EngineOptions {
+        activation_checkpointing: true,
+        losses: Losses::Sum,
+        gradient_accumulation_steps: 2,
+        ..Default::default()
+    };
+    let [memory, nvme] = [Tier::Memory, Tier::Nvme].map(|activations| {
+        let placement = Placement {
+            activations,
+            swap_from: 1 << 10,
+            ..Default::default()
+        };
+        let cpu = Cpu::new(1);
+        let mut home = Home::on(Group::solo(), placement);
+        let folder = std::env::temp_dir();
+        let swap = SwapFile::create(&folder, "inputs", AioOptions::default(), None);
+        home.swap = Some(swap.unwrap());
+        let model = decoder(&config);
+        let fill = |_, p: &ParamSpec, range| Ok(p.fill_range(&cpu, 3, DType::F32, range));
+        let store = Store::build(&cpu, home, model.units(), fill).unwrap();
+        let mut engine = Engine::initialize(model, store, options).unwrap();
+        let mut losses = Vec::new();
+        for step in 0..STEPS {
+            for micro in 0..2 {
+                let ids = (0..tokens).map(|i| ((i * 7 + step + micro) % 320) as u32);
+                let goal = Goal::Loss {
+                    targets: (0..tokens).map(|i| (i % 320) as i64).collect(),
+                    denominator: 2.0 * tokens as f64,
+                };
+                let batch = Tokens::new(ids.collect(), &[shape.seq_len; 2], goal, DType::F32);
+                let loss = engine.forward(batch).unwrap();
+                losses.push(loss.value().to_bits());
+                engine.backward(loss).unwrap();
+            }
+            engine.step_at(1e-2).unwrap();
+        }
+        let taken = cpu.memory.peak().reserved;
+        let plan = plan_rank(&config, DType::F32, options, shape, placement, 1);
+        assert_eq!(plan.memory.reserved, taken, "{activations:?}");
+        let written = engine.store().io_stats().unwrap().bytes_written as usize;
+        (losses, taken, written)
+    });
+    assert_eq!(memory.0, nvme.0, "losses");
+    let input = tokens * config.hidden_size * 4;
+    // The first layer's input is the embedding's; the last one's is asked for at once.
+    assert_eq!(nvme.2, STEPS * 2 * (LAYERS - 1) * input);
+    assert_eq!(memory.2, 0);
+    let saved = memory.1 - nvme.1;
+    let least = (LAYERS - 6) * input;
+    assert!(saved >= least, "{saved} bytes saved, {least} expected");
 }

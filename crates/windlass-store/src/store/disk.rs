@@ -25,13 +25,13 @@ pub(super) enum Coming {
 }
 
 /// A buffer on its way to the disk.
-enum Going {
+pub(super) enum Going {
     Writing(Writing),
     Kept(Buffer),
 }
 
 impl Going {
-    fn wait(self) -> Result<Buffer> {
+    pub(super) fn wait(self) -> Result<Buffer> {
         match self {
             Going::Writing(writing) => writing.wait(),
             Going::Kept(buffer) => Ok(buffer),
@@ -85,7 +85,8 @@ impl Disk {
         writing.push_back(going);
     }
 
-    fn start(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Going {
+    /// Starts to write a buffer, which the caller waits for.
+    pub(super) fn start(&self, spot: &Spot, offset: usize, buffer: Buffer) -> Going {
         match (&self.file, spot) {
             (Some(file), Some(region)) => Going::Writing(file.write_at(region, offset, buffer)),
             _ => Going::Kept(buffer),

@@ -77,6 +77,9 @@ pub struct Placement {
     pub parameters: Tier,
     /// Where optimizer state and reduced gradients rest (`offload_optimizer`); needs [`Stage::Optimizer`].
     pub optimizer: Tier,
+    /// Where the inputs of layers rest between the forward and the backward pass, where nothing else is kept of a layer
+    /// (activation checkpointing).
+    pub activations: Tier,
     /// Elements of the smallest part that goes to a disk: moving smaller ones would cost more than it saves.
     pub swap_from: usize,
     /// Buffers of state on their way between memory and disk (`buffer_count`).
@@ -92,6 +95,11 @@ impl Placement {
         (self.parameters == Tier::Memory || self.stage == Stage::Parameters)
             && (self.optimizer == Tier::Memory || self.stage >= Stage::Optimizer)
             && (!self.reduce_once || self.stage < Stage::Gradients)
+    }
+
+    /// Whether something rests on a disk.
+    pub fn needs_disk(&self) -> bool {
+        [self.parameters, self.optimizer, self.activations].contains(&Tier::Nvme)
     }
 
     /// Refuses what contradicts itself, as [`Placement::is_consistent`] says.
@@ -129,6 +137,7 @@ impl Default for Placement {
             reduce_once: false,
             parameters: Tier::Memory,
             optimizer: Tier::Memory,
+            activations: Tier::Memory,
             swap_from: 1 << 16,
             buffers: 4,
             sub_group: 2 << 20,

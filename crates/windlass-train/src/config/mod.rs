@@ -177,7 +177,10 @@ impl Config {
         let zero = Zero::read(values);
         let async_checkpoints = zero.reads_decoupled(values);
         let observe = Observe::read(values);
-        let activations = root.get("activation_checkpointing");
+        let activations = root
+            .get("activation_checkpointing")
+            .is_some_and(Node::is_there)
+            .then(|| ActivationCheckpointing::read(values, &zero));
         let clip = values.number("gradient_clipping");
         Some(Self {
             batch: batch?,
@@ -188,9 +191,7 @@ impl Config {
             reduction,
             zero,
             aio: Aio::read(values),
-            activation_checkpointing: activations
-                .is_some_and(Node::is_there)
-                .then(|| ActivationCheckpointing::read(values)),
+            activation_checkpointing: activations,
             tag_validation: TagValidation::read(values),
             async_checkpoints,
             observe,

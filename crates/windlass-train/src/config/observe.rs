@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::values::Values;
+use super::zero::Zero;
 
 /// What a run prints and measures.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,12 +67,14 @@ const COLLECTIVES: [&str; 5] = [
 ];
 
 /// `activation_checkpointing`: it is on when the section is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ActivationCheckpointing {
     /// How many layers keep their input; `None` is all of them.
     pub number_checkpoints: Option<u64>,
     /// Whether inputs are kept on the tier `cpu`.
     pub cpu_checkpointing: bool,
+    /// The folder for swap files in which inputs rest; a key that DeepSpeed does not have.
+    pub nvme_path: Option<PathBuf>,
 }
 
 /// What happens when ranks name a checkpoint differently.
@@ -165,12 +168,21 @@ impl CommsLogger {
 }
 
 impl ActivationCheckpointing {
-    pub(super) fn read(values: &Values) -> Self {
+    pub(super) fn read(values: &mut Values, zero: &Zero) -> Self {
+        const FOLDER: &str = "activation_checkpointing.nvme_path";
+        let folder = values.text(FOLDER).map(PathBuf::from);
+        if let (Some(one), Some(other)) = (&folder, zero.nvme_path())
+            && one != other
+        {
+            let message = "a rank has one swap file, and this is another folder than that of zero_optimization";
+            values.wrong(FOLDER, message, "give both the same folder");
+        }
         Self {
             number_checkpoints: values
                 .value("activation_checkpointing.number_checkpoints")
                 .as_u64(),
             cpu_checkpointing: values.bool("activation_checkpointing.cpu_checkpointing"),
+            nvme_path: folder,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `zero_optimization` and `aio`: what is partitioned, where it lives, and how it moves.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -109,6 +109,17 @@ pub struct Zero {
     pub offload_param: OffloadParam,
     /// Where states of the optimizer live.
     pub offload_optimizer: OffloadOptimizer,
+}
+
+impl Zero {
+    /// The folder for swap files, where something is offloaded there.
+    pub fn nvme_path(&self) -> Option<&Path> {
+        let devices = [&self.offload_optimizer.device, &self.offload_param.device];
+        devices.into_iter().find_map(|device| match device {
+            Tier::Nvme(folder) => Some(folder.as_path()),
+            Tier::None | Tier::Cpu => None,
+        })
+    }
 }
 
 const PARAM: &str = "zero_optimization.offload_param";

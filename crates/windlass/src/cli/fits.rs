@@ -61,6 +61,9 @@ pub fn settings(changes: &[Change]) -> String {
             accumulation,
         } => format!("--batch {micro_batch} --accumulate {accumulation}"),
         Change::Stage(stage) => format!("--zero-stage {stage}"),
+        Change::OffloadActivations => {
+            "\"nvme_path\" of \"activation_checkpointing\" in a --config".to_owned()
+        }
         Change::OffloadOptimizer => "\"offload_optimizer\" to nvme in a --config".to_owned(),
         Change::OffloadParameters => {
             "\"offload_param\" to nvme in a --config at stage 3".to_owned()

@@ -77,10 +77,12 @@ impl Settings {
     fn notes(&self) -> Vec<String> {
         let config = self.config.as_ref();
         let mut notes: Vec<String> = config.map_or(Vec::new(), Config::notes);
-        if config.is_some_and(|c| c.activation_checkpointing.is_some()) {
-            notes.push(
-                "activation_checkpointing: every layer is run again in the backward pass".into(),
-            );
+        if let Some(activations) = config.and_then(|c| c.activation_checkpointing.as_ref()) {
+            let again = "activation_checkpointing: every layer is run again in the backward pass";
+            notes.push(match &activations.nvme_path {
+                Some(folder) => format!("{again}; inputs rest in {}", folder.display()),
+                None => again.into(),
+            });
         }
         if config.is_some_and(|c| c.offloads_to_cpu()) {
             notes.push(

@@ -178,6 +178,8 @@ pub(super) const SECTIONS: &[Section] = &[
             key("number_checkpoints", COUNT, "null", EVERY_LAYER),
             key("contiguous_memory_optimization", BOOL, "false", POOLED),
             key("cpu_checkpointing", BOOL, "false", IN_MEMORY),
+            // Not DeepSpeed's: the folder of the swap files in which inputs rest until the backward pass.
+            key("nvme_path", TEXT, "null", YES),
             key("synchronize_checkpoint_boundary", BOOL, "false", CUDA),
             key(
                 "profile",
