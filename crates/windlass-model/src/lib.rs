@@ -1,8 +1,9 @@
-//! Architectures as lists of units of plain functions over borrowed weights; configuration and tokenizer.
+//! Architectures as lists of units of plain functions over borrowed weights; configuration, tokenizer, chat templates.
 //!
 //! Nothing here loads, gathers, saves or prints: a model declares its parameters and computes on weights it borrows.
 
 mod cache;
+pub mod chat;
 pub mod config;
 mod decoder;
 mod families;
@@ -15,6 +16,7 @@ pub mod tokenizer;
 mod tokens;
 
 pub use cache::KvCache;
+pub use chat::{ChatError, ChatOptions, ChatTemplate, LocalTime};
 pub use config::ModelError;
 pub use decoder::decoder;
 pub use families::{

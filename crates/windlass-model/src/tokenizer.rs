@@ -396,6 +396,11 @@ impl Tokenizer {
         })
     }
 
+    /// The GGUF vocabulary that the tokenizer was built from, if it was.
+    pub fn vocabulary(&self) -> Option<&GgufVocabulary> {
+        self.origin.as_ref().map(|origin| &origin.vocabulary)
+    }
+
     /// What the user should know about the vocabulary: entries that are not used.
     pub fn notes(&self) -> &[String] {
         self.origin.as_ref().map_or(&[], |origin| &origin.notes)

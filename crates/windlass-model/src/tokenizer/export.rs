@@ -74,7 +74,7 @@ impl Tokenizer {
         }
         self.add_special_ids(&mut draft.vocabulary)?;
         note_flags(&definition, &mut draft.notes);
-        draft.vocabulary.chat_template = self.chat_template_source();
+        draft.vocabulary.chat_template = self.chat_template(false);
         Ok(draft)
     }
 
@@ -135,27 +135,6 @@ impl Tokenizer {
         vocabulary.add_bos = Some(!before.is_empty());
         vocabulary.add_eos = Some(!after.is_empty());
         Ok(())
-    }
-
-    /// The chat template that came with the tokenizer, as it is written.
-    pub(super) fn chat_template_source(&self) -> Option<String> {
-        if let Some(origin) = &self.origin {
-            return origin.vocabulary.chat_template.clone();
-        }
-        let file = |wanted: &str| self.files().find(|(name, _)| *name == wanted);
-        if let Some((_, template)) = file("chat_template.jinja") {
-            return String::from_utf8(template.to_vec()).ok();
-        }
-        let (_, config) = file("tokenizer_config.json")?;
-        let config: Value = serde_json::from_slice(config).ok()?;
-        match &config["chat_template"] {
-            Value::String(template) => Some(template.clone()),
-            Value::Array(named) => {
-                let default = named.iter().find(|entry| entry["name"] == "default");
-                default?["template"].as_str().map(str::to_owned)
-            }
-            _ => None,
-        }
     }
 }
 

@@ -7,6 +7,9 @@ use std::path::Path;
 use windlass_model::Tokenizer;
 use windlass_model::tokenizer::{GgufVocabulary, TokenType};
 
+/// What the message must say, and a change to a definition.
+type Change = (&'static str, fn(&mut Value));
+
 /// A tokenizer with a changed definition.
 fn changed(folder: &Path, change: impl Fn(&mut Value)) -> Tokenizer {
     let content = std::fs::read(folder.join("tokenizer.json")).unwrap();
@@ -128,7 +131,7 @@ fn patterns_are_found_by_what_they_are() {
             check_same(name, &tokenizer, &built, &corpora(&data)[..1]);
         }
     }
-    let refused: [(&str, fn(&mut Value)); 5] = [
+    let refused: [Change; 5] = [
         ("\\w+", |d| {
             d["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "\\w+".into()
         }),
@@ -157,7 +160,7 @@ fn patterns_are_found_by_what_they_are() {
 fn merges_that_scores_cannot_say_are_refused() {
     let Some(data) = data() else { return };
     let folder = data.join("tokenizers/llama2");
-    let refused: [(&str, fn(&mut Value)); 3] = [
+    let refused: [Change; 3] = [
         ("it has no merge of \"e\" and \"r\"", |d| {
             d["model"]["merges"].as_array_mut().unwrap().remove(1);
         }),
