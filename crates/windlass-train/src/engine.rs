@@ -204,7 +204,8 @@ impl<B> Engine<B> {
         self.steps
     }
 
-    /// Forgets how often it has been stepped and what it has skipped, and continues as a saved engine would.
+    /// Forgets how often it has been stepped, what it has skipped and the gradients of a step that was begun, and
+    /// continues as a saved engine would.
     ///
     /// # Errors
     /// [`Error::Changed`] when the saved engine scaled its losses by another rule.
@@ -220,6 +221,8 @@ impl<B> Engine<B> {
         self.steps = state.steps;
         self.skipped = state.skipped;
         self.scaler.clone_from(&state.scaler);
+        self.store.clear_grads();
+        (self.micro_steps, self.unreduced) = (0, false);
         Ok(())
     }
 
