@@ -327,6 +327,12 @@ impl Store {
                     self.reduce_param(ParamId { unit, slot }, sum)?;
                 }
             }
+        } else if self.group.size() == 1 && self.keeps_another_type() {
+            for slot in 0..grads.len() {
+                if let Some(sum) = grads.take(slot) {
+                    self.keep_local(ParamId { unit, slot }, sum);
+                }
+            }
         } else if self.group.size() == 1 {
             for slot in 0..grads.len() {
                 if self.units[unit].slots[slot].grad_spot.is_some()
@@ -403,7 +409,7 @@ impl Unit {
 
     /// The reduced gradient of a slot with the range of it that this rank reduces.
     fn reduced<'a>(&'a self, index: usize, slot: &'a Slot) -> Option<(&'a Tensor, Range<usize>)> {
-        if slot.ranks() == 1 {
+        if slot.ranks() == 1 && slot.grad.is_none() {
             let grad = self.local.as_ref()?.get(index)?;
             return Some((grad, 0..grad.len()));
         }

@@ -14,8 +14,18 @@ use windlass_store::{Home, Placement, Stage, Store, Tier, Wire};
 use windlass_tensor::kernels::optim::Storage;
 use windlass_tensor::{Cpu, DType};
 
-/// An engine for a model on this machine alone, with freshly filled weights, trained as a configuration says. What it asks
-/// to be printed, timed and written is the trainer's and the command line's to do: an engine keeps still.
+/// An engine for a model on this machine alone, with freshly filled weights, trained as a configuration says.
+///
+/// An engine prints, times and writes nothing: the keys that ask for it (`steps_per_print`, `wall_clock_breakdown`,
+/// `dump_state`, `comms_logger`, `flops_profiler`, `tensorboard`, `csv_monitor`) are acted on by `windlass train`. A program
+/// that keeps its own loop finds them in [`Config::observe`], and the numbers here:
+///
+/// - what `steps_per_print` shows: the [`StepReport`](crate::StepReport) of a step, [`Engine::skipped_steps`],
+///   [`Engine::lr`];
+/// - of `wall_clock_breakdown`: a clock around `forward`, `backward` and `step`, as the [`Trainer`](crate::Trainer) has it
+///   in [`StepTimes`](crate::StepTimes);
+/// - of `comms_logger`: `engine.store().group().traffic()`, and the theory in [`Plan::collectives`](crate::Plan);
+/// - of `dump_state`: [`Config::report`].
 ///
 /// # Errors
 /// As [`initialize_on`].
@@ -82,6 +92,11 @@ impl Config {
             wire: match self.reduction.communication_data_type {
                 Some(FloatType::Bf16) => Wire::Bf16,
                 _ => Wire::Exact,
+            },
+            grad_accum: match self.reduction.grad_accum_dtype {
+                Some(FloatType::Bf16) => DType::Bf16,
+                Some(FloatType::Fp16) => DType::F16,
+                Some(FloatType::Fp32) | None => DType::F32,
             },
             reduce_once: !self.reduction.sync_each_batch,
             parameters: tier(&zero.offload_param.device),

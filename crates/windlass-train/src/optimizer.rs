@@ -4,9 +4,7 @@ use crate::error::Result;
 use std::collections::BTreeMap;
 use windlass_store::{Shard, Store};
 use windlass_tensor::ParamId;
-use windlass_tensor::kernels::optim::{
-    self, Adagrad, Adam, Grad, Lamb, LambSums, Lion, Muon, Rule, Sgd,
-};
+use windlass_tensor::kernels::optim::{self, Adagrad, Adam, Lamb, LambSums, Lion, Muon, Rule, Sgd};
 use windlass_tensor::kernels::pool::Pool;
 
 /// An update rule with its constants; the learning rate comes with each step.
@@ -295,7 +293,7 @@ impl Optimizer {
         let ranks = store.group().size();
         let mut sums = vec![[LambSums::default(); 1].repeat(ranks); ids.len()];
         store.visit(&mut |mut shard| {
-            let Some(grad) = shard.grad else { return };
+            let Some(grad) = &shard.grad else { return };
             for (rank, part) in shard.shards.iter().enumerate() {
                 let from = part.start.max(shard.range.start);
                 let to = part.end.min(shard.range.end);
@@ -310,7 +308,7 @@ impl Optimizer {
                     .collect();
                 let values = shard.values.part(at.clone());
                 let rule = rule(shard.spec.decay);
-                let grad = Grad::F32(&grad[at]);
+                let grad = grad.part(at);
                 let add = optim::lamb_moments(pool, &rule, values, grad, &mut moments);
                 let sum = &mut sums[place[&shard.id]][rank];
                 *sum = *sum + add;
@@ -381,7 +379,7 @@ impl Optimizer {
                 .entry(shard.id)
                 .or_insert_with(|| vec![0.0; rows * cols]);
             let out = &mut whole[shard.range.clone()];
-            optim::muon_direction(pool, &muon, Grad::F32(grad), &mut shard.moments[0], out);
+            optim::muon_direction(pool, &muon, grad, &mut shard.moments[0], out);
         })?;
         for (&id, &shape) in &shapes {
             let whole = directions
@@ -423,12 +421,6 @@ pub(crate) struct Step {
 
 fn apply(pool: &Pool, rule: &Rule, mut shard: Shard<'_>) {
     if let Some(grad) = shard.grad {
-        optim::step(
-            pool,
-            rule,
-            shard.values,
-            Grad::F32(grad),
-            &mut shard.moments,
-        );
+        optim::step(pool, rule, shard.values, grad, &mut shard.moments);
     }
 }

@@ -222,6 +222,12 @@ fn what_the_defaults_are() {
     assert!(!config.async_checkpoints && !config.placement().reduce_once);
     let other = r#"{"train_micro_batch_size_per_gpu": 1, "sync_each_batch": false, "optimizer": {"type": "Adam"},
         "checkpoint": {"writer": {"decoupled": true}}}"#;
+    let kept =
+        r#"{"train_micro_batch_size_per_gpu": 1, "data_types": {"grad_accum_dtype": "bfloat16"}}"#;
+    assert_eq!(
+        good(kept).placement().grad_accum,
+        windlass_tensor::DType::Bf16
+    );
     let other = good(other);
     assert!(other.placement().reduce_once && other.engine_options().unwrap().async_checkpoints);
     assert_eq!((config.optimizer, config.scheduler), (None, None));
@@ -576,6 +582,25 @@ fn each_refusal_names_the_key_and_says_what_to_do() {
         "the copy in memory",
         "offload to",
     );
+    for (more, message, hint) in [
+        (
+            "data_types: {grad_accum_dtype: fp16}",
+            "loss scale",
+            "\"bf16\"",
+        ),
+        (
+            "data_types: {grad_accum_dtype: bf16}, sync_each_batch: false",
+            "added up on each rank",
+            "sync_each_batch",
+        ),
+        (
+            "data_types: {grad_accum_dtype: bf16}, zero_optimization: {stage: 2, offload_optimizer: {device: \"nvme\", nvme_path: \"/x\"}}",
+            "rest on a disk",
+            "in memory",
+        ),
+    ] {
+        check(more, "data_types.grad_accum_dtype", message, hint);
+    }
     check(
         "checkpoint: {tag_validation: maybe}",
         "checkpoint.tag_validation",

@@ -485,6 +485,54 @@ fn bytes_sent_are_those_of_theory() {
     }
 }
 
+/// Sums of gradients kept in half the bytes: rounded once for each pass, alike in all stages, near the exact ones.
+#[test]
+fn gradients_kept_in_16_bits_give_the_same_bits_in_all_stages() {
+    let adam = Optimizer::ADAMW;
+    let lamb = Optimizer::Lamb {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-6,
+        weight_decay: 0.1,
+        bias_correction: true,
+        min_coeff: 0.01,
+        max_coeff: 10.0,
+    };
+    for (ranks, kept, dtype, optimizer) in [
+        (1, DType::Bf16, DType::F32, SGD),
+        (2, DType::Bf16, DType::Bf16, adam),
+        (3, DType::F16, DType::F16, lamb),
+        (3, DType::Bf16, DType::F32, SGD),
+    ] {
+        let job = |stage, grad_accum| {
+            let mut job = Job {
+                accumulation: 3,
+                dtype,
+                optimizer,
+                ..Job::new(ranks, stage)
+            };
+            job.placement.grad_accum = grad_accum;
+            run(job)
+        };
+        let exact = job(Stage::Optimizer, DType::F32).swap_remove(0);
+        let mut want = None;
+        for stage in STAGES {
+            for (rank, (seen, _, [_, gradients, _])) in job(stage, kept).into_iter().enumerate() {
+                let want = want.get_or_insert_with(|| seen.clone());
+                assert!(seen == *want, "rank {rank} of {ranks} in {stage:?}");
+                assert!(seen.masters != exact.0.masters, "it rounds");
+                for (a, b) in seen.norms.iter().zip(&exact.0.norms) {
+                    assert!((a - b).abs() < 2e-2 * b, "norm {a} and {b}");
+                }
+                if rank == 0 && stage == Stage::Optimizer {
+                    let ratio = gradients as f64 / exact.2[1] as f64;
+                    assert!((0.45..0.6).contains(&ratio), "{ratio} of the memory");
+                }
+            }
+        }
+    }
+}
+
 /// Where ranks keep a part of the gradients each, every pass reduces them, and asking for less is refused in words.
 #[test]
 fn gradients_are_not_left_on_ranks_that_keep_a_part_of_them() {

@@ -135,6 +135,19 @@ pub enum Grad<'a> {
 }
 
 impl Grad<'_> {
+    /// Some of the elements, to be read.
+    pub fn part(&self, at: Range<usize>) -> Grad<'_> {
+        match self {
+            Grad::F32(g) => Grad::F32(&g[at]),
+            Grad::Bf16(g) => Grad::Bf16(&g[at]),
+            Grad::F16(g) => Grad::F16(&g[at]),
+            Grad::TakeF32(g) => Grad::F32(&g[at]),
+            Grad::TakeBf16(g) => Grad::Bf16(&g[at]),
+            Grad::TakeF16(g) => Grad::F16(&g[at]),
+            Grad::F64(g) => Grad::F64(&g[at]),
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         match self {

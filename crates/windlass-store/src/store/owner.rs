@@ -8,7 +8,7 @@ use half::bf16;
 use std::collections::VecDeque;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::{Buffer, Category};
-use windlass_tensor::kernels::optim::{BLOCK, Moment, Storage, Values};
+use windlass_tensor::kernels::optim::{BLOCK, Grad, Moment, Storage, Values};
 use windlass_tensor::{Cpu, DType, Grads, ParamId, ParamSpec, Tensor, Weight, each_dtype};
 
 /// Elements of the smallest piece that is moved or converted: whole blocks of a disk in every type.
@@ -132,7 +132,7 @@ pub struct Shard<'a> {
     /// Their values.
     pub values: Values<'a>,
     /// The gradient, summed over all ranks; `None` when nothing was reduced since the last clearing.
-    pub grad: Option<&'a [f32]>,
+    pub grad: Option<Grad<'a>>,
     /// The optimizer's moments, each as long as the values.
     pub moments: Vec<Moment<'a>>,
     /// The parts of the parameter that each rank sums gradients of.
@@ -447,14 +447,16 @@ fn shard<'a>(
         _ => unreachable!("packed weights are not trained, weights on the disk are fetched"),
     };
     let grad = match grad {
-        Some(buffer) => Some(buffer.as_slice::<f32>()),
+        Some(buffer) => Some(Grad::F32(buffer.as_slice())),
         None => {
-            let kept = if alone {
-                local.and_then(|grads| grads.get(id.slot))
-            } else {
-                slot.grad.as_ref()
-            };
-            kept.map(|grad| &grad.as_slice::<f32>()[piece])
+            let local = local.filter(|_| alone);
+            let kept = slot.grad.as_ref();
+            let kept = kept.or_else(|| local.and_then(|grads| grads.get(id.slot)));
+            kept.map(|grad| match grad.dtype() {
+                DType::Bf16 => Grad::Bf16(&grad.as_slice()[piece]),
+                DType::F16 => Grad::F16(&grad.as_slice()[piece]),
+                _ => Grad::F32(&grad.as_slice()[piece]),
+            })
         }
     };
     Shard {

@@ -1,6 +1,7 @@
 //! Where the parts of a training run live: partitioned over ranks or whole on each.
 
 use std::ops::Range;
+use windlass_tensor::DType;
 use windlass_tensor::kernels::optim::BLOCK;
 
 /// What is partitioned over the ranks: the stages of ZeRO (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward
@@ -69,6 +70,11 @@ pub struct Placement {
     pub bucket: usize,
     /// How gradients travel.
     pub wire: Wire,
+    /// The type in which reduced gradients are kept and added up from one micro-batch to the next (`grad_accum_dtype`):
+    /// `f32`, or `bf16` or `f16`, which round each sum and take half the memory. Within a micro-batch sums are in `f32`,
+    /// as are those that [`Placement::reduce_once`] leaves on a rank and those that rest on a disk: another type needs
+    /// them in memory.
+    pub grad_accum: DType,
     /// Whether gradients of several micro-batches are summed on each rank and reduced once a step, which sends less;
     /// otherwise each micro-batch is reduced at once, which gives the same bits in all stages. Needs a stage below
     /// [`Stage::Gradients`].
@@ -89,12 +95,18 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// Whether every part that rests on a disk is one that the stage partitions, and gradients are summed on each rank
-    /// only where each keeps them all.
+    /// Whether every part that rests on a disk is one that the stage partitions, gradients are summed on each rank
+    /// only where each keeps them all, and they are kept in a type of their own only in memory, reduced.
     pub fn is_consistent(&self) -> bool {
         (self.parameters == Tier::Memory || self.stage == Stage::Parameters)
             && (self.optimizer == Tier::Memory || self.stage >= Stage::Optimizer)
             && (!self.reduce_once || self.stage < Stage::Gradients)
+            && self.keeps_as_asked()
+    }
+
+    /// Whether gradients are where they can be kept in the type that is asked for.
+    fn keeps_as_asked(&self) -> bool {
+        self.grad_accum == DType::F32 || (!self.reduce_once && self.optimizer == Tier::Memory)
     }
 
     /// Whether something rests on a disk.
@@ -105,8 +117,8 @@ impl Placement {
     /// Refuses what contradicts itself, as [`Placement::is_consistent`] says.
     ///
     /// # Panics
-    /// When something rests on a disk that the stage does not partition, or gradients are summed on each rank although
-    /// no rank keeps them all.
+    /// When something rests on a disk that the stage does not partition, gradients are summed on each rank although
+    /// no rank keeps them all, or kept in another type than `f32` where they are left on a rank or a disk.
     #[track_caller]
     pub(super) fn check(&self) {
         let stage = self.stage;
@@ -118,6 +130,11 @@ impl Placement {
         assert!(
             self.optimizer == Tier::Memory || stage >= Stage::Optimizer,
             "optimizer state on a disk in stage 0: it needs stage 1"
+        );
+        assert!(
+            self.keeps_as_asked(),
+            "gradients in {} that are left on a rank or on a disk: those are f32",
+            self.grad_accum
         );
         assert!(
             !self.reduce_once || stage < Stage::Gradients,
@@ -134,6 +151,7 @@ impl Default for Placement {
             persistence_threshold: 100_000,
             bucket: 500_000_000,
             wire: Wire::Exact,
+            grad_accum: DType::F32,
             reduce_once: false,
             parameters: Tier::Memory,
             optimizer: Tier::Memory,

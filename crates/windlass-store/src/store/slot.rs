@@ -147,7 +147,11 @@ impl Store {
             slot.grad = Some(fetch_grad(&self.cpu, &self.disk, slot)?);
         }
         let accumulate = slot.grad.is_some();
-        let mut kept = slot.grad.take().unwrap_or_else(|| zeros(slot.owned.len()));
+        let mut kept = match slot.grad.take() {
+            Some(kept) if kept.dtype() != dtype => kept.cast(&self.cpu, dtype, Category::Workspace),
+            Some(kept) => kept,
+            None => zeros(slot.owned.len()),
+        };
         let start = slot.shard().start - slot.owned.start;
         let mine = start..start + slot.shard().len();
         let tag = format!("reduce {}", param.name);
@@ -162,8 +166,35 @@ impl Store {
                 self.sum_shards(&tag, id, sum.as_slice::<Acc>(), out, accumulate)?;
             });
         }
-        self.units[id.unit].slots[id.slot].grad = Some(kept);
+        self.units[id.unit].slots[id.slot].grad = Some(self.kept(kept));
         self.rest_grad(id)
+    }
+
+    /// Whether sums of gradients are not kept as they are computed.
+    pub(super) fn keeps_another_type(&self) -> bool {
+        self.placement.grad_accum != DType::F32 && self.dtype() != DType::F64
+    }
+
+    /// A sum of gradients in the type in which it is kept.
+    fn kept(&self, sum: Tensor) -> Tensor {
+        match (sum.dtype(), self.placement.grad_accum) {
+            (DType::F32, kept @ (DType::Bf16 | DType::F16)) => {
+                sum.cast(&self.cpu, kept, Category::Gradients)
+            }
+            _ => sum,
+        }
+    }
+
+    /// Adds a gradient of one rank to what is kept in a type of its own.
+    pub(super) fn keep_local(&mut self, id: ParamId, mut sum: Tensor) {
+        let slot = &mut self.units[id.unit].slots[id.slot];
+        if let Some(before) = slot.grad.take() {
+            let before = before.cast(&self.cpu, sum.dtype(), Category::Workspace);
+            let out = sum.as_mut_slice::<f32>();
+            axpy(&self.cpu.pool, 1.0, before.as_slice::<f32>(), out);
+        }
+        let kept = self.kept(sum);
+        self.units[id.unit].slots[id.slot].grad = Some(kept);
     }
 
     /// Adds a gradient of one rank to what rests on the disk.

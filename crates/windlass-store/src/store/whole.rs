@@ -34,7 +34,7 @@ impl Store {
     pub fn gradient(&self, id: ParamId) -> Result<Option<Tensor>> {
         let unit = &self.units[id.unit];
         let (param, slot) = (&unit.spec.params[id.slot], &unit.slots[id.slot]);
-        if slot.ranks() == 1 && slot.grad_spot.is_none() {
+        if slot.ranks() == 1 && slot.grad_spot.is_none() && slot.grad.is_none() {
             let grad = unit.local.as_ref().and_then(|grads| grads.get(id.slot));
             return Ok(grad.cloned());
         }

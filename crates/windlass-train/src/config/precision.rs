@@ -160,8 +160,26 @@ impl Reduction {
         }
         let accumulated = FloatType::read(values, "data_types.grad_accum_dtype");
         if accumulated.is_some_and(|dtype| dtype != FloatType::Fp32) {
-            let message = "gradients are summed in fp32";
-            values.wrong("data_types.grad_accum_dtype", message, "use \"fp32\"");
+            const KEY: &str = "data_types.grad_accum_dtype";
+            let nvme = values.text("zero_optimization.offload_optimizer.device") == Some("nvme");
+            if accumulated == Some(FloatType::Fp16) && !values.bool("fp16.enabled") {
+                let message = "gradients in fp16 overflow without the loss scale of fp16";
+                values.wrong(
+                    KEY,
+                    message,
+                    "use \"bf16\" or \"fp32\", or set fp16.enabled to true",
+                );
+            } else if nvme {
+                let message = "gradients that rest on a disk are fp32";
+                values.wrong(
+                    KEY,
+                    message,
+                    "use \"fp32\", or keep the optimizer in memory",
+                );
+            } else if !sync_each_batch {
+                let message = "gradients that are added up on each rank until the step are fp32";
+                values.wrong(KEY, message, "use \"fp32\", or set sync_each_batch to true");
+            }
         }
         Self {
             op: if sum { ReduceOp::Sum } else { ReduceOp::Mean },
