@@ -76,6 +76,8 @@ pub struct Generation {
     pub stop: StopReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them that the session had read before.
+    pub kept_tokens: usize,
     /// Natural logarithm of the probability that the model itself (before temperature and penalties) gave to each
     /// token, when asked for.
     pub logprobs: Option<Vec<f64>>,
@@ -136,10 +138,32 @@ impl<'m> Generator<'m> {
         prompt: &[u32],
         show: &mut dyn FnMut(&str),
     ) -> Result<Generation, InferError> {
-        self.check(prompt)?;
         // The last token that is generated is not read again.
         let capacity = prompt.len().saturating_add(self.options.max_tokens - 1);
         let mut session = Session::new(self.model, capacity, self.options.prefill_chunk);
+        self.continue_in(&mut session, prompt, &mut |piece| {
+            show(piece);
+            true
+        })
+    }
+
+    /// As [`Generator::generate`], in a session that may have read the beginning of the prompt before: what it has read
+    /// is not computed again, and the tokens are the same. `show` says whether to go on: `false` ends the text with
+    /// [`StopReason::Interrupted`].
+    ///
+    /// # Errors
+    /// Those of [`Generator::generate`]; the context is the session's.
+    pub fn continue_in(
+        &mut self,
+        session: &mut Session<'m>,
+        prompt: &[u32],
+        show: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Generation, InferError> {
+        self.check(prompt)?;
+        let same = session.ids().iter().zip(prompt);
+        let same = same.take_while(|(read, wanted)| read == wanted).count();
+        let kept = same.min(prompt.len() - 1);
+        session.truncate(kept);
         let mut stopper = self.stopper()?;
         let mut decoder = self.tokenizer.stream(true);
         for &id in &prompt[prompt.len().saturating_sub(TEXT_CONTEXT)..] {
@@ -149,7 +173,7 @@ impl<'m> Generator<'m> {
         let mut ids = prompt.to_vec();
         let mut logprobs = self.options.logprobs.then(Vec::new);
         let mut text = String::new();
-        let mut logits = session.next(prompt)?;
+        let mut logits = session.next(&prompt[kept..])?;
         let stop = loop {
             let token = self.sampler.sample(&logits, &ids, &mut rng)?;
             ids.push(token);
@@ -169,10 +193,12 @@ impl<'m> Generator<'m> {
                     piece += &decoder.finish()?;
                 }
             }
-            show(&piece);
+            let go_on = show(&piece);
             text += &piece;
-            if let Some(reason) = stop {
-                break reason;
+            match stop {
+                Some(reason) => break reason,
+                None if go_on => {}
+                None => break StopReason::Interrupted,
             }
             logits = session.next(&[token])?;
         };
@@ -181,6 +207,7 @@ impl<'m> Generator<'m> {
             text,
             stop,
             prompt_tokens: prompt.len(),
+            kept_tokens: kept,
             logprobs,
         })
     }

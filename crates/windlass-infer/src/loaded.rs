@@ -121,12 +121,12 @@ impl LoadedModel {
         })
     }
 
-    /// Takes the tokenizer of another place: a `tokenizer.json` or its folder.
+    /// Takes the tokenizer of another place; see [`open_tokenizer`](crate::vocabulary::open_tokenizer).
     ///
     /// # Errors
     /// When it cannot be loaded or has more tokens than the model.
     pub fn set_tokenizer(&mut self, path: &Path) -> Result<(), InferError> {
-        let tokenizer = Tokenizer::load(path)?;
+        let tokenizer = crate::vocabulary::open_tokenizer(path)?;
         tokenizer.check_vocabulary(self.config.vocab_size)?;
         self.tokenizer = Some(tokenizer);
         Ok(())
@@ -209,7 +209,7 @@ impl LoadedModel {
 }
 
 /// The folder with `config.json` that a path leads to.
-fn find_folder(path: &Path, notes: &mut Vec<String>) -> Result<PathBuf, InferError> {
+pub(crate) fn find_folder(path: &Path, notes: &mut Vec<String>) -> Result<PathBuf, InferError> {
     let refuse = |problem: &str, hint: String| InferError::NoModel {
         path: path.to_owned(),
         problem: problem.to_owned(),

@@ -31,6 +31,8 @@ pub enum StopReason {
     MaxTokens,
     /// The model has no position for another token; the caller says so, not the [`Stopper`].
     Context,
+    /// Whoever reads the text wants no more of it; the caller says so.
+    Interrupted,
 }
 
 /// What one token adds to the visible text.

@@ -1,10 +1,32 @@
-//! The tokenizer's part of a GGUF file's metadata: `tokenizer.ggml.*` and `tokenizer.chat_template`.
+//! The tokenizer's part of a GGUF file's metadata: `tokenizer.ggml.*` and `tokenizer.chat_template`; and tokenizers
+//! without their models.
 
 use crate::InferError;
+use crate::loaded::find_folder;
+use std::path::Path;
 use windlass_model::tokenizer::{GgufVocabulary, TokenType};
-use windlass_store::gguf::{Array, Metadata, Value};
+use windlass_model::{Tokenizer, TokenizerError};
+use windlass_store::gguf::{Array, File, Metadata, Value};
 
 const PREFIX: &str = "tokenizer.ggml.";
+
+/// Loads a tokenizer alone: of a GGUF file, of whatever [`Tokenizer::load`] reads, or of the folder of a model or its
+/// checkpoints.
+///
+/// # Errors
+/// A path without a tokenizer, or with one that is damaged.
+pub fn open_tokenizer(path: &Path) -> Result<Tokenizer, InferError> {
+    if path.is_file() && path.extension().is_some_and(|end| end == "gguf") {
+        let file = File::open(path)?;
+        return Ok(Tokenizer::from_gguf(&read(file.metadata())?)?);
+    }
+    match Tokenizer::load(path) {
+        Err(TokenizerError::Missing { .. }) if path.is_dir() => {
+            Ok(Tokenizer::load(&find_folder(path, &mut Vec::new())?)?)
+        }
+        other => Ok(other?),
+    }
+}
 
 /// Takes the vocabulary out of a file's metadata. What it means is checked when a tokenizer is built of it.
 ///
@@ -128,9 +150,6 @@ pub fn write(vocabulary: &GgufVocabulary, metadata: &mut Metadata) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
-    use windlass_model::Tokenizer;
-    use windlass_store::gguf::File;
 
     #[test]
     fn vocabularies_survive_a_file() {

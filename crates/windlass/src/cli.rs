@@ -4,13 +4,14 @@ use anyhow::{Error, Result};
 use std::process::ExitCode;
 use windlass::hub::HubError;
 use windlass::infer::InferError;
-use windlass::model::ModelError;
 use windlass::model::tokenizer::TokenizerError;
+use windlass::model::{ChatError, ModelError};
 use windlass::store;
 use windlass::tensor::kernels::dispatch::Level;
 use windlass::tensor::{Cpu, DType};
 
 pub mod bench;
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod drive;
@@ -24,8 +25,10 @@ pub mod launch;
 mod observe;
 pub mod quickstart;
 pub mod recipe;
+mod sampling;
 mod settings;
 pub mod source;
+pub mod tokenize;
 pub mod train;
 mod world;
 
@@ -91,6 +94,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         cause
             .downcast_ref::<TokenizerError>()
             .and_then(TokenizerError::hint),
+        cause.downcast_ref::<ChatError>().and_then(ChatError::hint),
         cause
             .downcast_ref::<store::Error>()
             .and_then(store::Error::hint),

@@ -26,6 +26,10 @@ enum Command {
     Checkpoint(cli::checkpoint::Verb),
     /// Continue prompts with a model
     Generate(cli::generate::Args),
+    /// Talk with a model through its chat template
+    Chat(Box<cli::chat::Args>),
+    /// Show the tokens of a text or of a conversation
+    Tokenize(cli::tokenize::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
     Eval(cli::eval::Args),
     /// Measure this machine: training steps or single kernels
@@ -48,6 +52,8 @@ fn main() -> ExitCode {
         Command::Launch(args) => cli::launch::run(args),
         Command::Checkpoint(verb) => cli::checkpoint::run(verb),
         Command::Generate(args) => cli::generate::run(args),
+        Command::Chat(args) => cli::chat::run(&args),
+        Command::Tokenize(args) => cli::tokenize::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Config(args) => cli::config::run(args),

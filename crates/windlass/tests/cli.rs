@@ -667,6 +667,8 @@ const HELP: &[&[&str]] = &[
     &["bench", "train"],
     &["bench", "kernels"],
     &["generate"],
+    &["chat"],
+    &["tokenize"],
     &["eval"],
     &["eval", "perplexity"],
     &["eval", "choice"],

@@ -1,5 +1,6 @@
 //! `windlass generate`: prompts in, text out as it comes.
 
+use super::sampling::Sampling;
 use super::source::{Source, misuse};
 use super::{failure, usage};
 use anyhow::Result;
@@ -7,7 +8,7 @@ use serde_json::json;
 use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::time::Instant;
-use windlass::infer::{GenerateOptions, Generation, Generator, SamplingParams, StopReason};
+use windlass::infer::{GenerateOptions, Generation, Generator, StopReason};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -24,47 +25,8 @@ pub struct Args {
     /// The most tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 200)]
     max_tokens: usize,
-    /// Below 1 more predictable, above 1 more surprising; 0 is greedy
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.8,
-        allow_negative_numbers = true
-    )]
-    temperature: f64,
-    /// Choose among the K likeliest tokens only [default: all]
-    #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
-    top_k: usize,
-    /// Choose among the likeliest tokens whose probabilities sum to P
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.95,
-        allow_negative_numbers = true
-    )]
-    top_p: f64,
-    /// Choose among tokens at least P times as likely as the likeliest
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.0,
-        allow_negative_numbers = true
-    )]
-    min_p: f64,
-    /// Make tokens that were there before less likely (1: off)
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    repetition_penalty: f64,
-    /// Always take the likeliest token
-    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
-    greedy: bool,
-    /// Decides all draws: the same prompt, flags and seed give the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: Sampling,
     /// Text that ends the generation, not shown; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
@@ -78,24 +40,11 @@ pub struct Args {
 
 impl Args {
     fn options(&self) -> GenerateOptions {
-        let sampling = match self.greedy {
-            true => SamplingParams {
-                repetition_penalty: self.repetition_penalty,
-                ..SamplingParams::greedy()
-            },
-            false => SamplingParams {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                repetition_penalty: self.repetition_penalty,
-            },
-        };
         GenerateOptions {
-            sampling,
+            sampling: self.sampling.params(),
             max_tokens: self.max_tokens,
             stop_strings: self.stop.clone(),
-            seed: self.seed,
+            seed: self.sampling.seed,
             stop_at_end: !self.ignore_eos,
             ..Default::default()
         }
@@ -125,7 +74,7 @@ impl Args {
     }
 }
 
-fn read_stdin() -> Result<String> {
+pub(super) fn read_stdin() -> Result<String> {
     let mut text = String::new();
     std::io::stdin()
         .read_to_string(&mut text)
@@ -189,7 +138,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// Writes to stdout at once. A reader that went away, such as `head`, ends the program without a complaint.
-fn print(text: &str) {
+pub(super) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
     if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         if error.kind() != ErrorKind::BrokenPipe {
@@ -204,21 +153,21 @@ fn print(text: &str) {
 }
 
 /// Measures one generation.
-struct Clock {
+pub(super) struct Clock {
     start: Instant,
     first: Option<Instant>,
 }
 
 /// How fast it went. Speeds are `None` where too little was done to tell.
-struct Speed {
-    prompt_seconds: f64,
+pub(super) struct Speed {
+    pub(super) prompt_seconds: f64,
     seconds: f64,
     prompt_tokens_per_second: Option<f64>,
-    tokens_per_second: Option<f64>,
+    pub(super) tokens_per_second: Option<f64>,
 }
 
 impl Clock {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         Clock {
             start: Instant::now(),
             first: None,
@@ -226,11 +175,11 @@ impl Clock {
     }
 
     /// A token was generated: the first one ends the reading of the prompt.
-    fn token(&mut self) {
+    pub(super) fn token(&mut self) {
         self.first.get_or_insert_with(Instant::now);
     }
 
-    fn stop(self, generation: &Generation) -> Speed {
+    pub(super) fn stop(self, generation: &Generation) -> Speed {
         let first = self.first.unwrap_or(self.start);
         let (prompt_seconds, decode_seconds) = (
             (first - self.start).as_secs_f64(),
@@ -242,7 +191,10 @@ impl Clock {
         Speed {
             prompt_seconds,
             seconds: prompt_seconds + decode_seconds,
-            prompt_tokens_per_second: speed(generation.prompt_tokens, prompt_seconds),
+            prompt_tokens_per_second: speed(
+                generation.prompt_tokens - generation.kept_tokens,
+                prompt_seconds,
+            ),
             tokens_per_second: speed(generation.ids.len() - 1, decode_seconds),
         }
     }
@@ -259,6 +211,7 @@ fn report(
         StopReason::StopString(index) => ("stop_string", stops.get(index)),
         StopReason::MaxTokens => ("max_tokens", None),
         StopReason::Context => ("context", None),
+        StopReason::Interrupted => ("interrupted", None),
     };
     json!({
         "prompt": prompt,
