@@ -20,9 +20,11 @@ pub mod eval;
 mod fits;
 pub mod generate;
 pub mod info;
+pub mod inspect;
 pub mod io;
 pub mod launch;
 mod observe;
+pub mod quantize;
 pub mod quickstart;
 pub mod recipe;
 mod sampling;
@@ -101,6 +103,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
         cause
             .downcast_ref::<InferError>()
             .and_then(InferError::hint),
+        cause
+            .downcast_ref::<windlass::compress::Error>()
+            .and_then(windlass::compress::Error::hint),
         cause
             .downcast_ref::<windlass::train::Error>()
             .and_then(windlass::train::Error::hint),

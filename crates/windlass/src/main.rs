@@ -32,6 +32,10 @@ enum Command {
     Tokenize(cli::tokenize::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
     Eval(cli::eval::Args),
+    /// Say what a model's file holds and what it takes to run it
+    Inspect(cli::inspect::Args),
+    /// Write a GGUF file with fewer bits
+    Quantize(Box<cli::quantize::Args>),
     /// Measure this machine: training steps or single kernels
     Bench(cli::bench::Args),
     /// Read a ds_config.json and say what becomes of each key
@@ -55,6 +59,8 @@ fn main() -> ExitCode {
         Command::Chat(args) => cli::chat::run(&args),
         Command::Tokenize(args) => cli::tokenize::run(args),
         Command::Eval(args) => cli::eval::run(args),
+        Command::Inspect(args) => cli::inspect::run(args),
+        Command::Quantize(args) => cli::quantize::run(*args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Config(args) => cli::config::run(args),
         Command::Estimate(args) => cli::estimate::run(args),

@@ -676,6 +676,8 @@ const HELP: &[&[&str]] = &[
     &["config", "check"],
     &["estimate"],
     &["info"],
+    &["inspect"],
+    &["quantize"],
     &["io"],
     &["io", "bench"],
 ];

@@ -114,6 +114,11 @@ impl Tensors {
         &self.path
     }
 
+    /// The weight files.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.files.iter().map(Mapped::path)
+    }
+
     /// The tensors' names, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
