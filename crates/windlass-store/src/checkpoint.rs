@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::safetensors::is_plain_name;
 
 pub use folder::CheckpointDir;
-pub use held::HELD_BLOCK;
+pub use held::{HELD_BLOCK, prepare_blocks};
 pub use writer::Writer;
 
 /// The file that names the checkpoint to continue from.

@@ -3,15 +3,16 @@
 //!
 //! The threads touch files and nothing else: what ranks tell one another is said by the ranks themselves.
 
+use crate::checkpoint::plain;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::save::{Place, Saved, together_save};
+use crate::save::{Place, Saved, together_save, written_bytes};
 use crate::together::{exchange, together};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use windlass_comm::Group;
-use windlass_store::checkpoint::{CheckpointDir, Writer};
+use windlass_store::checkpoint::{CheckpointDir, Writer, prepare_blocks};
 use windlass_tensor::FileTensor;
 
 /// A checkpoint on its way to the disk.
@@ -172,6 +173,14 @@ impl<B> Engine<B> {
                 self.pending = Some(pending);
                 Ok(path)
             }
+        }
+    }
+
+    /// Takes the memory of checkpoints in the background before the first one needs it.
+    pub(crate) fn prepare_checkpoints(&self) {
+        let cpu = self.store().cpu();
+        if self.options().async_checkpoints && !cpu.pool.is_dry() {
+            prepare_blocks(&cpu.memory, written_bytes(self, plain(self)));
         }
     }
 

@@ -26,7 +26,7 @@ struct Client {
 const CLIENT_FILE: &str = "engine_state.json";
 
 /// The parameters under their own names, as they are.
-fn plain<B>(engine: &Engine<B>) -> Vec<FileTensor> {
+pub(crate) fn plain<B>(engine: &Engine<B>) -> Vec<FileTensor> {
     let tensor = |(id, spec): (ParamId, &ParamSpec)| FileTensor {
         name: spec.name.clone(),
         shape: spec.shape,

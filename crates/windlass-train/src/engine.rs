@@ -164,7 +164,7 @@ impl<B> Engine<B> {
             });
         }
         store.train(state, |_| true)?;
-        Ok(Engine {
+        let engine = Engine {
             model,
             store,
             options,
@@ -176,7 +176,9 @@ impl<B> Engine<B> {
             last_norm: None,
             pending: None,
             last_checkpoint: None,
-        })
+        };
+        engine.prepare_checkpoints();
+        Ok(engine)
     }
 
     /// The model.

@@ -82,7 +82,18 @@ pub fn plan_rank(
     let mut traffic = Traffic::default();
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
-    let mut held = Vec::new();
+    let map = config.naming.file_tensors(engine.model());
+    let blocks = match background {
+        true => written_bytes(&engine, map).div_ceil(HELD_BLOCK),
+        false => 0,
+    };
+    let hold = || -> Vec<_> {
+        let block = |_| cpu.memory.alloc(HELD_BLOCK, Category::Workspace);
+        (0..blocks).map(block).collect()
+    };
+    // The blocks that checkpoints will wait in are there from the start.
+    let mut held = hold();
+    held.clear();
     for _ in 0..2 {
         let before = engine.store().group().traffic();
         for _ in 0..shape.gradient_accumulation_steps {
@@ -92,12 +103,9 @@ pub fn plan_rank(
         }
         engine.step_at(0.0).expect(PURE);
         traffic = engine.store().group().traffic().since(&before);
-        if background && held.is_empty() {
+        if held.is_empty() {
             // A checkpoint waits in memory while the next steps are taken.
-            let map = config.naming.file_tensors(engine.model());
-            let blocks = written_bytes(&engine, map).div_ceil(HELD_BLOCK);
-            let block = |_| cpu.memory.alloc(HELD_BLOCK, Category::Workspace);
-            held.extend((0..blocks).map(block));
+            held = hold();
         }
     }
     let memory = cpu.memory.peak();

@@ -2,10 +2,28 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use windlass_tensor::kernels::memory::{Buffer, Category, Memory};
+use windlass_tensor::kernels::memory::{Buffer, Category, Memory, PAGE};
 
 /// Bytes of the blocks of memory that files wait in: a rank that holds a checkpoint takes a whole number of them.
 pub const HELD_BLOCK: usize = 16 << 20;
+
+/// Takes the blocks that `bytes` bytes will wait in from the system, and lets a thread touch their pages before it gives them
+/// back to the pool: where a page is new, the first copy into it takes many times longer than the copy.
+pub fn prepare_blocks(memory: &Memory, bytes: usize) {
+    let block = |_| memory.alloc(HELD_BLOCK, Category::Workspace);
+    let mut blocks: Vec<Buffer> = (0..bytes.div_ceil(HELD_BLOCK)).map(block).collect();
+    let touch = move || {
+        for block in &mut blocks {
+            block
+                .block_mut()
+                .chunks_mut(PAGE)
+                .for_each(|page| page[0] = 0);
+        }
+    };
+    let thread = std::thread::Builder::new().name("checkpoint".into());
+    // Without a thread the first copy takes its time.
+    let _ = thread.spawn(touch);
+}
 
 /// Files, one behind another in blocks of memory, which go back to the pool as they are written.
 pub(super) struct Held {

@@ -446,18 +446,10 @@ fn shard<'a>(
         },
         _ => unreachable!("packed weights are not trained, weights on the disk are fetched"),
     };
+    let summed = local.filter(|_| alone).and_then(|grads| grads.get(id.slot));
     let grad = match grad {
         Some(buffer) => Some(Grad::F32(buffer.as_slice())),
-        None => {
-            let local = local.filter(|_| alone);
-            let kept = slot.grad.as_ref();
-            let kept = kept.or_else(|| local.and_then(|grads| grads.get(id.slot)));
-            kept.map(|grad| match grad.dtype() {
-                DType::Bf16 => Grad::Bf16(&grad.as_slice()[piece]),
-                DType::F16 => Grad::F16(&grad.as_slice()[piece]),
-                _ => Grad::F32(&grad.as_slice()[piece]),
-            })
-        }
+        None => kept(slot.grad.as_ref().or(summed), piece),
     };
     Shard {
         id,
@@ -468,6 +460,15 @@ fn shard<'a>(
         moments,
         shards: &slot.shards,
     }
+}
+
+/// A piece of a sum of gradients, in the type in which it is kept.
+fn kept(sum: Option<&Tensor>, piece: Range<usize>) -> Option<Grad<'_>> {
+    sum.map(|sum| match sum.dtype() {
+        DType::Bf16 => Grad::Bf16(&sum.as_slice()[piece]),
+        DType::F16 => Grad::F16(&sum.as_slice()[piece]),
+        _ => Grad::F32(&sum.as_slice()[piece]),
+    })
 }
 
 /// What completes a weight to its master.
