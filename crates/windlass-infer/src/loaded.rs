@@ -155,6 +155,55 @@ impl LoadedModel {
         Ok(ids)
     }
 
+    /// Bytes of all weights as they are kept, and of those that every token reads: a table of embeddings is looked up,
+    /// and of experts a token reads its own.
+    ///
+    /// # Errors
+    /// As the store gathers weights.
+    pub fn weight_bytes(&self) -> Result<(usize, usize), InferError> {
+        let (mut all, mut read) = (0, 0);
+        let share = self.config.experts.as_ref().map_or(1.0, |experts| {
+            experts.num_experts_per_tok as f64 / experts.num_experts as f64
+        });
+        for (index, unit) in self.model.units().iter().enumerate() {
+            let weights = self.store.gather(index)?;
+            for (param, weight) in unit.params.iter().zip(weights.iter()) {
+                let bytes = match weight {
+                    Weight::Packed(packed) => packed.bytes(),
+                    Weight::Dense(tensor) => tensor.len() * tensor.dtype().size(),
+                };
+                all += bytes;
+                let table = param.name == "model.embed_tokens.weight"
+                    && !self.config.tie_word_embeddings
+                    || param.name == "model.embed_positions.weight";
+                let expert = param.name.contains(".mlp.experts.");
+                read += match (table, expert) {
+                    (true, _) => 0,
+                    (_, true) => (bytes as f64 * share) as usize,
+                    _ => bytes,
+                };
+            }
+        }
+        Ok((all, read))
+    }
+
+    /// Whether matrices are packed.
+    ///
+    /// # Errors
+    /// As the store gathers weights.
+    pub fn is_packed(&self) -> Result<bool, InferError> {
+        for unit in 0..self.model.units().len() {
+            let weights = self.store.gather(unit)?;
+            if weights
+                .iter()
+                .any(|weight| matches!(weight, Weight::Packed(_)))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The logits after each token of a text.
     ///
     /// # Shapes

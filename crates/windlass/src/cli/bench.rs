@@ -1,15 +1,19 @@
-//! `windlass bench`: what this machine does in training steps and in single kernels.
+//! `windlass bench`: what this machine does in inference, in training steps and in single kernels.
 
 use anyhow::Result;
 
 mod kernels;
+mod model;
 mod train;
 
 /// Flags of the verb.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
+    #[command(flatten)]
+    model: model::Args,
 }
 
 #[derive(clap::Subcommand)]
@@ -23,7 +27,8 @@ enum What {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     match args.what {
-        What::Train(args) => train::run(args),
-        What::Kernels(args) => kernels::run(args),
+        Some(What::Train(args)) => train::run(args),
+        Some(What::Kernels(args)) => kernels::run(args),
+        None => model::run(args.model),
     }
 }

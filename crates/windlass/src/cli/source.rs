@@ -51,6 +51,13 @@ impl Packing {
 impl Source {
     /// Finds, fetches and loads the model; says on stderr what was loaded and what should be known about it.
     pub fn open(&self) -> Result<LoadedModel> {
+        let model = self.open_without_tokenizer()?;
+        model.tokenizer()?;
+        Ok(model)
+    }
+
+    /// As [`Source::open`], for what needs no text.
+    pub fn open_without_tokenizer(&self) -> Result<LoadedModel> {
         let cpu = self.machine.cpu()?;
         let folder = hub::resolve(&self.model)?;
         let start = Instant::now();
@@ -64,7 +71,6 @@ impl Source {
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
         }
-        model.tokenizer()?;
         for note in &model.notes {
             eprintln!("note: {note}");
         }
