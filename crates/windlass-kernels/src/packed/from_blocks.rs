@@ -1,7 +1,8 @@
 //! Packed matrices from the blocks of a file: the same codes and scales, in other places.
 
 use super::layout::{Codes, Layout, Min, Scale};
-use super::matrix::{PackedMatrix, RowUnit};
+use super::matrix::PackedMatrix;
+use super::unit::{RowUnit, UnitMut};
 use super::{STEP, UNIT};
 use crate::blocks::{self, BlockType, Levels};
 use crate::memory::Memory;
@@ -75,14 +76,58 @@ impl PackedMatrix {
             let bytes = &bytes[row(n) * row_bytes..][..row_bytes];
             let from = unit * per_unit * size;
             let bytes = &bytes[from..row_bytes.min(from + per_unit * size)];
-            // Made here and not once for all: a few hundred bytes on the stack.
-            let mut block = blocks::Codes::new(block_type);
-            for (index, bytes) in bytes.chunks(size).enumerate() {
-                block.decode(block_type, bytes);
-                unit_part(block_type, &layout, &block, index * elements, out);
+            match block_type {
+                // The file has the codes as a plane has them.
+                BlockType::Q4_0 | BlockType::Q4_1 | BlockType::IQ4_NL | BlockType::MXFP4 => {
+                    bytes
+                        .chunks_exact(size)
+                        .enumerate()
+                        .for_each(|(b, block)| nibbles(b, block, out));
+                }
+                BlockType::Q8_0 => {
+                    bytes
+                        .chunks_exact(size)
+                        .enumerate()
+                        .for_each(|(b, block)| bytes_8(b, block, out));
+                }
+                _ => {
+                    let mut unit = RowUnit::ZERO;
+                    let mut block = blocks::Codes::new(block_type);
+                    for (index, bytes) in bytes.chunks_exact(size).enumerate() {
+                        block.decode(block_type, bytes);
+                        unit_part(block_type, &layout, &block, index * elements, &mut unit);
+                    }
+                    out.write(&unit);
+                }
             }
         })
     }
+}
+
+fn half_bits(block: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([block[at], block[at + 1]])
+}
+
+/// A block of 32 codes of 4 bits behind its scale (and minimum).
+fn nibbles(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
+    let (head, codes) = block.split_at(block.len() - STEP / 2);
+    match head.len() {
+        1 => out.head(index, u16::from(head[0]), 0),
+        2 => out.head(index, half_bits(head, 0), 0),
+        _ => out.head(index, half_bits(head, 0), half_bits(head, 2)),
+    }
+    let word = |i: usize| u32::from_le_bytes(codes[4 * i..][..4].try_into().expect("a word"));
+    out.words(index, [word(0), word(1), word(2), word(3)]);
+}
+
+/// A block of 32 signed bytes behind its scale.
+fn bytes_8(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
+    out.head(index, half_bits(block, 0), 0);
+    let word = |i: usize| {
+        let word = u32::from_le_bytes(block[2 + 4 * i..][..4].try_into().expect("a word"));
+        word ^ 0x8080_8080
+    };
+    out.words(index, std::array::from_fn::<u32, 8, _>(word));
 }
 
 /// Puts a block at column `at` of a unit.

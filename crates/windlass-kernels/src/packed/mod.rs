@@ -22,11 +22,13 @@ mod quantize;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod unit;
 
 pub use activations::Activations;
 pub use layout::{Codes, Layout, Min, Scale};
-pub use matrix::{PackedMatrix, RowUnit};
+pub use matrix::PackedMatrix;
 pub use product::{Product, multiply};
+pub use unit::{RowUnit, UnitMut};
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;

@@ -44,11 +44,14 @@ impl PackedMatrix {
             for (value, weight) in values.iter_mut().zip(row) {
                 *value = weight.to_f64() as f32;
             }
-            let groups = row.len().div_ceil(group);
-            for g in 0..groups {
+            let mut codes = [0u8; UNIT];
+            for g in 0..row.len().div_ceil(group) {
                 let span = g * group..(g + 1) * group;
-                let group = round(&values[span.clone()], &mut out.codes[span]);
-                (out.scales[g], out.mins[g]) = (group.0.to_bits(), group.1);
+                let (scale, zero) = round(&values[span.clone()], &mut codes[span]);
+                out.head(g, scale.to_bits(), zero);
+            }
+            for step in 0..out.steps() {
+                out.codes(step, &codes.as_chunks().0[step]);
             }
         })
     }

@@ -2,7 +2,8 @@
 
 use super::activations::{Activations, BOTH};
 use super::layout::{Codes, Layout, Min, Scale};
-use super::matrix::{PackedMatrix, RowUnit, exponent};
+use super::matrix::PackedMatrix;
+use super::unit::{RowUnit, exponent};
 use super::{STEP, UNIT_STEPS};
 use half::f16;
 

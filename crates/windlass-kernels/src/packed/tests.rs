@@ -118,7 +118,7 @@ fn random_matrix(
         .collect();
     let memory = Memory::new();
     let matrix = PackedMatrix::pack(pool, &memory, layout, shape, |row, unit, out| {
-        *out = rows[row][unit].clone();
+        out.write(&rows[row][unit]);
     });
     (matrix, rows)
 }
