@@ -51,7 +51,7 @@ impl LoadedModel {
         let mut weights = Vec::new();
         for unit in model.units() {
             let unit: Result<Vec<Weight>, InferError> =
-                unit.params.iter().map(|param| reader.read(param)).collect();
+                unit.params.iter().map(|param| reader.take(param)).collect();
             weights.push(Weights::new(unit?));
         }
         if !reader.rounded.is_empty() {
@@ -147,7 +147,15 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn read(&mut self, param: &ParamSpec) -> Result<Weight, InferError> {
+    /// A parameter, whose bytes in the file are not needed any more.
+    fn take(&mut self, param: &ParamSpec) -> Result<Weight, InferError> {
+        let (weight, tensor) = self.read(param)?;
+        self.file.release(&tensor)?;
+        Ok(weight)
+    }
+
+    /// A parameter, and the name of its tensor.
+    fn read(&mut self, param: &ParamSpec) -> Result<(Weight, String), InferError> {
         let shape = param.shape;
         let (vector, rows, cols) = match shape.to_vec()[..] {
             [rows, cols] => (false, rows, cols),
@@ -159,7 +167,7 @@ impl Reader<'_> {
         self.check(info, &place, &shape)?;
         let bytes = self.file.bytes(&place.tensor)?;
         if vector {
-            return self.vector(info, bytes, &place, shape);
+            return Ok((self.vector(info, bytes, &place, shape), place.tensor));
         }
         let row = |n: usize| place.row(n, rows);
         let layout = match (self.load_in, Layout::of(info.block_type)) {
@@ -173,7 +181,7 @@ impl Reader<'_> {
                     bytes,
                     row,
                 );
-                return Ok(Weight::Packed(Packed::from(packed)));
+                return Ok((Weight::Packed(Packed::from(packed)), place.tensor));
             }
             (LoadIn::Packed(layout), _) => Some(layout),
             (LoadIn::AsStored, None) => match info.block_type {
@@ -193,10 +201,11 @@ impl Reader<'_> {
             row,
             layout.map_or(self.dtype, |_| DType::F32),
         );
-        Ok(match layout {
+        let weight = match layout {
             Some(layout) => Weight::Packed(Packed::quantize(self.cpu, layout, &dense)),
             None => dense.into(),
-        })
+        };
+        Ok((weight, place.tensor))
     }
 
     /// Checks that a tensor holds the rows that a parameter asks for.
@@ -222,20 +231,14 @@ impl Reader<'_> {
         })
     }
 
-    fn vector(
-        &self,
-        info: &TensorInfo,
-        bytes: &[u8],
-        place: &Place,
-        shape: Shape,
-    ) -> Result<Weight, InferError> {
+    fn vector(&self, info: &TensorInfo, bytes: &[u8], place: &Place, shape: Shape) -> Weight {
         let mut all = vec![0f32; info.elements()];
         dequantize(info.block_type, bytes, &mut all);
         let values: Vec<f32> = (0..shape[0])
             .map(|n| all[place.row(n, shape[0])] - place.offset)
             .collect();
         let tensor = Tensor::from_slice(self.cpu, &values, shape, Category::Weights);
-        Ok(tensor.cast(self.cpu, self.dtype, Category::Weights).into())
+        tensor.cast(self.cpu, self.dtype, Category::Weights).into()
     }
 
     fn dense(

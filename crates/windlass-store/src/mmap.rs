@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::{Advice, Mmap};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 
 use crate::error::{Error, Result};
 
@@ -136,5 +136,22 @@ impl Mapped {
         self.map
             .advise(advice)
             .map_err(|e| Error::io("advise on", &self.path, e))
+    }
+
+    /// Gives back the memory of a range that was read and will not be soon; reading it again reads the file again.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the kernel refuses.
+    pub fn release(&self, range: Range<usize>) -> Result<()> {
+        let len = range.end.min(self.map.len()).saturating_sub(range.start);
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the map is of a file and never written, so its pages come back with the same content.
+        let done = unsafe {
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, len)
+        };
+        done.map_err(|e| Error::io("advise on", &self.path, e))
     }
 }

@@ -133,6 +133,15 @@ impl File {
         Ok(&self.files[*file].bytes()[range.clone()])
     }
 
+    /// Gives back the memory that a tensor's bytes took when they were read.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Io`] if the kernel refuses.
+    pub fn release(&self, name: &str) -> Result<()> {
+        let (file, range) = &self.places[self.find(name)?];
+        self.files[*file].release(range.clone())
+    }
+
     /// Stored bytes of all tensors.
     pub fn total_bytes(&self) -> usize {
         self.places.iter().map(|(_, range)| range.len()).sum()
