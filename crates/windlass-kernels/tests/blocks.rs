@@ -3,6 +3,7 @@
 use windlass_kernels::blocks::{
     BlockType, Codes, codes, dequantize, dequantize_all, first_bad_block, quantize, quantize_all,
 };
+use windlass_kernels::dispatch::Level;
 use windlass_kernels::pool::Pool;
 
 /// Reproducible bytes without a pattern (a linear congruential generator's upper bits).
@@ -273,26 +274,27 @@ fn extremes_do_not_break_the_search() {
 }
 
 #[test]
-fn threads_do_not_change_bytes() {
+fn threads_and_levels_do_not_change_bytes() {
     let values = bell(3, 40 * 512);
-    let importance = bell(4, 512).iter().map(|v| v.abs()).collect::<Vec<_>>();
+    let importance: Vec<f32> = bell(4, 512).iter().map(|v| v.abs()).collect();
     for kind in BlockType::ALL
         .iter()
         .copied()
         .filter(|kind| kind.is_writable())
     {
-        let bytes = [1, 2, 5].map(|threads| {
-            let mut bytes = vec![0; kind.size_of(values.len()).unwrap()];
-            quantize_all(
-                &Pool::new(threads),
-                kind,
-                &values,
-                512,
-                Some(&importance),
-                &mut bytes,
-            );
-            bytes
-        });
-        assert!(bytes.windows(2).all(|pair| pair[0] == pair[1]), "{kind}");
+        for importance in [None, Some(&importance[..])] {
+            let run = |pool: Pool| {
+                let mut bytes = vec![0; kind.size_of(values.len()).unwrap()];
+                quantize_all(&pool, kind, &values, 512, importance, &mut bytes);
+                bytes
+            };
+            let scalar = run(Pool::with_level(1, Level::Scalar));
+            for &level in Level::supported() {
+                for threads in [1, 2, 5] {
+                    let found = run(Pool::with_level(threads, level));
+                    assert!(found == scalar, "{kind} at {level} with {threads} threads");
+                }
+            }
+        }
     }
 }

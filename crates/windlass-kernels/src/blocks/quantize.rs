@@ -5,14 +5,15 @@
 
 use half::{bf16, f16};
 
-use super::codes::{Codes, FLOAT4, UNEVEN, power_of_two};
+use super::codes::{Codes, FLOAT4, power_of_two};
 use super::encode::to_small_float;
 use super::search::{
-    Range, Weighted, Window, affine, code, extreme, inverse, nearest_level, symmetric, table_sums,
-    tabled,
+    FLOAT4_LEVELS, Range, UNEVEN_LEVELS, Weighted, Window, affine, code, extreme, inverse,
+    symmetric, table_sums, tabled,
 };
 use super::super_block::{WithMin, WithoutMin};
 use super::{BlockType, MAX_ELEMENTS};
+use crate::dispatch::Level;
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::Tasks;
 
@@ -28,6 +29,17 @@ const BEYOND: f32 = 1e15;
 /// `out` have other lengths.
 #[track_caller]
 pub fn quantize(block_type: BlockType, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+    quantize_at(Level::current(), block_type, row, importance, out);
+}
+
+#[track_caller]
+fn quantize_at(
+    level: Level,
+    block_type: BlockType,
+    row: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) {
     assert!(block_type.is_writable(), "{block_type} is not written");
     assert_eq!(
         Some(out.len()),
@@ -50,19 +62,46 @@ pub fn quantize(block_type: BlockType, row: &[f32], importance: Option<&[f32]>, 
         BlockType::F16 => plain!(f16, f16::from_f32),
         BlockType::BF16 => plain!(bf16, bf16::from_f32),
         BlockType::F64 => plain!(f64, f64::from),
-        _ => {
-            let width = block_type.elements();
-            let mean = row.iter().map(|x| x * x).sum::<f32>() / row.len().max(1) as f32;
-            let blocks = row
-                .chunks_exact(width)
-                .zip(out.chunks_exact_mut(block_type.bytes()));
-            for (i, (x, out)) in blocks.enumerate() {
-                let importance = importance.map(|v| &v[i * width..(i + 1) * width]);
-                let mut codes = Codes::new(block_type);
-                quantize_block(block_type, x, importance, mean, &mut codes);
-                codes.encode(block_type, out);
-            }
-        }
+        _ => blocks(level, block_type, row, importance, out),
+    }
+}
+
+/// The same code at the width of the machine's vectors: its sums have lanes of their own, so its results are the same.
+fn blocks(
+    level: Level,
+    block_type: BlockType,
+    row: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if level >= Level::Avx2 {
+        // SAFETY: the level is supported, by the promise of its pool.
+        return unsafe { blocks_avx2(block_type, row, importance, out) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = level;
+    blocks_at_any(block_type, row, importance, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn blocks_avx2(block_type: BlockType, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+    blocks_at_any(block_type, row, importance, out);
+}
+
+#[inline(always)]
+fn blocks_at_any(block_type: BlockType, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+    let width = block_type.elements();
+    let mean = row.iter().map(|x| x * x).sum::<f32>() / row.len().max(1) as f32;
+    let blocks = row
+        .chunks_exact(width)
+        .zip(out.chunks_exact_mut(block_type.bytes()));
+    for (i, (x, out)) in blocks.enumerate() {
+        let importance = importance.map(|v| &v[i * width..(i + 1) * width]);
+        let mut codes = Codes::new(block_type);
+        quantize_block(block_type, x, importance, mean, &mut codes);
+        codes.encode(block_type, out);
     }
 }
 
@@ -96,7 +135,8 @@ pub fn quantize_all(
         for row in tasks.part(task) {
             // SAFETY: each task writes its own rows alone.
             let out = unsafe { out.slice(row * row_bytes, row_bytes) };
-            quantize(
+            quantize_at(
+                pool.level(),
                 block_type,
                 &values[row * row_len..][..row_len],
                 importance,
@@ -106,6 +146,7 @@ pub fn quantize_all(
     });
 }
 
+#[inline(always)]
 fn quantize_block(
     block_type: BlockType,
     x: &[f32],
@@ -178,6 +219,7 @@ fn quantize_block(
 }
 
 /// How much the error of each element counts.
+#[inline(always)]
 fn weigh(x: &[f32], importance: Option<&[f32]>, mean: f32, w: &mut [f32]) {
     // Small numbers matter too where large ones are: errors count by the square root of both.
     let own = 2.0 * x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
@@ -192,6 +234,7 @@ fn weigh(x: &[f32], importance: Option<&[f32]>, mean: f32, w: &mut [f32]) {
 }
 
 /// `d` takes the extreme to the lowest code; codes are rounded up from the middle.
+#[inline(always)]
 fn reference_symmetric(x: &[f32], zero: f32, codes: &mut Codes) {
     codes.d = extreme(x) / -zero;
     let by = inverse(codes.d);
@@ -201,6 +244,7 @@ fn reference_symmetric(x: &[f32], zero: f32, codes: &mut Codes) {
 }
 
 /// `d` takes the span to all codes.
+#[inline(always)]
 fn reference_affine(x: &[f32], top: f32, codes: &mut Codes) {
     let low = x.iter().fold(f32::INFINITY, |m, &x| m.min(x));
     let high = x.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
@@ -213,6 +257,7 @@ fn reference_affine(x: &[f32], top: f32, codes: &mut Codes) {
 }
 
 /// `d` takes the largest magnitude to `top`; codes are rounded to the nearest, ties away from zero.
+#[inline(always)]
 fn rounded(x: &[f32], top: f32, zero: i16, codes: &mut Codes) {
     codes.d = extreme(x).abs() / top;
     let by = inverse(codes.d);
@@ -225,6 +270,7 @@ fn half(v: f32) -> f32 {
     f16::from_f32(v).to_f32()
 }
 
+#[inline(always)]
 fn searched_symmetric(data: Weighted, codes: &mut Codes) {
     let super::Levels::Less(zero) = codes.levels else {
         unreachable!("even codes")
@@ -240,6 +286,7 @@ fn searched_symmetric(data: Weighted, codes: &mut Codes) {
     }
 }
 
+#[inline(always)]
 fn searched_affine(data: Weighted, top: f32, codes: &mut Codes) {
     let window = Window {
         first: -0.9,
@@ -258,15 +305,17 @@ fn searched_affine(data: Weighted, top: f32, codes: &mut Codes) {
     }
 }
 
+#[inline(always)]
 fn iq4_nl(data: Weighted, codes: &mut Codes) {
-    codes.d = half(tabled(data, &UNEVEN));
+    codes.d = half(tabled(data, &UNEVEN_LEVELS));
     let by = inverse(codes.d);
     for (q, x) in codes.q.iter_mut().zip(data.x) {
-        *q = nearest_level(&UNEVEN, x * by);
+        *q = UNEVEN_LEVELS.code(x * by);
     }
 }
 
 /// The exponent of the largest magnitude, less two: its level lies between 4 and 8, of which 6 is there.
+#[inline(always)]
 fn mxfp4(x: &[f32], codes: &mut Codes) {
     let largest = extreme(x).abs();
     let exponent = match largest > 0.0 {
@@ -285,6 +334,7 @@ fn mxfp4(x: &[f32], codes: &mut Codes) {
 }
 
 /// The 8-bit scale that takes the largest magnitude to level 12, or the best of those around it.
+#[inline(always)]
 fn nvfp4(data: Weighted, codes: &mut Codes) {
     codes.d = 1.0 / 1024.0;
     for j in 0..4 {
@@ -297,7 +347,7 @@ fn nvfp4(data: Weighted, codes: &mut Codes) {
         let middle = to_small_float(exact as i32).min(0x7e);
         let error = |byte: &u8| {
             let scale = codes.d * super::codes::small_float(*byte) as f32;
-            table_sums(data, &FLOAT4, scale)[2]
+            table_sums(data, &FLOAT4_LEVELS, scale)[2]
         };
         let bytes = middle.saturating_sub(2)..=(middle + 2).min(0x7e);
         let best = bytes
@@ -306,12 +356,13 @@ fn nvfp4(data: Weighted, codes: &mut Codes) {
         codes.scales[j] = super::codes::small_float(best);
         let by = inverse(codes.d * codes.scales[j] as f32);
         for (q, x) in codes.q[range].iter_mut().zip(data.x) {
-            *q = nearest_level(&FLOAT4, x * by);
+            *q = FLOAT4_LEVELS.code(x * by);
         }
     }
 }
 
 /// The mean magnitude, with the sign of each.
+#[inline(always)]
 fn q1_0(x: &[f32], codes: &mut Codes) {
     codes.d = x.iter().map(|x| x.abs()).sum::<f32>() / x.len() as f32;
     for (q, x) in codes.q.iter_mut().zip(x) {
@@ -319,6 +370,7 @@ fn q1_0(x: &[f32], codes: &mut Codes) {
     }
 }
 
+#[inline(always)]
 fn q2_0(data: Weighted, codes: &mut Codes) {
     // Levels are -1, 0, 1, 2, and a scale may have either sign.
     let range = Range {

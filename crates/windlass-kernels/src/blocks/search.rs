@@ -6,6 +6,8 @@
 //!
 //! Sums are taken in eight lanes, in an order of their own, so that results are the same on every machine.
 
+use super::codes::{FLOAT4, UNEVEN};
+
 /// Lanes of a sum.
 const LANES: usize = 8;
 /// Steps of refinement after the best candidate.
@@ -53,15 +55,22 @@ fn sums<const N: usize>(data: Weighted, term: impl Fn(f32, f32) -> [f32; N]) -> 
             }
         }
     }
-    lanes.map(|l| ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7])))
+    lanes.map(total)
+}
+
+#[inline(always)]
+fn total(l: [f32; LANES]) -> f32 {
+    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
 
 /// The inverse, or 0 for 0.
+#[inline(always)]
 pub(super) fn inverse(v: f32) -> f32 {
     if v == 0.0 { 0.0 } else { 1.0 / v }
 }
 
 /// The number of largest magnitude, with its sign; the first of several.
+#[inline(always)]
 pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter()
         .fold(0.0, |m: f32, &v| if v.abs() > m.abs() { v } else { m })
@@ -80,6 +89,7 @@ pub(super) fn error(data: Weighted, range: Range, scale: f32, min: f32) -> f32 {
 }
 
 /// The scale, of either sign, with the least error of `scale * q`.
+#[inline(always)]
 pub(super) fn symmetric(data: Weighted, range: Range) -> f32 {
     let extreme = extreme(data.x);
     // Beyond, scales are no f32 any more.
@@ -114,6 +124,7 @@ pub(super) fn symmetric(data: Weighted, range: Range) -> f32 {
     scale
 }
 
+#[inline(always)]
 fn refine(scale: &mut f32, best: &mut f32, data: Weighted, range: Range) {
     for _ in 0..REFINEMENTS {
         let by = inverse(*scale);
@@ -138,6 +149,7 @@ pub(super) struct Window {
 
 /// The scale and minimum with the least error of `scale * q - min`, with codes from 0 to `top`. The minimum is not
 /// negative unless `any_sign`.
+#[inline(always)]
 pub(super) fn affine(data: Weighted, top: f32, window: Window, any_sign: bool) -> (f32, f32) {
     let range = Range {
         low: 0.0,
@@ -190,36 +202,104 @@ pub(super) fn affine(data: Weighted, top: f32, window: Window, any_sign: bool) -
     (best.1, best.2)
 }
 
-/// Levels of a table in order, to find the nearest one.
-#[inline(always)]
-pub(super) fn nearest_level(table: &[i8; 16], v: f32) -> u8 {
-    let mut best = (f32::INFINITY, 0);
-    for (i, &level) in table.iter().enumerate() {
-        let distance = (v - f32::from(level)).abs();
-        if distance < best.0 {
-            best = (distance, i as u8);
-        }
-    }
-    best.1
+/// The levels of a table in ascending order, to find the nearest one without branches.
+pub(super) struct Table {
+    /// Ascending.
+    levels: [f32; 16],
+    /// Halfway from a level to the next.
+    middles: [f32; 15],
+    /// The levels' places in the table.
+    codes: [u8; 16],
 }
 
-/// The squared error of `scale * table[q]` with the best codes, and the sums that give the best scale.
-pub(super) fn table_sums(data: Weighted, table: &[i8; 16], scale: f32) -> [f32; 3] {
+/// [`UNEVEN`], in order.
+pub(super) static UNEVEN_LEVELS: Table = Table::new(&UNEVEN);
+/// [`FLOAT4`], in order.
+pub(super) static FLOAT4_LEVELS: Table = Table::new(&FLOAT4);
+
+impl Table {
+    /// Sorts the levels; of equal ones the first is used.
+    const fn new(table: &[i8; 16]) -> Self {
+        let mut codes = [0u8; 16];
+        let mut count = 0;
+        while count < 16 {
+            let mut at = count;
+            while at > 0 && table[codes[at - 1] as usize] > table[count] {
+                codes[at] = codes[at - 1];
+                at -= 1;
+            }
+            let twin = at > 0 && table[codes[at - 1] as usize] == table[count];
+            codes[at] = if twin { codes[at - 1] } else { count as u8 };
+            count += 1;
+        }
+        let (mut levels, mut middles) = ([0f32; 16], [0f32; 15]);
+        let mut i = 0;
+        while i < 16 {
+            levels[i] = table[codes[i] as usize] as f32;
+            if i > 0 {
+                middles[i - 1] = (levels[i - 1] + levels[i]) / 2.0;
+            }
+            i += 1;
+        }
+        Table {
+            levels,
+            middles,
+            codes,
+        }
+    }
+
+    /// The code of the nearest level.
+    #[inline(always)]
+    pub fn code(&self, v: f32) -> u8 {
+        let below = self.middles.iter().map(|m| usize::from(v > *m));
+        self.codes[below.sum::<usize>()]
+    }
+
+    /// The nearest levels of some numbers.
+    #[inline(always)]
+    fn nearest(&self, v: [f32; LANES]) -> [f32; LANES] {
+        let mut levels = [self.levels[0]; LANES];
+        for (i, &middle) in self.middles.iter().enumerate() {
+            let step = self.levels[i + 1] - self.levels[i];
+            for (level, v) in levels.iter_mut().zip(v) {
+                *level += if v > middle { step } else { 0.0 };
+            }
+        }
+        levels
+    }
+}
+
+/// With the best codes for `scale * level`: the sums that give the best scale, and the squared error.
+#[inline(always)]
+pub(super) fn table_sums(data: Weighted, table: &Table, scale: f32) -> [f32; 3] {
     let inverse = inverse(scale);
-    sums(data, |x, w| {
-        let level = f32::from(table[usize::from(nearest_level(table, x * inverse))]);
-        let e = x - scale * level;
-        [w * x * level, w * level * level, w * e * e]
-    })
+    let mut lanes = [[0f32; LANES]; 3];
+    let chunks = data.x.chunks_exact(LANES);
+    for (x, w) in chunks.zip(data.w.chunks_exact(LANES)) {
+        let mut v = [0f32; LANES];
+        for (v, x) in v.iter_mut().zip(x) {
+            *v = x * inverse;
+        }
+        let levels = table.nearest(v);
+        for lane in 0..LANES {
+            let (x, w, level) = (x[lane], w[lane], levels[lane]);
+            let e = x - scale * level;
+            lanes[0][lane] += w * x * level;
+            lanes[1][lane] += w * level * level;
+            lanes[2][lane] += w * e * e;
+        }
+    }
+    lanes.map(total)
 }
 
 /// As [`symmetric`], with codes into a table.
-pub(super) fn tabled(data: Weighted, table: &[i8; 16]) -> f32 {
+#[inline(always)]
+pub(super) fn tabled(data: Weighted, table: &Table) -> f32 {
     let extreme = extreme(data.x);
     if extreme.abs() < 1e-30 {
         return 0.0;
     }
-    let end = table.iter().fold(0, |m: i32, &l| m.max(i32::from(l).abs())) as f32;
+    let end = table.levels[15].max(-table.levels[0]);
     let (mut best, mut scale) = (0.0, 0.0);
     for step in -7..=7 {
         let mut trial = -extreme / (end + step as f32);

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::codes::{Codes, Levels};
 use super::search::{
-    Range, Weighted, Window, affine, code, error, inverse, nearest, nearest_level, symmetric,
+    Range, UNEVEN_LEVELS, Weighted, Window, affine, code, error, inverse, nearest, symmetric,
     table_sums, tabled,
 };
 
@@ -19,12 +19,14 @@ pub(super) struct WithMin {
 }
 
 /// Nearest `f16`, as `f32`.
+#[inline(always)]
 fn stored(v: f32) -> f32 {
     f16::from_f32(v).to_f32()
 }
 
 impl WithMin {
     /// Fills the block.
+    #[inline(always)]
     pub fn quantize(&self, data: Weighted, codes: &mut Codes) {
         let sub = codes.sub_len;
         let count = codes.len / sub;
@@ -75,6 +77,7 @@ impl WithMin {
     }
 
     /// The best integers near the real scales and minimums, for given block scales.
+    #[inline(always)]
     fn integers(
         &self,
         data: Weighted,
@@ -123,6 +126,7 @@ fn around(v: f32, top: f32) -> impl Iterator<Item = f32> {
         .filter(move |v| *v >= 0.0 && *v <= top)
 }
 
+#[inline(always)]
 fn part<'a>(data: Weighted<'a>, j: usize, sub: usize) -> Weighted<'a> {
     let range = j * sub..(j + 1) * sub;
     Weighted {
@@ -132,6 +136,7 @@ fn part<'a>(data: Weighted<'a>, j: usize, sub: usize) -> Weighted<'a> {
 }
 
 /// The block's scales that are best for its integers and the codes that follow from them: two linear equations.
+#[inline(always)]
 fn fit(data: Weighted, sub: usize, range: Range, codes: &Codes) -> (f32, f32) {
     let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0f64, 0f64, 0f64, 0f64, 0f64);
     for (i, (&x, &w)) in data.x.iter().zip(data.w).enumerate() {
@@ -161,7 +166,7 @@ fn fit(data: Weighted, sub: usize, range: Range, codes: &Codes) -> (f32, f32) {
     (stored(d.max(0.0) as f32), stored(dmin.max(0.0) as f32))
 }
 
-/// The types without minimums: `Q3_K`, `Q6_K`, `IQ4_XS`.
+/// The types without minimums: `Q3_K`, `Q6_K`, and `IQ4_XS`, the one with a table.
 pub(super) struct WithoutMin {
     /// Smallest and largest integer scale.
     pub scales: (f32, f32),
@@ -169,6 +174,7 @@ pub(super) struct WithoutMin {
 
 impl WithoutMin {
     /// Fills the block.
+    #[inline(always)]
     pub fn quantize(&self, data: Weighted, codes: &mut Codes) {
         let sub = codes.sub_len;
         let count = codes.len / sub;
@@ -178,7 +184,7 @@ impl WithoutMin {
             let data = part(data, j, sub);
             *scale = match levels {
                 Levels::Less(_) => symmetric(data, range_of(levels)),
-                Levels::Table(table) => tabled(data, table),
+                Levels::Table(_) => tabled(data, &UNEVEN_LEVELS),
             };
         }
         let extreme = super::search::extreme(&scales[..count]);
@@ -208,6 +214,7 @@ impl WithoutMin {
         }
     }
 
+    #[inline(always)]
     fn integers(
         &self,
         data: Weighted,
@@ -228,7 +235,7 @@ impl WithoutMin {
                 }
                 let error = match codes.levels {
                     Levels::Less(_) => error(data, range_of(codes.levels), d * integer, 0.0),
-                    Levels::Table(table) => table_sums(data, table, d * integer)[2],
+                    Levels::Table(_) => table_sums(data, &UNEVEN_LEVELS, d * integer)[2],
                 };
                 if error < best {
                     (best, integers[j]) = (error, integer as i32);
@@ -241,6 +248,7 @@ impl WithoutMin {
 }
 
 /// The levels of codes that are even: from minus the zero to one less than it.
+#[inline(always)]
 fn range_of(levels: Levels) -> Range {
     let Levels::Less(zero) = levels else {
         unreachable!("a table has no range")
@@ -253,14 +261,16 @@ fn range_of(levels: Levels) -> Range {
 }
 
 /// The code of a scaled number.
+#[inline(always)]
 fn code_of(levels: Levels, v: f32) -> u8 {
     match levels {
         Levels::Less(zero) => (code(v, range_of(levels)) as i16 + i16::from(zero)) as u8,
-        Levels::Table(table) => nearest_level(table, v),
+        Levels::Table(_) => UNEVEN_LEVELS.code(v),
     }
 }
 
 /// The block's scale that is best for its integers and the codes that follow from them.
+#[inline(always)]
 fn fit_scale(data: Weighted, codes: &Codes) -> f32 {
     let (mut aa, mut ax) = (0f64, 0f64);
     for (i, (&x, &w)) in data.x.iter().zip(data.w).enumerate() {
