@@ -29,14 +29,24 @@ SPACES = " \n\t\r  \u3000\u00a0\u2003\u0085"
 PIECES = ["'s", "'LL", "n't", "  ", "\n\n ", "12345", "²", "٤٢", "the ", "Hello", "</s>", "<|im_end|>", "，", "。"]
 
 
-def random_text(rng):
+def special_tokens(path):
+    """Control and user-defined tokens of a file, a few of them."""
+    fields = gguf.GGUFReader(path).fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    return [token for token, kind in zip(tokens, types) if kind in (3, 4)][:20]
+
+
+def random_text(rng, special):
     text = []
     for _ in range(rng.randint(1, 60)):
         kind = rng.random()
         if kind < 0.2:
             text.append(rng.choice(SPACES))
-        elif kind < 0.35:
+        elif kind < 0.3:
             text.append(rng.choice(PIECES))
+        elif kind < 0.35 and special:
+            text.append(rng.choice(special))
         else:
             _, first, last = rng.choices(RANGES, [weight for weight, _, _ in RANGES])[0]
             char = chr(rng.randint(first, last))
@@ -83,7 +93,10 @@ def renamed(path, pre, folder):
     return target
 
 
-def compare(binary, path, texts, composed):
+def compare(binary, path, count, seed, composed):
+    rng = random.Random(seed)
+    special = special_tokens(path)
+    texts = [random_text(rng, special) for _ in range(count)]
     vocabulary = Peer(path)
     different = 0
     for text in texts:
@@ -113,8 +126,6 @@ def main():
     quiet = peer.llama_log_callback(lambda *_: None)
     peer.llama_log_set(quiet, ctypes.c_void_p(0))
     peer.llama_backend_init()
-    rng = random.Random(args.seed)
-    texts = [random_text(rng) for _ in range(args.texts)]
     different = 0
     with tempfile.TemporaryDirectory() as folder:
         for path in args.files:
@@ -122,9 +133,9 @@ def main():
             for name in names:
                 # Their tokenizers compose letters first, which llama.cpp does not.
                 composed = name in ("qwen2", "qwen35")
-                different += compare(args.binary, renamed(path, name, folder), texts, composed)
+                different += compare(args.binary, renamed(path, name, folder), args.texts, args.seed, composed)
             if not names:
-                different += compare(args.binary, path, texts, False)
+                different += compare(args.binary, path, args.texts, args.seed, False)
     raise SystemExit(1 if different else 0)
 
 

@@ -357,6 +357,13 @@ fn unigram(
     let Some(unknown) = vocabulary.unknown else {
         return Err(invalid("tokenizer.ggml.unknown_token_id is missing"));
     };
+    if let Some(id) = vocabulary
+        .scores
+        .iter()
+        .position(|score| !score.is_finite())
+    {
+        return Err(invalid(format!("tokenizer.ggml.scores[{id}] is infinite")));
+    }
     let mut pieces = Vec::with_capacity(vocabulary.tokens.len());
     for (id, token) in vocabulary.tokens.iter().enumerate() {
         let score = match vocabulary.token_type(id as u32) {

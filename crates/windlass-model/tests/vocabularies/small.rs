@@ -250,6 +250,11 @@ fn contradictions_are_refused_by_name() {
         (bytes, |v| v.merges[0] = "b a".into(), "no token"),
         (bytes, |v| v.add_bos = Some(true), "no bos_token_id"),
         (unigram, |v| v.scores.clear(), "scores is missing"),
+        (
+            unigram,
+            |v| v.scores[4] = f32::INFINITY,
+            "scores[4] is infinite",
+        ),
         (unigram, |v| v.precompiled_charsmap.truncate(3), "too short"),
         (
             unigram,
@@ -280,4 +285,75 @@ fn contradictions_are_refused_by_name() {
         assert!(error.to_string().contains(expected), "{error}: {expected}");
         assert!(error.hint().is_some(), "{error}");
     }
+}
+
+/// Small numbers that look random, the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self, below: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % below
+    }
+}
+
+/// A SentencePiece model with the pieces of a vocabulary: each a message of text, score and type.
+fn sentencepiece_model(vocabulary: &GgufVocabulary) -> Vec<u8> {
+    let field = |number: u8, content: &[u8]| {
+        let length = [content.len() as u8 | 0x80, (content.len() >> 7) as u8];
+        [&[number << 3 | 2], &length[..], content].concat()
+    };
+    let mut model = Vec::new();
+    for (id, token) in vocabulary.tokens.iter().enumerate() {
+        let mut piece = field(1, token.as_bytes());
+        piece.push(2 << 3 | 5);
+        piece.extend(vocabulary.scores[id].to_le_bytes());
+        piece.extend([3 << 3, vocabulary.token_types[id] as u8]);
+        model.extend(field(1, &piece));
+    }
+    // Byte-pair encoding, and text as it is.
+    model.extend(field(2, &[3 << 3, 2]));
+    model.extend(field(3, &[4 << 3, 0]));
+    model
+}
+
+#[test]
+fn damaged_bytes_are_refused_or_harmless() {
+    let mut numbers = Numbers(7);
+    let texts = ["aab A  ba", "中 <x>\u{2581}", "[CLS] wor\u{301}ld"];
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.model");
+    let sound = sentencepiece_model(&letters());
+    std::fs::write(&path, &sound).unwrap();
+    let read = Tokenizer::load(folder.path()).unwrap();
+    assert_eq!(read.encode("aba", true).unwrap(), [1, 259, 262, 260]);
+    let mut built = 0;
+    for _ in 0..400 {
+        let mut model = sound.clone();
+        for _ in 0..=numbers.next(3) {
+            let at = numbers.next(model.len());
+            model[at] ^= 1 << numbers.next(8);
+        }
+        model.truncate(model.len() - numbers.next(2) * numbers.next(40));
+        std::fs::write(&path, &model).unwrap();
+        let mut unigram = unigram();
+        let at = numbers.next(unigram.precompiled_charsmap.len());
+        unigram.precompiled_charsmap[at] ^= 1 << numbers.next(8);
+        for tokenizer in [
+            Tokenizer::load(folder.path()),
+            Tokenizer::from_gguf(&unigram),
+        ] {
+            let Ok(tokenizer) = tokenizer else { continue };
+            built += 1;
+            for text in texts {
+                let ids = tokenizer.encode(text, true).unwrap();
+                assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
+                tokenizer.decode(&ids, false).unwrap();
+            }
+        }
+    }
+    assert!(built > 100, "{built} of the damaged ones could be built");
 }
