@@ -4,6 +4,7 @@
 //! comes once for each token, the first call when the prompt has been read, so the caller can measure both phases.
 
 use crate::sampler::{Sampler, SamplingParams};
+use crate::speculate::{Guess, Guesses, Speculator};
 use crate::stop::{StopReason, StopRules, Stopper};
 use crate::{InferError, LoadedModel, Session};
 use windlass_model::Tokenizer;
@@ -29,6 +30,8 @@ pub struct GenerateOptions {
     pub stop_at_end: bool,
     /// Whether to report the log-probability of each token.
     pub logprobs: bool,
+    /// The most tokens to guess at once, where that is asked for.
+    pub draft_tokens: usize,
 }
 
 impl Default for GenerateOptions {
@@ -42,6 +45,7 @@ impl Default for GenerateOptions {
             prefill_chunk: 512,
             stop_at_end: true,
             logprobs: false,
+            draft_tokens: 7,
         }
     }
 }
@@ -78,6 +82,8 @@ pub struct Generation {
     pub prompt_tokens: usize,
     /// Those of them that the session had read before.
     pub kept_tokens: usize,
+    /// How many tokens were guessed, and how many of them rightly, where that was asked for.
+    pub guesses: Option<Guesses>,
     /// Natural logarithm of the probability that the model itself (before temperature and penalties) gave to each
     /// token, when asked for.
     pub logprobs: Option<Vec<f64>>,
@@ -89,6 +95,7 @@ pub struct Generator<'m> {
     tokenizer: &'m Tokenizer,
     options: GenerateOptions,
     sampler: Sampler,
+    guess: Guess<'m>,
 }
 
 impl<'m> Generator<'m> {
@@ -103,7 +110,38 @@ impl<'m> Generator<'m> {
             tokenizer: model.tokenizer()?,
             sampler: Sampler::new(options.sampling.clone())?,
             options,
+            guess: Guess::Off,
         })
+    }
+
+    /// Looks up what followed the last tokens before, and reads it in one pass with the next one: the same text, in fewer
+    /// passes where it repeats itself.
+    pub fn guess_by_lookup(&mut self) {
+        self.guess = Guess::Lookup;
+    }
+
+    /// Lets a smaller model guess the next tokens: the same text, in fewer passes where the two agree.
+    ///
+    /// # Errors
+    /// A model with another vocabulary.
+    pub fn guess_by_model(&mut self, draft: &'m LoadedModel) -> Result<(), InferError> {
+        let (own, other) = (self.model.config.vocab_size, draft.config.vocab_size);
+        let same = own == other
+            && draft
+                .tokenizer
+                .as_ref()
+                .is_none_or(|t| t.vocab_size() == self.tokenizer.vocab_size());
+        if !same {
+            return Err(InferError::Setting {
+                flag: "draft-model",
+                value: draft.folder.display().to_string(),
+                rule: "a model with the same vocabulary",
+                hint: "take a smaller model of the same family",
+            });
+        }
+        let capacity = self.model.context().min(draft.context());
+        self.guess = Guess::Model(Session::new(draft, capacity, self.options.prefill_chunk));
+        Ok(())
     }
 
     fn stopper(&self) -> Result<Stopper, InferError> {
@@ -174,6 +212,7 @@ impl<'m> Generator<'m> {
         let mut logprobs = self.options.logprobs.then(Vec::new);
         let mut text = String::new();
         let mut logits = session.next(&prompt[kept..])?;
+        let mut ahead = Speculator::new(&mut self.guess, self.model, self.options.draft_tokens);
         let stop = loop {
             let token = self.sampler.sample(&logits, &ids, &mut rng)?;
             ids.push(token);
@@ -183,7 +222,7 @@ impl<'m> Generator<'m> {
             let step = stopper.push(token, &decoder.push(token)?);
             let stop = step
                 .stop
-                .or((session.room() == 0).then_some(StopReason::Context));
+                .or((session.capacity() < ids.len()).then_some(StopReason::Context));
             let mut piece = step.text;
             if let Some(reason) = stop {
                 if step.stop.is_none() {
@@ -200,14 +239,17 @@ impl<'m> Generator<'m> {
                 None if go_on => {}
                 None => break StopReason::Interrupted,
             }
-            logits = session.next(&[token])?;
+            let left = self.options.max_tokens - (ids.len() - prompt.len()) - 1;
+            logits = ahead.next(session, &ids, left)?;
         };
+        let guesses = ahead.counts();
         Ok(Generation {
             ids: ids.split_off(prompt.len()),
             text,
             stop,
             prompt_tokens: prompt.len(),
             kept_tokens: kept,
+            guesses,
             logprobs,
         })
     }

@@ -10,6 +10,7 @@ pub mod loaded;
 pub mod sampler;
 pub mod score;
 mod session;
+mod speculate;
 pub mod stop;
 pub mod vocabulary;
 
@@ -18,4 +19,5 @@ pub use generate::{GenerateOptions, Generation, Generator};
 pub use loaded::{LoadIn, LoadedModel};
 pub use sampler::SamplingParams;
 pub use session::Session;
+pub use speculate::{Guess, Guesses};
 pub use stop::StopReason;

@@ -32,6 +32,16 @@ impl<'m> Session<'m> {
         }
     }
 
+    /// The model.
+    pub fn model(&self) -> &'m LoadedModel {
+        self.model
+    }
+
+    /// The most tokens it can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// The tokens read so far.
     pub fn ids(&self) -> &[u32] {
         &self.ids

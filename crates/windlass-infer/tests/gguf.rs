@@ -144,3 +144,59 @@ fn the_file_tells_the_stories_of_the_folder() {
         assert_eq!(tell(chunk), whole, "chunks of {chunk}");
     }
 }
+
+/// Guessing changes no token, chosen or drawn, and saves passes.
+#[test]
+fn guesses_change_nothing_but_the_passes() {
+    let Some(data) = data() else { return };
+    let cpu = Cpu::new(2);
+    let open = |name: &str| {
+        let path = data.join(format!("gguf-v3/stories260K-{name}.gguf"));
+        LoadedModel::open(&cpu, &path, None).unwrap()
+    };
+    let (model, draft) = (open("Q8_0"), open("Q4_0"));
+    let prompt = model
+        .encode("One day, Tim and Sam went to the park. Tim and Sam")
+        .unwrap();
+    for sampling in [
+        SamplingParams::greedy(),
+        SamplingParams {
+            temperature: 0.8,
+            top_k: 40,
+            repetition_penalty: 1.1,
+            ..SamplingParams::default()
+        },
+    ] {
+        for (max_tokens, draft_tokens) in [(1, 7), (2, 7), (150, 1), (150, 7), (1000, 4)] {
+            let options = GenerateOptions {
+                sampling: sampling.clone(),
+                max_tokens,
+                draft_tokens,
+                stop_at_end: false,
+                seed: 3,
+                ..GenerateOptions::default()
+            };
+            let run = |prepare: &dyn Fn(&mut Generator<'_>)| {
+                let mut generator = Generator::new(&model, options.clone()).unwrap();
+                prepare(&mut generator);
+                generator.generate(&prompt, &mut |_| {}).unwrap()
+            };
+            let plain = run(&|_| {});
+            assert!(plain.guesses.is_none());
+            let looked = run(&|generator| generator.guess_by_lookup());
+            let mut generator = Generator::new(&model, options.clone()).unwrap();
+            generator.guess_by_model(&draft).unwrap();
+            let drafted = generator.generate(&prompt, &mut |_| {}).unwrap();
+            for (name, guessed) in [("lookup", looked), ("draft", drafted)] {
+                assert_eq!(guessed.ids, plain.ids, "{name}, {max_tokens} tokens");
+                assert_eq!((&guessed.text, &guessed.stop), (&plain.text, &plain.stop));
+                let guesses = guessed.guesses.unwrap();
+                println!("{name}, {max_tokens} tokens: {guesses:?}");
+                assert!(guesses.accepted <= guesses.drafted);
+                if name == "draft" && max_tokens >= 150 {
+                    assert!(guesses.accepted * 2 > guesses.passes, "{guesses:?}");
+                }
+            }
+        }
+    }
+}

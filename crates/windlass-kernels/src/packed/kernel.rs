@@ -403,15 +403,11 @@ macro_rules! level {
                 (Codes::U3, false) => run::<Planes<2, 1>, false, P, M>,
                 (Codes::U3, true) => run::<Planes<2, 1>, true, P, M>,
                 (Codes::U4, false) => run::<Planes<4, 0>, false, P, M>,
-                (Codes::U4, true) => run::<Planes<4, 0>, true, P, M>,
                 (Codes::U5, false) => run::<Planes<4, 1>, false, P, M>,
-                (Codes::U5, true) => run::<Planes<4, 1>, true, P, M>,
-                (Codes::U6, false) => run::<Planes<4, 2>, false, P, M>,
                 (Codes::U6, true) => run::<Planes<4, 2>, true, P, M>,
                 (Codes::U8, false) => run::<Planes<8, 0>, false, P, M>,
-                (Codes::U8, true) => run::<Planes<8, 0>, true, P, M>,
                 (Codes::Table(_), false) => run::<Names, false, P, M>,
-                (Codes::Table(_), true) => run::<Names, true, P, M>,
+                (codes, _) => unreachable!("{codes:?}: layouts were checked when they were packed"),
             };
             Kernel {
                 panels: P,

@@ -152,14 +152,28 @@ impl Layout {
     /// Where the pieces of a unit of `steps` steps lie.
     ///
     /// # Panics
-    /// On a group that is not 32, 64, 128 or 256, or a sub-block that is not 16 or 32.
+    /// On a group that is not 32, 64, 128 or 256, a sub-block that is not 16 or 32, and codes that have no kernel with it.
     #[track_caller]
     pub(super) fn unit(&self, steps: usize) -> Unit {
+        assert!(
+            self.codes != Codes::U6 || matches!(self.scale, Scale::Super { sub: 16 }),
+            "6 bits have a kernel for scales of 16 columns only"
+        );
         let group_steps = match self.scale {
             Scale::Super { sub } => {
                 assert!(
                     sub == 16 || sub == 32,
                     "a sub-scale for {sub} columns, not 16 or 32"
+                );
+                let halves = match self.codes {
+                    Codes::U2 | Codes::U3 => sub == 16 || sub == 32,
+                    Codes::U6 => sub == 16,
+                    _ => sub == 32,
+                };
+                assert!(
+                    halves,
+                    "{:?} have no kernel for a scale of {sub} columns",
+                    self.codes
                 );
                 UNIT_STEPS
             }

@@ -33,6 +33,15 @@ pub struct Args {
     /// Continue after tokens that end a text
     #[arg(long)]
     ignore_eos: bool,
+    /// Guess tokens by what followed the same words before: the same text, faster where it repeats itself
+    #[arg(long, conflicts_with = "draft_model")]
+    lookup: bool,
+    /// Guess tokens by a smaller model with the same vocabulary: the same text, faster where the two agree
+    #[arg(long, value_name = "PATH|ID")]
+    draft_model: Option<String>,
+    /// The most tokens guessed at once
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    draft_tokens: usize,
     /// Print a JSON object a prompt, when it is finished
     #[arg(long)]
     json: bool,
@@ -46,6 +55,7 @@ impl Args {
             stop_strings: self.stop.clone(),
             seed: self.sampling.seed,
             stop_at_end: !self.ignore_eos,
+            draft_tokens: self.draft_tokens,
             ..Default::default()
         }
     }
@@ -103,7 +113,23 @@ pub fn run(args: Args) -> Result<()> {
     options.validate().map_err(misuse)?;
     let prompts = args.prompts()?;
     let model = args.source.open()?;
+    let draft = match &args.draft_model {
+        Some(path) => {
+            let source = Source {
+                model: path.clone(),
+                tokenizer: None,
+                ..args.source.clone()
+            };
+            Some(source.open_on(model.store.cpu())?)
+        }
+        None => None,
+    };
     let mut generator = Generator::new(&model, options).map_err(misuse)?;
+    match &draft {
+        Some(draft) => generator.guess_by_model(draft).map_err(misuse)?,
+        None if args.lookup => generator.guess_by_lookup(),
+        None => {}
+    }
     for (index, prompt) in prompts.iter().enumerate() {
         if prompts.len() > 1 {
             eprintln!("prompt {} of {}", index + 1, prompts.len());
@@ -132,6 +158,12 @@ pub fn run(args: Args) -> Result<()> {
                     .tokens_per_second
                     .map_or("-".into(), |speed| format!("{speed:.1}")),
             );
+            if let Some(guesses) = generation.guesses {
+                eprintln!(
+                    "guessed {} tokens in {} passes, {} rightly",
+                    guesses.drafted, guesses.passes, guesses.accepted
+                );
+            }
         }
     }
     Ok(())
@@ -223,6 +255,7 @@ fn report(
         "generated_tokens": generation.ids.len(),
         "prompt_tokens_per_second": speed.prompt_tokens_per_second,
         "tokens_per_second": speed.tokens_per_second,
+        "guesses": generation.guesses,
         "prompt_seconds": speed.prompt_seconds,
         "seconds": speed.seconds,
     })

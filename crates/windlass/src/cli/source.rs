@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 use windlass::hub;
 use windlass::infer::{InferError, LoadIn, LoadedModel};
+use windlass::tensor::Cpu;
 use windlass::tensor::kernels::packed::Layout;
 
 /// A model to compute with.
@@ -58,14 +59,18 @@ impl Source {
 
     /// As [`Source::open`], for what needs no text.
     pub fn open_without_tokenizer(&self) -> Result<LoadedModel> {
-        let cpu = self.machine.cpu()?;
+        self.open_on(&self.machine.cpu()?)
+    }
+
+    /// As [`Source::open_without_tokenizer`], on the threads of another model.
+    pub fn open_on(&self, cpu: &Cpu) -> Result<LoadedModel> {
         let folder = hub::resolve(&self.model)?;
         let start = Instant::now();
         let dtype = self.dtype.map(Precision::dtype);
         let mut model = match self.load_in {
-            None => LoadedModel::open(&cpu, &folder, dtype)?,
+            None => LoadedModel::open(cpu, &folder, dtype)?,
             Some(packing) => {
-                LoadedModel::open_in(&cpu, &folder, dtype, LoadIn::Packed(packing.layout()))?
+                LoadedModel::open_in(cpu, &folder, dtype, LoadIn::Packed(packing.layout()))?
             }
         };
         if let Some(tokenizer) = &self.tokenizer {

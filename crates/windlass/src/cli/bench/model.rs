@@ -174,86 +174,120 @@ fn generation(session: &mut Session<'_>, args: &Args, vocabulary: u32) -> Result
     Ok(args.n_gen as f64 / start.elapsed().as_secs_f64())
 }
 
+/// What a run found, ready to be shown.
+struct Report<'a> {
+    model: &'a LoadedModel,
+    ceilings: &'a Ceilings,
+    /// Bytes of all weights, and of those that a token reads.
+    bytes: (usize, usize),
+    kernel: String,
+    /// Operations of a token, and operations a second that the kernels could do at most.
+    work: f64,
+    peak: f64,
+}
+
 fn report(
     model: &LoadedModel,
     ceilings: &Ceilings,
     tests: &[(Test, bool)],
     json: bool,
 ) -> Result<()> {
-    let cpu = model.store.cpu();
-    let (bytes, read) = model.weight_bytes()?;
-    let parameters = model.model.num_params();
-    // Every weight that is read is multiplied and added once for each token.
-    let work = 2.0 * parameters as f64 * read as f64 / bytes as f64;
+    let bytes = model.weight_bytes()?;
     let packed = model.is_packed()?;
     let peak = match (packed, ceilings.int8) {
         (true, Some(int8)) => int8,
         _ => ceilings.fma,
     };
-    let share = |test: &Test, prompt: bool| match prompt {
-        true => test.best() * work / peak,
-        false => test.best() * read as f64 / ceilings.best_bandwidth(),
+    let level = model.store.cpu().pool.level();
+    let report = Report {
+        model,
+        ceilings,
+        bytes,
+        kernel: match packed {
+            true => format!("{level} int8"),
+            false => format!("{level} {}", model.dtype.name()),
+        },
+        // Every weight that is read is multiplied and added once for each token.
+        work: 2.0 * model.model.num_params() as f64 * bytes.1 as f64 / bytes.0 as f64,
+        peak,
     };
-    let kernel = match packed {
-        true => format!("{} int8", cpu.pool.level()),
-        false => format!("{} {}", cpu.pool.level(), model.dtype.name()),
-    };
-    if json {
+    match json {
+        true => report.json(tests),
+        false => report.table(tests),
+    }
+    Ok(())
+}
+
+impl Report<'_> {
+    /// The best run of a test as a share of what binds it: arithmetic for prompts, memory for generation.
+    fn share(&self, test: &Test, prompt: bool) -> f64 {
+        match prompt {
+            true => test.best() * self.work / self.peak,
+            false => test.best() * self.bytes.1 as f64 / self.ceilings.best_bandwidth(),
+        }
+    }
+
+    fn json(&self, tests: &[(Test, bool)]) {
         let rows: Vec<_> = tests
             .iter()
             .map(|(test, prompt)| {
                 json!({
                     "test": test.name, "tokens_per_second": test.mean(), "deviation": test.deviation(),
-                    "runs": test.rates, "roofline": share(test, *prompt),
+                    "runs": test.rates, "roofline": self.share(test, *prompt),
                 })
             })
             .collect();
-        let bandwidth: serde_json::Map<_, _> = ceilings
-            .bandwidth
-            .iter()
-            .map(|(n, rate)| (n.to_string(), (*rate).into()))
+        let bandwidth = self.ceilings.bandwidth.iter();
+        let bandwidth: serde_json::Map<_, _> = bandwidth
+            .map(|(streams, rate)| (streams.to_string(), (*rate).into()))
             .collect();
         let out = json!({
-            "model": model.folder, "model_type": model.config.model_type, "bytes": bytes,
-            "bytes_per_token": read, "parameters": parameters, "threads": cpu.pool.threads(),
-            "kernel": kernel, "tests": rows,
+            "model": self.model.folder, "model_type": self.model.config.model_type,
+            "bytes": self.bytes.0, "bytes_per_token": self.bytes.1,
+            "parameters": self.model.model.num_params(),
+            "threads": self.model.store.cpu().pool.threads(),
+            "kernel": self.kernel, "tests": rows,
             "ceilings": {
-                "bandwidth_by_streams": bandwidth, "int8_operations": ceilings.int8, "fma_operations": ceilings.fma,
+                "bandwidth_by_streams": bandwidth, "int8_operations": self.ceilings.int8,
+                "fma_operations": self.ceilings.fma,
             },
         });
         println!("{out}");
-        return Ok(());
     }
-    let streams: Vec<String> = ceilings
-        .bandwidth
-        .iter()
-        .map(|(n, rate)| format!("{:.1} ({n})", rate / 1e9))
-        .collect();
-    let int8 = ceilings.int8.map_or(String::new(), |peak| {
-        format!(" · int8 {:.2} TOP/s", peak / 1e12)
-    });
-    println!(
-        "memory reads in GB/s (streams a core): {}{int8} · FMA {:.0} GFLOP/s",
-        streams.join(", "),
-        ceilings.fma / 1e9
-    );
-    println!(
-        "| model | size | params | kernel | threads | test | t/s | of the roofline (best run) |"
-    );
-    println!("|---|---:|---:|---|---:|---:|---:|---:|");
-    for (test, prompt) in tests {
-        let bound = if *prompt { "arithmetic" } else { "memory" };
+
+    fn table(&self, tests: &[(Test, bool)]) {
+        let streams = self.ceilings.bandwidth.iter();
+        let streams: Vec<String> = streams
+            .map(|(n, rate)| format!("{:.1} ({n})", rate / 1e9))
+            .collect();
+        let int8 = self
+            .ceilings
+            .int8
+            .map(|peak| format!(" · int8 {:.2} TOP/s", peak / 1e12));
         println!(
-            "| {} | {:.2} MiB | {:.2} B | {kernel} | {} | {} | {:.2} ± {:.2} | {:.0} % of {bound} |",
-            model.config.model_type,
-            bytes as f64 / (1 << 20) as f64,
-            parameters as f64 / 1e9,
-            cpu.pool.threads(),
-            test.name,
-            test.mean(),
-            test.deviation(),
-            100.0 * share(test, *prompt),
+            "memory reads in GB/s (streams a core): {}{} · FMA {:.0} GFLOP/s",
+            streams.join(", "),
+            int8.unwrap_or_default(),
+            self.ceilings.fma / 1e9
         );
+        println!(
+            "| model | size | params | kernel | threads | test | t/s | of the roofline (best run) |"
+        );
+        println!("|---|---:|---:|---|---:|---:|---:|---:|");
+        for (test, prompt) in tests {
+            let bound = if *prompt { "arithmetic" } else { "memory" };
+            println!(
+                "| {} | {:.2} MiB | {:.2} B | {} | {} | {} | {:.2} ± {:.2} | {:.0} % of {bound} |",
+                self.model.config.model_type,
+                self.bytes.0 as f64 / (1 << 20) as f64,
+                self.model.model.num_params() as f64 / 1e9,
+                self.kernel,
+                self.model.store.cpu().pool.threads(),
+                test.name,
+                test.mean(),
+                test.deviation(),
+                100.0 * self.share(test, *prompt),
+            );
+        }
     }
-    Ok(())
 }
