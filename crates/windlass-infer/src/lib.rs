@@ -7,6 +7,7 @@ mod error;
 pub mod generate;
 mod gguf;
 pub mod loaded;
+pub mod quantized;
 pub mod sampler;
 pub mod score;
 mod session;

@@ -4,15 +4,16 @@
 //! (a hub, a command line) is the caller's business.
 
 use crate::InferError;
+use crate::quantized::{Checkpoint, Quantization};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use windlass_model::{DecoderConfig, Goal, Model, Tokenizer, TokenizerError, Tokens, decoder};
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::safetensors::{Dtype, Tensors};
-use windlass_store::{Store, load_weights};
+use windlass_store::{Loader, Store};
 use windlass_tensor::kernels::packed;
 use windlass_tensor::{
-    Category, Cpu, DType, FileTensor, Packed, Tensor, UnitSpec, Weight, Weights,
+    Category, Cpu, DType, FileTensor, Packed, ParamId, Tensor, UnitSpec, Weight, Weights,
 };
 
 /// A model with its weights and tokenizer.
@@ -70,7 +71,8 @@ impl LoadedModel {
         }
         let mut notes = Vec::new();
         let folder = find_folder(path, &mut notes)?;
-        let config = DecoderConfig::load(&folder)?;
+        let (config, quantization) = DecoderConfig::load_quantized(&folder)?;
+        let quantization = Quantization::of_folder(&folder, quantization.as_ref())?;
         notes.extend(config.notes.iter().cloned());
         let tokenizer = match Tokenizer::load(&folder) {
             Ok(tokenizer) => Some(tokenizer),
@@ -84,12 +86,17 @@ impl LoadedModel {
         let model = decoder(&config);
         let dtype = match dtype {
             Some(dtype) => dtype,
-            None if load_in != LoadIn::AsStored => DType::F32,
+            None if load_in != LoadIn::AsStored || quantization.is_some() => DType::F32,
             None => file_dtype(&tensors, &mut notes)?,
         };
+        if quantization.is_some() && load_in != LoadIn::AsStored {
+            let note = "matrices that the checkpoint has quantized keep their bits; the others are rounded";
+            notes.push(note.to_owned());
+        }
         let reader = Reader {
             cpu,
             tensors: &tensors,
+            quantized: quantization.map(|q| Checkpoint::new(&tensors, q, config.naming)),
             config: &config,
             dtype,
             load_in,
@@ -315,6 +322,8 @@ fn file_dtype(tensors: &Tensors, notes: &mut Vec<String>) -> Result<DType, Infer
 struct Reader<'a> {
     cpu: &'a Cpu,
     tensors: &'a Tensors,
+    /// The matrices that are quantized in the file.
+    quantized: Option<Checkpoint<'a>>,
     config: &'a DecoderConfig,
     dtype: DType,
     load_in: LoadIn,
@@ -338,6 +347,10 @@ impl Reader<'_> {
             unused.retain(|name| rest.contains(name));
             weights.push(unit);
         }
+        if let Some(quantized) = &self.quantized {
+            let used = quantized.tensors_of(&map)?;
+            unused.retain(|name| !used.contains(name));
+        }
         Ok((weights, unused))
     }
 
@@ -352,26 +365,33 @@ impl Reader<'_> {
             LoadIn::AsStored => self.dtype,
             LoadIn::Packed(_) => DType::F32,
         };
-        let (mut weights, unused) = load_weights(
-            self.cpu,
-            self.tensors,
-            std::slice::from_ref(unit),
-            map,
-            |name| naming.bare_name(name),
-            dtype,
-        )?;
-        let weights = weights.pop().unwrap_or_default();
-        let LoadIn::Packed(layout) = self.load_in else {
-            return Ok((weights, unused));
-        };
-        let packed = weights.iter().map(|weight| {
-            let tensor = weight.dense();
-            match tensor.rows() > 1 {
-                true => Weight::Packed(Packed::quantize(self.cpu, layout, tensor)),
-                false => tensor.cast(self.cpu, self.dtype, Category::Weights).into(),
-            }
+        let units = std::slice::from_ref(unit);
+        let mut loader = Loader::new(self.cpu, self.tensors, units, map, |name| {
+            naming.bare_name(name)
         });
-        Ok((Weights::new(packed.collect()), unused))
+        let mut weights: Vec<Option<Weight>> = vec![None; unit.params.len()];
+        if let Some(quantized) = &self.quantized {
+            for (slot, packed) in quantized.read(self.cpu, unit, map)? {
+                weights[slot] = Some(Weight::Packed(packed));
+            }
+        }
+        for (slot, weight) in weights.iter_mut().enumerate() {
+            if weight.is_some() {
+                continue;
+            }
+            let shape = unit.params[slot].shape;
+            let id = ParamId { unit: 0, slot };
+            let tensor = loader.read(id, 0..shape.len(), dtype)?.reshape(shape);
+            *weight = Some(match self.load_in {
+                LoadIn::AsStored => tensor.into(),
+                LoadIn::Packed(layout) if tensor.rows() > 1 => {
+                    Weight::Packed(Packed::quantize(self.cpu, layout, &tensor))
+                }
+                LoadIn::Packed(_) => tensor.cast(self.cpu, self.dtype, Category::Weights).into(),
+            });
+        }
+        let weights = Weights::new(weights.into_iter().flatten().collect());
+        Ok((weights, loader.unused()))
     }
 }
 

@@ -246,6 +246,11 @@ impl<'a> Fields<'a> {
         }))
     }
 
+    /// The keys.
+    pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// Whether the key is present and not null.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some()

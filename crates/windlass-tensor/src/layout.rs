@@ -98,8 +98,9 @@ impl FileTensor {
         out
     }
 
-    /// The parameter of each row of the file's (untransposed) tensor, in file order, with the row.
-    fn order(&self, rows: &[usize]) -> Vec<(usize, usize)> {
+    /// The parameter of each row of the file's (untransposed) tensor, in file order, with the row. `rows` are those of the
+    /// parameters.
+    pub fn order(&self, rows: &[usize]) -> Vec<(usize, usize)> {
         let heads = if let Layout::ByHead { heads } = self.layout {
             heads
         } else {

@@ -4,7 +4,7 @@ use crate::{Cpu, DType, Shape, Tensor, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::Element;
 use windlass_kernels::memory::Category;
-use windlass_kernels::packed::{Layout, PackedMatrix};
+use windlass_kernels::packed::{Activations, Layout, PackedMatrix};
 
 /// A matrix of small integers with scales; see [`windlass_kernels::packed`].
 ///
@@ -14,6 +14,8 @@ use windlass_kernels::packed::{Layout, PackedMatrix};
 pub struct Packed {
     shape: Shape,
     matrix: Arc<PackedMatrix>,
+    /// The weight's column at each column of the matrix, where they are not in order.
+    order: Option<Arc<[u32]>>,
 }
 
 impl Packed {
@@ -36,9 +38,48 @@ impl Packed {
         &self.shape
     }
 
-    /// The matrix itself.
+    /// The matrix itself; its columns are in [`Packed::order`].
     pub fn matrix(&self) -> &PackedMatrix {
         &self.matrix
+    }
+
+    /// The same matrix as one whose columns were put in another order to be packed: column `j` of the matrix is column
+    /// `order[j]` of the weight.
+    ///
+    /// # Panics
+    /// When `order` does not name every column once.
+    #[track_caller]
+    #[must_use]
+    pub fn with_order(self, order: Arc<[u32]>) -> Self {
+        let mut seen = vec![false; self.shape[1]];
+        for &column in &*order {
+            let column = column as usize;
+            assert!(
+                column < seen.len() && !std::mem::replace(&mut seen[column], true),
+                "column {column} is named twice, or is none of a weight {}",
+                self.shape
+            );
+        }
+        assert_eq!(order.len(), seen.len(), "an order of columns");
+        Packed {
+            order: Some(order),
+            ..self
+        }
+    }
+
+    /// The weight's column at each column of the matrix; `None` where they are the same.
+    pub fn order(&self) -> Option<&Arc<[u32]>> {
+        self.order.as_ref()
+    }
+
+    /// Rows that the matrix is to be multiplied with, their columns in its order, as integers.
+    ///
+    /// # Panics
+    /// When `x` is not made of whole rows.
+    #[track_caller]
+    pub fn activations<E: Element>(&self, cpu: &Cpu, x: &[E]) -> Activations {
+        let order = self.order.as_deref();
+        Activations::quantize_ordered(&cpu.pool, &cpu.memory, x, self.shape[1], order)
     }
 
     /// Rows `range` as plain elements.
@@ -49,13 +90,24 @@ impl Packed {
             dtype,
             Category::Workspace,
         );
-        each_dtype!(dtype, E => self.matrix.unpack_rows(&cpu.pool, range, out.as_mut_slice::<E>()));
+        each_dtype!(dtype, E => self.unpack(cpu, range, out.as_mut_slice::<E>()));
         out
     }
 
     /// Unpacks row `row` into `out`.
     pub fn unpack_row<E: Element>(&self, cpu: &Cpu, row: usize, out: &mut [E]) {
-        self.matrix.unpack_rows(&cpu.pool, row..row + 1, out);
+        self.unpack(cpu, row..row + 1, out);
+    }
+
+    fn unpack<E: Element>(&self, cpu: &Cpu, rows: std::ops::Range<usize>, out: &mut [E]) {
+        self.matrix.unpack_rows(&cpu.pool, rows, out);
+        let Some(order) = &self.order else { return };
+        for row in out.chunks_mut(self.shape[1]) {
+            let ordered = row.to_vec();
+            for (&column, value) in order.iter().zip(ordered) {
+                row[column as usize] = value;
+            }
+        }
     }
 
     /// Bytes of codes and scales.
@@ -69,6 +121,7 @@ impl From<PackedMatrix> for Packed {
         Packed {
             shape: [matrix.rows(), matrix.cols()].into(),
             matrix: Arc::new(matrix),
+            order: None,
         }
     }
 }

@@ -779,14 +779,26 @@ fn packed_weights_are_their_unpacked_numbers() {
     let (n, k, rows) = (700, 40, 6);
     let targets = targets(rows, n as i64);
     type Op<'a> = &'a dyn Fn(&mut Tape, &Var, &Weights) -> Var;
-    for dtype in [DType::F64, DType::F32, DType::Bf16, DType::F16] {
-        let packed = Packed::quantize(
+    let dtypes = [DType::F64, DType::F32, DType::Bf16, DType::F16];
+    for (dtype, ordered) in dtypes.into_iter().flat_map(|d| [(d, false), (d, true)]) {
+        let source = normal(3, n * k);
+        let mut stored = source.clone();
+        // Columns packed in another order are the same matrix.
+        let order: Vec<u32> = (0..k as u32).map(|j| (j * 7 + 3) % k as u32).collect();
+        if ordered {
+            let places = (0..n).flat_map(|row| order.iter().map(move |&c| row * k + c as usize));
+            stored = places.map(|at| source[at]).collect();
+        }
+        let mut packed = Packed::quantize(
             &cpu,
             packed::Layout::q8(),
-            &tensor(&cpu, DType::F32, &normal(3, n * k), &[n, k]),
+            &tensor(&cpu, DType::F32, &stored, &[n, k]),
         );
+        if ordered {
+            packed = packed.with_order(order.into());
+        }
         let dense = packed.unpack_rows(&cpu, 0..n, dtype);
-        let error = difference(&dense.to_f64(), &normal(3, n * k));
+        let error = difference(&dense.to_f64(), &source);
         assert!(error <= 1.0 / 128.0, "8 bits of {error:.1e}");
         let bias = tensor(&cpu, dtype, &normal(4, n), &[n]);
         let linear: Op = &|t, x, w| t.linear(x, w.at(0), Some(w.at(1)), None);

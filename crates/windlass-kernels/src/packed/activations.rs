@@ -47,10 +47,31 @@ impl Activations {
     /// When `x` is not made of whole rows.
     #[track_caller]
     pub fn quantize<E: Element>(pool: &Pool, memory: &Memory, x: &[E], cols: usize) -> Activations {
+        Self::quantize_ordered(pool, memory, x, cols, None)
+    }
+
+    /// As [`Activations::quantize`], of rows whose columns are put in another order first: column `j` is column `order[j]`
+    /// of `x`.
+    ///
+    /// # Panics
+    /// As [`Activations::quantize`]; when `order` has not an entry below `cols` for each column.
+    #[track_caller]
+    pub fn quantize_ordered<E: Element>(
+        pool: &Pool,
+        memory: &Memory,
+        x: &[E],
+        cols: usize,
+        order: Option<&[u32]>,
+    ) -> Activations {
         assert!(
             cols > 0 && x.len().is_multiple_of(cols),
             "{} elements in rows of {cols}",
             x.len()
+        );
+        assert!(
+            order.is_none_or(|order| order.len() == cols),
+            "an order of {} columns against rows of {cols}",
+            order.map_or(0, <[u32]>::len)
         );
         // Every layout's rows end at a multiple of a unit at most.
         let steps = cols.next_multiple_of(super::UNIT) / STEP;
@@ -80,8 +101,18 @@ impl Activations {
                     for m in 0..height {
                         // The rows that a last block lacks are its last one again.
                         let row = (block * height + m).min(rows - 1);
-                        for (to, from) in floats.iter_mut().zip(&x[row * cols..][..cols]) {
-                            *to = E::to_f64(*from) as f32;
+                        let x = &x[row * cols..][..cols];
+                        match order {
+                            None => {
+                                for (to, from) in floats.iter_mut().zip(x) {
+                                    *to = E::to_f64(*from) as f32;
+                                }
+                            }
+                            Some(order) => {
+                                for (to, &from) in floats.iter_mut().zip(order) {
+                                    *to = E::to_f64(x[from as usize]) as f32;
+                                }
+                            }
                         }
                         floats[cols..].fill(0.0);
                         // SAFETY: the pool's level is supported.

@@ -42,19 +42,49 @@ pub fn known_architectures() -> Vec<&'static str> {
     FAMILIES.iter().map(|(name, _)| *name).collect()
 }
 
+/// The text of a folder's `config.json`, and its path for messages.
+fn read(folder: &Path) -> Result<(String, String), ModelError> {
+    let path = folder.join("config.json");
+    let file = path.display().to_string();
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok((file, text)),
+        Err(e) => Err(ModelError::Json {
+            file,
+            message: format!("cannot be read: {e}"),
+        }),
+    }
+}
+
+fn parse(file: &str, text: &str) -> Result<Value, ModelError> {
+    serde_json::from_str(text).map_err(|e| ModelError::Json {
+        file: file.into(),
+        message: e.to_string(),
+    })
+}
+
 impl DecoderConfig {
     /// Reads the `config.json` of a model folder.
     ///
     /// # Errors
     /// When the file cannot be read or says something that is not understood.
     pub fn load(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("config.json");
-        let file = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|e| ModelError::Json {
-            file: file.clone(),
-            message: format!("cannot be read: {e}"),
-        })?;
+        let (file, text) = read(folder)?;
         Self::from_json(&file, &text)
+    }
+
+    /// As [`DecoderConfig::load`], of a folder whose weights may be quantized. The value of `quantization_config`, which is
+    /// not in [`DecoderConfig::json`] then, is the caller's to understand.
+    ///
+    /// # Errors
+    /// Those of [`DecoderConfig::load`], but for quantized weights.
+    pub fn load_quantized(folder: &Path) -> Result<(Self, Option<Value>), ModelError> {
+        let (file, text) = read(folder)?;
+        let mut json = parse(&file, &text)?;
+        let quantization = json
+            .as_object_mut()
+            .and_then(|object| object.remove("quantization_config"));
+        let config = Self::from_value(&file, json)?;
+        Ok((config, quantization.filter(|value| !value.is_null())))
     }
 
     /// Parses the text of a `config.json`; `file` is for messages.
@@ -62,10 +92,10 @@ impl DecoderConfig {
     /// # Errors
     /// Malformed JSON, an unknown architecture, missing or contradicting keys, unsupported options.
     pub fn from_json(file: &str, text: &str) -> Result<Self, ModelError> {
-        let json: Value = serde_json::from_str(text).map_err(|e| ModelError::Json {
-            file: file.into(),
-            message: e.to_string(),
-        })?;
+        Self::from_value(file, parse(file, text)?)
+    }
+
+    fn from_value(file: &str, json: Value) -> Result<Self, ModelError> {
         let fields = Fields::root(file, &json)?;
         let name = fields.text("model_type")?.ok_or_else(|| {
             fields.error(
@@ -113,10 +143,11 @@ impl DecoderConfig {
             ));
         }
         if f.has("quantization_config") {
-            let hint = "load the unquantized model, or quantize it while loading with --load-in";
+            let hint = "a quantized checkpoint is for inference (generate, chat, eval, bench); use the unquantized \
+                        model here";
             return Err(f.error(
                 "quantization_config",
-                "quantized checkpoints cannot be loaded",
+                "the weights are quantized, and plain ones are needed",
                 hint,
             ));
         }

@@ -8,7 +8,7 @@ use windlass_kernels::Element;
 use windlass_kernels::cross_entropy::cross_entropy_rows;
 use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use windlass_kernels::memory::Category;
-use windlass_kernels::packed::{Activations, Product, multiply};
+use windlass_kernels::packed::{Product, multiply};
 
 /// The target of a position that has no loss.
 pub const IGNORED: i64 = -100;
@@ -232,7 +232,7 @@ impl<'a> Head<'a> {
                     gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, mat(h, d), b, out, v, Epilogue::default());
                 }
                 Matrix::Packed(packed) => {
-                    let h = Activations::quantize(&cpu.pool, &cpu.memory, h, d);
+                    let h = packed.activations(cpu, h);
                     multiply(&cpu.pool, &h, &mut [Product { matrix: packed.matrix(), bias: None, residual: None, out }]);
                 }
             }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use windlass_kernels::elementwise::sum_rows;
 use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
 use windlass_kernels::memory::Category;
-use windlass_kernels::packed::{Activations, Product, multiply};
+use windlass_kernels::packed::{Product, multiply};
 use windlass_kernels::{DType, Element};
 
 /// Rows of a packed weight that are unpacked at a time.
@@ -76,7 +76,7 @@ impl Tape {
 
 impl Tape {
     /// [`Tape::linear`] of several weights on the same input, each with its bias. Packed weights without a gradient share
-    /// one rounding of the input and one run of the threads.
+    /// one rounding of the input and one run of the threads, where their columns are in the same order.
     ///
     /// # Panics
     /// When shapes or storage types do not fit.
@@ -113,19 +113,20 @@ impl Tape {
             .collect();
         if x.tensor.rows() > 0 {
             each_dtype!(x.tensor.dtype(), E => {
-                let (pool, memory) = (&cpu.pool, &cpu.memory);
-                let x = Activations::quantize(pool, memory, x.tensor.as_slice::<E>(), x.tensor.cols());
-                let mut products: Vec<Product<'_, E>> = weights
-                    .iter()
-                    .zip(&mut outputs)
-                    .map(|((packed, bias), out)| Product {
-                        matrix: packed.matrix(),
-                        bias: bias.map(|bias| bias.weight.dense().as_slice::<E>()),
-                        residual: residual.map(|r| r.tensor.as_slice::<E>()),
-                        out: out.as_mut_slice::<E>(),
-                    })
-                    .collect();
-                multiply(pool, &x, &mut products);
+                let mut rest: Vec<_> = weights.iter().zip(&mut outputs).collect();
+                while let Some(first) = rest.first().map(|(weight, _)| weight.0) {
+                    let x = first.activations(&cpu, x.tensor.as_slice::<E>());
+                    let mut products: Vec<Product<'_, E>> = rest
+                        .extract_if(.., |(weight, _)| weight.0.order() == first.order())
+                        .map(|((packed, bias), out)| Product {
+                            matrix: packed.matrix(),
+                            bias: bias.map(|bias| bias.weight.dense().as_slice::<E>()),
+                            residual: residual.map(|r| r.tensor.as_slice::<E>()),
+                            out: out.as_mut_slice::<E>(),
+                        })
+                        .collect();
+                    multiply(&cpu.pool, &x, &mut products);
+                }
             });
         }
         let outputs = outputs.into_iter();
