@@ -892,6 +892,45 @@ fn a_cast_rounds_both_ways() {
     );
 }
 
+/// Packed products of one input, whose columns lie in several orders: each is what it is alone, and about that of its
+/// numbers.
+#[test]
+fn packed_products_know_their_order() {
+    let cpu = Cpu::new(2);
+    let (n, k, rows) = (48, 96, 5);
+    let order = |step: usize| -> Vec<u32> { (0..k).map(|j| (j * step % k) as u32).collect() };
+    let pack = |seed: u64, step: Option<usize>| {
+        let values = tensor(&cpu, DType::F32, &normal(seed, n * k), &[n, k]);
+        let packed = Packed::quantize(&cpu, packed::Layout::q8(), &values);
+        Weight::Packed(match step {
+            Some(step) => packed.with_order(order(step).into()),
+            None => packed,
+        })
+    };
+    let steps = [Some(5), None, Some(7), Some(5), None];
+    let packed = (0..).zip(steps).map(|(seed, step)| pack(seed, step));
+    let weights = Weights::new(packed.collect());
+    let mut tape = Tape::inference(&cpu);
+    let x = tape.input(tensor(&cpu, DType::F32, &normal(9, rows * k), &[rows, k]));
+    let slots: Vec<_> = (0..steps.len())
+        .map(|slot| (weights.at(slot), None))
+        .collect();
+    let together = tape.linears(&x, &slots);
+    for (slot, y) in together.iter().enumerate() {
+        let alone = tape.linear(&x, weights.at(slot), None, None);
+        assert_eq!(y.tensor.to_f64(), alone.tensor.to_f64(), "weight {slot}");
+        let Weight::Packed(packed) = weights.at(slot).weight else {
+            unreachable!("all are packed")
+        };
+        let dense = Weights::new(vec![packed.unpack_rows(&cpu, 0..n, DType::F32).into()]);
+        let plain = tape.linear(&x, dense.at(0), None, None).tensor.to_f64();
+        let d = difference(&y.tensor.to_f64(), &plain);
+        assert!(d < 0.02, "weight {slot}: off by {d:.1e}");
+        let head = tape.logits(&x, weights.at(slot), None).tensor.to_f64();
+        assert_eq!(head, y.tensor.to_f64(), "weight {slot} as a head");
+    }
+}
+
 /// An op without a backward pass refuses to stand on the way of a gradient, and nowhere else.
 #[test]
 fn opaque_ops_do_not_stop_gradients_silently() {
