@@ -40,6 +40,22 @@ pub(super) struct StepScales {
 /// Which of the three sums is that of a whole step.
 pub(super) const BOTH: usize = 2;
 
+/// Writes a row as floats, in another order where there is one.
+fn gather<E: Element>(x: &[E], order: Option<&[u32]>, out: &mut [f32]) {
+    match order {
+        None => {
+            for (to, from) in out.iter_mut().zip(x) {
+                *to = E::to_f64(*from) as f32;
+            }
+        }
+        Some(order) => {
+            for (to, &from) in out.iter_mut().zip(order) {
+                *to = E::to_f64(x[from as usize]) as f32;
+            }
+        }
+    }
+}
+
 impl Activations {
     /// Quantizes `x [rows, cols]`, padded with zeros to `steps` steps of 32 columns.
     ///
@@ -101,19 +117,7 @@ impl Activations {
                     for m in 0..height {
                         // The rows that a last block lacks are its last one again.
                         let row = (block * height + m).min(rows - 1);
-                        let x = &x[row * cols..][..cols];
-                        match order {
-                            None => {
-                                for (to, from) in floats.iter_mut().zip(x) {
-                                    *to = E::to_f64(*from) as f32;
-                                }
-                            }
-                            Some(order) => {
-                                for (to, &from) in floats.iter_mut().zip(order) {
-                                    *to = E::to_f64(x[from as usize]) as f32;
-                                }
-                            }
-                        }
+                        gather(&x[row * cols..][..cols], order, floats);
                         floats[cols..].fill(0.0);
                         // SAFETY: the pool's level is supported.
                         unsafe { quantize(floats, q, s, m, height) };
