@@ -14,4 +14,4 @@ pub use error::{Error, Result};
 pub use file_type::FileType;
 pub use importance::Importance;
 pub use quantize::{Options, Report, quantize};
-pub use select::{Planned, plan};
+pub use select::{Planned, plan, plan_tensors};

@@ -131,8 +131,7 @@ struct Model {
 }
 
 impl Model {
-    fn of(file: &gguf::File, importance: bool) -> Result<Self> {
-        let metadata = file.metadata();
+    fn of(metadata: &Metadata, tensors: &[TensorInfo], importance: bool) -> Result<Self> {
         let architecture = metadata.get_str("general.architecture")?.unwrap_or("");
         let key = |name: &str| format!("{architecture}.{name}");
         let count = |name: &str| first(metadata, &key(name));
@@ -140,7 +139,7 @@ impl Model {
         let heads = count("attention.head_count")?.unwrap_or(1);
         let key_heads = count("attention.head_count_kv")?.unwrap_or(heads);
         let group = heads.checked_div(key_heads).unwrap_or(0);
-        let roles = || file.tensors().map(|info| Role::of(&info.name));
+        let roles = || tensors.iter().map(|info| Role::of(&info.name));
         Ok(Model {
             falcon: architecture == "falcon",
             layers,
@@ -170,9 +169,22 @@ fn first(metadata: &Metadata, key: &str) -> Result<Option<usize>> {
 /// # Errors
 /// [`crate::Error::Store`] if metadata that the choice depends on is of another kind.
 pub fn plan(file: &gguf::File, options: &Options) -> Result<Vec<Planned>> {
-    let model = Model::of(file, options.importance.is_some())?;
-    let mut planned: Vec<Planned> = file
-        .tensors()
+    let tensors: Vec<TensorInfo> = file.tensors().cloned().collect();
+    plan_tensors(file.metadata(), &tensors, options)
+}
+
+/// As [`plan`], for a file that is not there yet.
+///
+/// # Errors
+/// Those of [`plan`].
+pub fn plan_tensors(
+    metadata: &Metadata,
+    tensors: &[TensorInfo],
+    options: &Options,
+) -> Result<Vec<Planned>> {
+    let model = Model::of(metadata, tensors, options.importance.is_some())?;
+    let mut planned: Vec<Planned> = tensors
+        .iter()
         .map(|info| Planned {
             info: info.clone(),
             target: info.block_type,

@@ -88,6 +88,14 @@ pub enum InferError {
         /// What is wrong.
         problem: String,
     },
+    /// A tensor whose weights cannot be stored or read as asked.
+    #[error("tensor {tensor}: {problem}")]
+    Unfit {
+        /// Its name in the GGUF file.
+        tensor: String,
+        /// Why not.
+        problem: String,
+    },
     /// The model's description.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -116,6 +124,9 @@ impl InferError {
             Self::UnknownToken { .. } => "use the tokenizer that belongs to the model",
             Self::Question { .. } => {
                 "each line is an object such as {\"question\": \"1 + 1 =\", \"choices\": [\"2\", \"3\"], \"answer\": 0}"
+            }
+            Self::Unfit { .. } => {
+                "choose another --type; weights that are not finite are damage: fetch the model again"
             }
             Self::Model(error) => return error.hint(),
             Self::Tokenizer(error) => return error.hint(),

@@ -14,9 +14,6 @@ use windlass_tensor::{
     Category, Cpu, DType, Packed, ParamSpec, Shape, Tensor, Weight, Weights, each_dtype,
 };
 
-/// Tensors that say something which is read elsewhere.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-
 impl LoadedModel {
     /// Opens a GGUF file; of a split model, its first part.
     ///
@@ -74,7 +71,7 @@ impl LoadedModel {
 }
 
 /// The tokenizer of the metadata, where they have one.
-fn tokenizer(metadata: &gguf::Metadata) -> Result<Option<Tokenizer>, InferError> {
+pub(crate) fn tokenizer(metadata: &gguf::Metadata) -> Result<Option<Tokenizer>, InferError> {
     // "none" and "no_vocab" stand for a model without one.
     match metadata.get_str("tokenizer.ggml.model")? {
         None | Some("none" | "no_vocab") => Ok(None),
@@ -82,20 +79,20 @@ fn tokenizer(metadata: &gguf::Metadata) -> Result<Option<Tokenizer>, InferError>
     }
 }
 
-/// The configuration that the metadata describe.
-fn config(file: &File, path: &Path) -> Result<(DecoderConfig, Vec<String>), InferError> {
+/// The configuration that the metadata describe, and what should be known about it.
+pub(crate) fn config(file: &File, path: &Path) -> Result<(DecoderConfig, Vec<String>), InferError> {
     let name = path.display().to_string();
     let shape = |tensor: &str| file.tensor(tensor).ok().map(|info| info.shape.clone());
-    let factors = match file.contains(ROPE_FACTORS) {
-        true => {
-            let info = file.tensor(ROPE_FACTORS)?;
-            let mut factors = vec![0f32; info.elements()];
-            dequantize(info.block_type, file.bytes(ROPE_FACTORS)?, &mut factors);
-            Some(factors)
-        }
-        false => None,
+    let numbers = |tensor: &str| {
+        let info = file
+            .tensor(tensor)
+            .ok()
+            .filter(|info| info.block_type.is_readable())?;
+        let mut numbers = vec![0f32; info.elements()];
+        dequantize(info.block_type, file.bytes(tensor).ok()?, &mut numbers);
+        Some(numbers)
     };
-    let json = config_json(&name, &json(file.metadata()), &shape, factors.as_deref())?;
+    let json = config_json(&name, &json(file.metadata()), &shape, &numbers)?;
     let config = DecoderConfig::from_json(&name, &json.to_string())?;
     let notes = config.notes.clone();
     Ok((config, notes))
@@ -164,7 +161,7 @@ impl Reader<'_> {
         // A vector's elements are the rows of its tensor.
         let place = place(self.config, &param.name, if vector { cols } else { rows });
         let info = self.file.tensor(&place.tensor)?;
-        self.check(info, &place, &shape)?;
+        check(self.path, info, &place, &shape)?;
         let bytes = self.file.bytes(&place.tensor)?;
         if vector {
             return Ok((self.vector(info, bytes, &place, shape), place.tensor));
@@ -208,29 +205,6 @@ impl Reader<'_> {
         Ok((weight, place.tensor))
     }
 
-    /// Checks that a tensor holds the rows that a parameter asks for.
-    fn check(&self, info: &TensorInfo, place: &Place, shape: &Shape) -> Result<(), InferError> {
-        let fits = match (&place.rows, shape.to_vec().len()) {
-            (None, 1) => info.elements() == shape[0],
-            (Some(rows), 1) => rows.end <= info.elements(),
-            (None, _) => info.rows() == shape[0] && info.row_len() == shape[1],
-            (Some(rows), _) => rows.end <= info.rows() && info.row_len() == shape[1],
-        };
-        if fits {
-            return Ok(());
-        }
-        let problem = format!(
-            "tensor {} has the shape {:?} where the metadata ask for {shape}",
-            info.name, info.shape
-        );
-        Err(InferError::NoModel {
-            path: self.path.to_owned(),
-            problem,
-            hint: "the file is damaged, or of a variant of the architecture that is not known"
-                .into(),
-        })
-    }
-
     fn vector(&self, info: &TensorInfo, bytes: &[u8], place: &Place, shape: Shape) -> Weight {
         let mut all = vec![0f32; info.elements()];
         dequantize(info.block_type, bytes, &mut all);
@@ -260,4 +234,31 @@ impl Reader<'_> {
         });
         out
     }
+}
+
+/// Checks that a tensor holds the rows that a parameter asks for.
+pub(crate) fn check(
+    path: &Path,
+    info: &TensorInfo,
+    place: &Place,
+    shape: &Shape,
+) -> Result<(), InferError> {
+    let fits = match (&place.rows, shape.to_vec().len()) {
+        (None, 1) => info.elements() == shape[0],
+        (Some(rows), 1) => rows.end <= info.elements(),
+        (None, _) => info.rows() == shape[0] && info.row_len() == shape[1],
+        (Some(rows), _) => rows.end <= info.rows() && info.row_len() == shape[1],
+    };
+    if fits {
+        return Ok(());
+    }
+    let problem = format!(
+        "tensor {} has the shape {:?} where the metadata ask for {shape}",
+        info.name, info.shape
+    );
+    Err(InferError::NoModel {
+        path: path.to_owned(),
+        problem,
+        hint: "the file is damaged, or of a variant of the architecture that is not known".into(),
+    })
 }

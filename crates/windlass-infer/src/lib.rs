@@ -3,6 +3,7 @@
 //! Nothing here prints, reads a clock or draws from a global random source: text goes to a callback, time is the
 //! caller's, seeds are arguments.
 
+pub mod convert;
 mod error;
 pub mod generate;
 mod gguf;

@@ -408,7 +408,7 @@ fn is_harmless(name: &str, config: &DecoderConfig) -> bool {
     tied || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
-fn sort_out_unused(
+pub(crate) fn sort_out_unused(
     folder: &Path,
     config: &DecoderConfig,
     unused: BTreeSet<String>,

@@ -1,7 +1,11 @@
-//! What GGUF files call the settings and tensors that a Hugging Face folder has: a `config.json` made of metadata, and
-//! the place of every parameter.
+//! What GGUF files call the settings and tensors that a Hugging Face folder has: a `config.json` made of metadata,
+//! metadata made of a configuration, and the place of every parameter.
 //!
 //! This module reads no files: it is given metadata as JSON and asked about names.
+
+mod describe;
+
+pub use describe::{Description, Key, folder_config, metadata};
 
 use crate::config::{Fields, ModelError, nearest};
 use crate::families::{DecoderConfig, Norm, Placement};
@@ -81,8 +85,8 @@ fn architecture(f: &Fields<'_>, file: &str) -> Result<&'static Architecture, Mod
 
 /// The `config.json` that says what a GGUF file's metadata say.
 ///
-/// `shape` gives the shape of a tensor of the file, outermost dimension first, and `factors` the numbers of
-/// `rope_freqs.weight` where the file has it.
+/// `shape` gives the shape of a tensor of the file, outermost dimension first, and `numbers` the elements of one: those
+/// of [`ROPE_FACTORS`] are asked for.
 ///
 /// # Errors
 /// An unknown architecture; a key that is missing or has a wrong type or value: all name the file and the key.
@@ -90,7 +94,7 @@ pub fn config_json(
     file: &str,
     metadata: &Value,
     shape: &dyn Fn(&str) -> Option<Vec<usize>>,
-    factors: Option<&[f32]>,
+    numbers: &dyn Fn(&str) -> Option<Vec<f32>>,
 ) -> Result<Value, ModelError> {
     let f = Fields::root(file, metadata)?;
     let arch = architecture(&f, file)?;
@@ -125,14 +129,24 @@ pub fn config_json(
     let parallel = f.flag(&format!("{}.use_parallel_residual", arch.name))?;
     let parallel = parallel.unwrap_or(!has("blk.0.ffn_norm.weight"));
     put("use_parallel_residual", parallel.into());
-    if let Some(scaling) = scaling(&f, arch.name, factors)? {
+    if let Some(scaling) = scaling(&f, arch.name, numbers)? {
         put("rope_scaling", scaling);
+    }
+    let layers = f.need_int(&format!("{}.block_count", arch.name))?;
+    let period = f.int(&format!("{}.attention.sliding_window_pattern", arch.name))?;
+    if let Some(period) = period.filter(|_| arch.name.starts_with("gemma")) {
+        let slides = |layer: usize| period == 0 || layer % period + 1 < period;
+        let kind = |layer| match slides(layer) {
+            true => "sliding_attention",
+            false => "full_attention",
+        };
+        put("layer_types", (0..layers).map(kind).collect());
     }
     Ok(Value::Object(config))
 }
 
 /// Keys with a number, and what a `config.json` calls it.
-const NUMBERS: [(&str, &[&str]); 11] = [
+const NUMBERS: [(&str, &[&str]); 12] = [
     ("attention.head_count_kv", &["num_key_value_heads"]),
     ("feed_forward_length", &["intermediate_size"]),
     ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
@@ -142,6 +156,7 @@ const NUMBERS: [(&str, &[&str]); 11] = [
     ),
     ("rope.freq_base", &["rope_theta", "rotary_emb_base"]),
     ("rope.local.freq_base", &["rope_local_base_freq"]),
+    ("rope.freq_base_swa", &["rope_local_base_freq"]),
     ("attn_logit_softcapping", &["attn_logit_softcapping"]),
     ("final_logit_softcapping", &["final_logit_softcapping"]),
     ("attention.sliding_window", &["sliding_window"]),
@@ -202,7 +217,7 @@ fn number(value: f64) -> Value {
     }
 }
 
-/// Gemma's scale of scores is not in files: it is that of the largest model's width for one size, of the head for others.
+/// Gemma's scale of scores is not in files.
 fn query_scale(
     arch: &str,
     f: &Fields<'_>,
@@ -210,32 +225,53 @@ fn query_scale(
     heads: usize,
     head_dim: usize,
 ) -> Result<Value, ModelError> {
+    let layers = f.need_int(&format!("{arch}.block_count"))?;
+    Ok(query_width(arch, layers, hidden, heads, head_dim).into())
+}
+
+/// The number whose root divides Gemma's scores: the width of a head, but for the largest model.
+fn query_width(arch: &str, layers: usize, hidden: usize, heads: usize, head_dim: usize) -> usize {
     /// Layers of Gemma 2 27B and Gemma 3 27B.
     const LARGEST: [(&str, usize); 2] = [("gemma2", 46), ("gemma3", 62)];
-    let layers = f.need_int(&format!("{arch}.block_count"))?;
-    Ok(match LARGEST.contains(&(arch, layers)) {
-        true => (hidden / heads).into(),
-        false => head_dim.into(),
-    })
+    match LARGEST.contains(&(arch, layers)) {
+        true => hidden / heads,
+        false => head_dim,
+    }
 }
+
+/// Tensors with what each frequency of the rotation is divided by: for all texts, for short and for long ones.
+pub const ROPE_FACTORS: [&str; 3] = [
+    "rope_freqs.weight",
+    "rope_factors_short.weight",
+    "rope_factors_long.weight",
+];
 
 /// The `rope_scaling` object, where there is a scaling.
 fn scaling(
     f: &Fields<'_>,
     arch: &str,
-    factors: Option<&[f32]>,
+    numbers: &dyn Fn(&str) -> Option<Vec<f32>>,
 ) -> Result<Option<Value>, ModelError> {
     let key = |name: &str| format!("{arch}.rope.scaling.{name}");
     let original = f.int(&key("original_context_length"))?;
-    if let Some(factors) = factors {
-        // Divisors of the frequencies, whatever made them.
-        return Ok(Some(json!({
+    let context = f.need_int(&format!("{arch}.context_length"))?;
+    let long = |short: Vec<f32>, long: Vec<f32>, factor: f64| {
+        json!({
             "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": f.need_int(&format!("{arch}.context_length"))?,
-        })));
+            "short_factor": short,
+            "long_factor": long,
+            "attention_factor": factor,
+            "original_max_position_embeddings": original.unwrap_or(context),
+        })
+    };
+    let [all, short_factors, long_factors] = ROPE_FACTORS.map(numbers);
+    if let (Some(short), Some(far)) = (short_factors, long_factors) {
+        let factor = f.number(&key("attn_factor"))?.unwrap_or(1.0);
+        return Ok(Some(long(short, far, factor)));
+    }
+    if let Some(factors) = all {
+        // Divisors of the frequencies, whatever made them.
+        return Ok(Some(long(factors.clone(), factors, 1.0)));
     }
     let factor = f.number(&key("factor"))?.unwrap_or(1.0);
     match f.text(&key("type"))?.as_deref() {
@@ -246,9 +282,11 @@ fn scaling(
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
+            "beta_fast": f.number(&key("yarn_beta_fast"))?,
+            "beta_slow": f.number(&key("yarn_beta_slow"))?,
         }))),
         Some(other) => {
-            let hint = "known scalings: none, linear, yarn, and the factors of rope_freqs.weight";
+            let hint = "known scalings: none, linear, yarn, and the factors of rope_freqs.weight or rope_factors_*.weight";
             Err(f.unsupported(&key("type"), other, hint))
         }
     }
@@ -284,15 +322,20 @@ impl Place {
     }
 }
 
+/// The architecture of a configuration: a Llama's where its own has no name in GGUF files.
+fn architecture_of(config: &DecoderConfig) -> &'static Architecture {
+    let own = ARCHITECTURES
+        .iter()
+        .find(|a| a.model_type == config.model_type);
+    own.unwrap_or(&ARCHITECTURES[0])
+}
+
 /// Where a GGUF file of the configuration's model keeps the parameter of a name and its number of rows.
 ///
 /// # Panics
 /// On a name that no decoder declares.
 pub fn place(config: &DecoderConfig, name: &str, rows: usize) -> Place {
-    let arch = ARCHITECTURES
-        .iter()
-        .find(|a| a.model_type == config.model_type)
-        .unwrap_or(&ARCHITECTURES[0]);
+    let arch = architecture_of(config);
     let (kv, hd) = (config.num_key_value_heads, config.head_dim);
     let q_rows = config.num_attention_heads * hd;
     let mut place = Place {

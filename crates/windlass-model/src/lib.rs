@@ -25,6 +25,6 @@ pub use families::{
 pub use model::{Layer, Model};
 pub use names::Naming;
 pub use presets::{PRESETS, Preset, preset_config};
-pub use rope::Rope;
+pub use rope::{Rope, Scaling};
 pub use tokenizer::{Tokenizer, TokenizerError};
 pub use tokens::{Goal, Tokens};

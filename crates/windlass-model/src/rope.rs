@@ -4,8 +4,43 @@ use crate::config::{Fields, ModelError};
 use std::sync::{Arc, Mutex};
 use windlass_tensor::RopeTable;
 
+/// How a file's scaling changes the frequencies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// Not at all.
+    Plain,
+    /// All are divided.
+    Linear {
+        /// By this.
+        factor: f64,
+    },
+    /// Low ones are divided, as in Llama 3.1.
+    Llama3,
+    /// Low ones are divided, and scores are scaled.
+    Yarn {
+        /// By this.
+        factor: f64,
+        /// The context before.
+        original: f64,
+        /// Rotations in that context above which a frequency stays.
+        beta_fast: f64,
+        /// Rotations below which it is divided by all of the factor.
+        beta_slow: f64,
+        /// Whether the bounds are rounded to whole dimensions.
+        truncate: bool,
+    },
+    /// Each is divided by a number of its own, others beyond a context.
+    Long {
+        /// That context.
+        original: usize,
+    },
+}
+
 /// A rotary embedding: frequencies, and a table of cosines and sines that grows with the positions asked for.
 pub struct Rope {
+    theta: f64,
+    rotary: usize,
+    scaling: Scaling,
     short: Frequencies,
     /// For sequences beyond the original context (`longrope`): that context and the other frequencies.
     long: Option<(usize, Frequencies)>,
@@ -33,52 +68,55 @@ impl Rope {
         scaling: Option<&Fields<'_>>,
         config: &Fields<'_>,
     ) -> Result<Self, ModelError> {
-        let inv_freq: Vec<f64> = (0..rotary / 2)
-            .map(|i| theta.powf(-((2 * i) as f64) / rotary as f64))
-            .collect();
         let plain = Frequencies {
-            inv_freq,
+            inv_freq: plain(rotary, theta),
             scale: 1.0,
         };
-        let Some(s) = scaling else {
-            return Ok(Self::fixed(plain));
+        let (scaling, short, long) = match scaling {
+            None => (Scaling::Plain, plain, None),
+            Some(s) => scaled(plain, rotary, theta, s, config)?,
         };
-        let kind = s
-            .text("rope_type")?
-            .or(s.text("type")?)
-            .unwrap_or("default".into());
-        match kind.as_str() {
-            "default" => Ok(Self::fixed(plain)),
-            "linear" => {
-                let factor = s.need_number("factor")?;
-                Ok(Self::fixed(Frequencies {
-                    inv_freq: plain.inv_freq.iter().map(|f| f / factor).collect(),
-                    scale: 1.0,
-                }))
-            }
-            "llama3" => Ok(Self::fixed(llama3(&plain.inv_freq, s)?)),
-            "yarn" => Ok(Self::fixed(yarn(
-                &plain.inv_freq,
-                rotary,
-                theta,
-                s,
-                config,
-            )?)),
-            "longrope" | "su" => long_rope(&plain.inv_freq, s, config),
-            other => Err(s.unsupported(
-                "rope_type",
-                other,
-                "known rotary scalings: default, linear, llama3, yarn, longrope",
-            )),
-        }
+        Ok(Rope {
+            theta,
+            rotary,
+            scaling,
+            short,
+            long,
+            tables: Mutex::default(),
+        })
     }
 
-    fn fixed(short: Frequencies) -> Self {
-        Rope {
-            short,
-            long: None,
-            tables: Mutex::default(),
-        }
+    /// The base of the frequencies.
+    pub fn theta(&self) -> f64 {
+        self.theta
+    }
+
+    /// Dimensions of a head that are rotated.
+    pub fn rotary(&self) -> usize {
+        self.rotary
+    }
+
+    /// How the frequencies are changed.
+    pub fn scaling(&self) -> Scaling {
+        self.scaling
+    }
+
+    /// Factor of the cosines and sines.
+    pub fn scale(&self) -> f64 {
+        self.short.scale
+    }
+
+    /// What each frequency is divided by; those for long texts, where they have their own.
+    pub fn divisors(&self, long: bool) -> Vec<f32> {
+        let frequencies = match &self.long {
+            Some((_, frequencies)) if long => frequencies,
+            _ => &self.short,
+        };
+        let plain = plain(self.rotary, self.theta);
+        let pairs = plain.iter().zip(&frequencies.inv_freq);
+        pairs
+            .map(|(plain, scaled)| (plain / scaled) as f32)
+            .collect()
     }
 
     /// The table that serves positions `0..positions`.
@@ -103,6 +141,56 @@ impl Rope {
             }
         }
     }
+}
+
+/// Frequencies before a scaling.
+fn plain(rotary: usize, theta: f64) -> Vec<f64> {
+    (0..rotary / 2)
+        .map(|i| theta.powf(-((2 * i) as f64) / rotary as f64))
+        .collect()
+}
+
+/// Frequencies, and others beyond a context.
+type Scaled = (Scaling, Frequencies, Option<(usize, Frequencies)>);
+
+fn scaled(
+    plain: Frequencies,
+    rotary: usize,
+    theta: f64,
+    s: &Fields<'_>,
+    config: &Fields<'_>,
+) -> Result<Scaled, ModelError> {
+    let kind = s
+        .text("rope_type")?
+        .or(s.text("type")?)
+        .unwrap_or("default".into());
+    Ok(match kind.as_str() {
+        "default" => (Scaling::Plain, plain, None),
+        "linear" => {
+            let factor = s.need_number("factor")?;
+            let frequencies = Frequencies {
+                inv_freq: plain.inv_freq.iter().map(|f| f / factor).collect(),
+                scale: 1.0,
+            };
+            (Scaling::Linear { factor }, frequencies, None)
+        }
+        "llama3" => (Scaling::Llama3, llama3(&plain.inv_freq, s)?, None),
+        "yarn" => {
+            let (scaling, frequencies) = yarn(&plain.inv_freq, rotary, theta, s, config)?;
+            (scaling, frequencies, None)
+        }
+        "longrope" | "su" => {
+            let (original, short, long) = long_rope(&plain.inv_freq, s, config)?;
+            (Scaling::Long { original }, short, Some((original, long)))
+        }
+        other => {
+            return Err(s.unsupported(
+                "rope_type",
+                other,
+                "known rotary scalings: default, linear, llama3, yarn, longrope",
+            ));
+        }
+    })
 }
 
 fn llama3(inv_freq: &[f64], s: &Fields<'_>) -> Result<Frequencies, ModelError> {
@@ -135,7 +223,7 @@ fn yarn(
     theta: f64,
     s: &Fields<'_>,
     config: &Fields<'_>,
-) -> Result<Frequencies, ModelError> {
+) -> Result<(Scaling, Frequencies), ModelError> {
     let factor = s.need_number("factor")?;
     let context = match s.number("original_max_position_embeddings")? {
         Some(context) => context,
@@ -166,7 +254,8 @@ fn yarn(
             / (2.0 * theta.ln())
     };
     let (mut low, mut high) = (dim(fast), dim(slow));
-    if s.flag("truncate")?.unwrap_or(true) {
+    let truncate = s.flag("truncate")?.unwrap_or(true);
+    if truncate {
         (low, high) = (low.floor(), high.ceil());
     }
     let (low, mut high) = (low.max(0.0), high.min(rotary as f64 - 1.0));
@@ -177,13 +266,23 @@ fn yarn(
         let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
         f / factor * ramp + f * (1.0 - ramp)
     });
-    Ok(Frequencies {
-        inv_freq: scaled.collect(),
-        scale,
-    })
+    let scaling = Scaling::Yarn {
+        factor,
+        original: context,
+        beta_fast: fast,
+        beta_slow: slow,
+        truncate,
+    };
+    let inv_freq = scaled.collect();
+    Ok((scaling, Frequencies { inv_freq, scale }))
 }
 
-fn long_rope(inv_freq: &[f64], s: &Fields<'_>, config: &Fields<'_>) -> Result<Rope, ModelError> {
+/// The context up to which the first frequencies are meant, and the second ones.
+fn long_rope(
+    inv_freq: &[f64],
+    s: &Fields<'_>,
+    config: &Fields<'_>,
+) -> Result<(usize, Frequencies, Frequencies), ModelError> {
     let positions = config.need_number("max_position_embeddings")?;
     let original = match s.number("original_max_position_embeddings")? {
         Some(context) => Some(context),
@@ -207,9 +306,9 @@ fn long_rope(inv_freq: &[f64], s: &Fields<'_>, config: &Fields<'_>) -> Result<Ro
             scale,
         })
     };
-    Ok(Rope {
-        short: scaled("short_factor")?,
-        long: Some((context as usize, scaled("long_factor")?)),
-        tables: Mutex::default(),
-    })
+    Ok((
+        context as usize,
+        scaled("short_factor")?,
+        scaled("long_factor")?,
+    ))
 }

@@ -14,6 +14,7 @@ pub mod bench;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod drive;
 pub mod estimate;
 pub mod eval;

@@ -34,6 +34,8 @@ enum Command {
     Eval(cli::eval::Args),
     /// Say what a model's file holds and what it takes to run it
     Inspect(cli::inspect::Args),
+    /// Write a Hugging Face folder as a GGUF file, or a GGUF file as a folder
+    Convert(cli::convert::Args),
     /// Write a GGUF file with fewer bits
     Quantize(Box<cli::quantize::Args>),
     /// Measure this machine: training steps or single kernels
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => cli::tokenize::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Inspect(args) => cli::inspect::run(args),
+        Command::Convert(args) => cli::convert::run(args),
         Command::Quantize(args) => cli::quantize::run(*args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Config(args) => cli::config::run(args),

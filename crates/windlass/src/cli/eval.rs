@@ -1,4 +1,4 @@
-//! `windlass eval`: how well a model predicts a text, or answers questions with choices.
+//! `windlass eval`: how well a model predicts a text, answers questions with choices, or its bare logits.
 
 use super::source::{Source, misuse};
 use anyhow::Result;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use windlass::infer::score::{Tally, parse_questions, perplexity};
 use windlass::progress::Progress;
+use windlass::store::atomic::{RealDisk, write_atomic};
 
 /// The window without `--window`, where the model's context is longer.
 const DEFAULT_WINDOW: usize = 1024;
@@ -24,6 +25,8 @@ enum Noun {
     Perplexity(PerplexityArgs),
     /// Multiple-choice questions, answered by the likelihood of each choice
     Choice(ChoiceArgs),
+    /// The logits after each of some tokens, to compare programs
+    Logits(LogitsArgs),
 }
 
 #[derive(clap::Args)]
@@ -57,11 +60,24 @@ struct ChoiceArgs {
     json: bool,
 }
 
+#[derive(clap::Args)]
+struct LogitsArgs {
+    #[command(flatten)]
+    source: Source,
+    /// The tokens: ids with commas between them
+    #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
+    ids: Vec<u32>,
+    /// File for the logits: little-endian f32, a row of the vocabulary for each token
+    #[arg(long, short, value_name = "FILE")]
+    out: PathBuf,
+}
+
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     match args.noun {
         Noun::Perplexity(args) => run_perplexity(&args),
         Noun::Choice(args) => run_choice(&args),
+        Noun::Logits(args) => run_logits(&args),
     }
 }
 
@@ -119,6 +135,23 @@ fn run_choice(args: &ChoiceArgs) -> Result<()> {
         println!("accuracy per byte   {:.4}", accuracy.accuracy_per_byte);
         Ok(())
     }
+}
+
+fn run_logits(args: &LogitsArgs) -> Result<()> {
+    let model = args.source.open_without_tokenizer()?;
+    let logits = model.logits(&args.ids)?.to_f32();
+    let bytes: Vec<u8> = logits
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    write_atomic(&RealDisk, &args.out, &bytes)?;
+    println!(
+        "{}: {} tokens, {} logits each",
+        args.out.display(),
+        args.ids.len(),
+        model.config.vocab_size
+    );
+    Ok(())
 }
 
 fn print_json(

@@ -53,7 +53,8 @@ pub struct Args {
     machine: Machine,
 }
 
-fn file_type(name: &str) -> Result<FileType, String> {
+/// The mix of a name.
+pub(super) fn file_type(name: &str) -> Result<FileType, String> {
     FileType::from_name(name).ok_or_else(|| {
         let names: Vec<&str> = FileType::ALL.iter().map(|kind| kind.name()).collect();
         format!("one of {}", names.join(", "))
@@ -199,7 +200,7 @@ fn say_plan(tensors: &[Planned], args: &Args) -> Result<()> {
 }
 
 /// The tensors that could not get the type that was meant for them.
-fn fallbacks(tensors: &[Planned]) -> Vec<String> {
+pub(super) fn fallbacks(tensors: &[Planned]) -> Vec<String> {
     let line = |tensor: &Planned| {
         let meant = tensor.instead_of?;
         Some(format!(

@@ -1,0 +1,404 @@
+//! Models from Hugging Face folders into GGUF files, and back: a parameter at a time, whole or not at all.
+//!
+//! The types of a file's tensors are the caller's choice; this module knows what a tensor is made of.
+
+use crate::gguf::{check, config, tokenizer};
+use crate::loaded::{find_folder, sort_out_unused};
+use crate::{InferError, vocabulary};
+use serde_json::{Value as Json, json};
+use std::path::{Path, PathBuf};
+use windlass_model::gguf::{Key, Place, folder_config, metadata, place};
+use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
+use windlass_store::atomic::{Disk, write_atomic};
+use windlass_store::gguf::{BlockType, File, Metadata, TensorInfo, Value, Writer};
+use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
+use windlass_store::{Error as StoreError, Loader};
+use windlass_tensor::kernels::blocks::{dequantize, first_bad_block, quantize_all};
+use windlass_tensor::{Cpu, DType, FileTensor, ParamId, ParamSpec};
+
+/// The version of the block types, as llama.cpp counts them.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// A Hugging Face folder, described as a GGUF file.
+pub struct Folder {
+    config: DecoderConfig,
+    model: Model<Tokens>,
+    tensors: Tensors,
+    metadata: Metadata,
+    plan: Vec<Made>,
+    infos: Vec<TensorInfo>,
+    notes: Vec<String>,
+}
+
+/// What a tensor is made of: parameters in the order of its rows, or numbers.
+enum Made {
+    Of(Vec<(ParamId, Place)>),
+    Numbers(Vec<f32>),
+}
+
+impl Folder {
+    /// Opens a model folder, a checkpoint or a folder of checkpoints, and describes it.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`](crate::LoadedModel::open); settings and tokenizers that a GGUF file cannot say.
+    pub fn open(path: &Path) -> Result<Self, InferError> {
+        let mut notes = Vec::new();
+        let folder = find_folder(path, &mut notes)?;
+        let config = DecoderConfig::load(&folder)?;
+        let description = metadata(&config)?;
+        notes.extend(description.notes.iter().cloned());
+        let mut keys = Metadata::new();
+        keys.insert("general.architecture", description.architecture);
+        keys.insert("general.type", "model");
+        keys.insert("general.name", name_of(path).as_str());
+        for (key, value) in description.keys {
+            keys.insert(key, value_of(value));
+        }
+        match Tokenizer::load(&folder) {
+            Ok(tokenizer) => {
+                let (words, more) = tokenizer.to_gguf(config.vocab_size)?;
+                vocabulary::write(&words, &mut keys);
+                notes.extend(more);
+            }
+            Err(TokenizerError::Missing { .. }) => {
+                keys.insert("tokenizer.ggml.model", "no_vocab");
+                notes.push("the folder has no tokenizer, so the file has none".into());
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let model = decoder(&config);
+        let (mut infos, mut plan) = layout(&config, &model, description.own_output);
+        for (name, numbers) in description.tensors {
+            infos.push(TensorInfo::new(name, [numbers.len()], BlockType::F32));
+            plan.push(Made::Numbers(numbers));
+        }
+        let tensors = Tensors::open(&folder)?;
+        let all = Folder {
+            config,
+            model,
+            tensors,
+            metadata: keys,
+            plan,
+            infos,
+            notes,
+        };
+        all.checked(&folder)
+    }
+
+    /// Checks that the weights are all there, in the shapes that are asked for.
+    fn checked(mut self, folder: &Path) -> Result<Self, InferError> {
+        let cpu = Cpu::new(1);
+        let map = self.map();
+        let naming = self.config.naming;
+        let mut loader = Loader::new(&cpu, &self.tensors, self.model.units(), &map, |name| {
+            naming.bare_name(name)
+        });
+        for file in &map {
+            loader.read(file.parts[0], 0..0, DType::F32)?;
+        }
+        let unused = loader.unused().into_iter().collect();
+        sort_out_unused(folder, &self.config, unused, &mut self.notes)?;
+        Ok(self)
+    }
+
+    fn map(&self) -> Vec<FileTensor> {
+        self.config.naming.file_tensors(&self.model)
+    }
+
+    /// The keys of the file, but for those of its types.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// The tensors of the file, all in `F32`.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    /// What the user should know.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The type of the folder's largest tensor.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn dtype(&self) -> Result<Dtype, InferError> {
+        let mut largest = (0, Dtype::F32);
+        for name in self.tensors.names() {
+            let view = self.tensors.get(name)?;
+            if view.elements() > largest.0 {
+                largest = (view.elements(), view.dtype);
+            }
+        }
+        Ok(largest.1)
+    }
+
+    /// Writes the file, with these types for [`Folder::tensors`] and their number for `general.file_type`; `progress` is
+    /// told the tensor and how many elements are done.
+    ///
+    /// # Errors
+    /// Weights that are not finite or too large for their type; whatever hinders reading and writing.
+    ///
+    /// # Panics
+    /// Without a type for each tensor.
+    pub fn write(
+        &self,
+        cpu: &Cpu,
+        disk: &dyn Disk,
+        out: &Path,
+        (file_type, types): (u32, &[BlockType]),
+        mut progress: impl FnMut(&TensorInfo, usize),
+    ) -> Result<(), InferError> {
+        assert_eq!(types.len(), self.infos.len(), "types and tensors");
+        let mut keys = self.metadata.clone();
+        keys.insert("general.file_type", file_type);
+        keys.insert("general.quantization_version", QUANTIZATION_VERSION);
+        let infos: Vec<TensorInfo> = self.infos.iter().zip(types).map(retyped).collect();
+        let map = self.map();
+        let naming = self.config.naming;
+        let mut loader = Loader::new(cpu, &self.tensors, self.model.units(), &map, |name| {
+            naming.bare_name(name)
+        });
+        let mut writer = Writer::create(disk, out, &keys, &infos)?;
+        let mut done = 0;
+        for (info, made) in infos.iter().zip(&self.plan) {
+            let mut put = |values: &[f32]| {
+                let bytes = encode(cpu, info, values)?;
+                writer.write(&info.name, &bytes)?;
+                done += values.len();
+                progress(info, done);
+                Ok::<(), InferError>(())
+            };
+            match made {
+                Made::Numbers(values) => put(values)?,
+                Made::Of(parts) => {
+                    for (id, place) in parts {
+                        let spec = &self.model.units()[id.unit].params[id.slot];
+                        let values = loader.read(*id, 0..spec.shape.len(), DType::F32)?;
+                        put(&arranged(&values.to_f32(), spec, place))?;
+                    }
+                }
+            }
+        }
+        Ok(writer.finish()?)
+    }
+}
+
+/// The name of a model: that of its folder.
+fn name_of(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+fn value_of(key: Key) -> Value {
+    match key {
+        Key::Count(count) => (count as u32).into(),
+        Key::Number(number) => (number as f32).into(),
+        Key::Text(text) => text.into(),
+        Key::Flag(flag) => flag.into(),
+    }
+}
+
+fn retyped((info, block_type): (&TensorInfo, &BlockType)) -> TensorInfo {
+    TensorInfo::new(info.name.clone(), info.shape.clone(), *block_type)
+}
+
+/// The tensors of the file, and the parameters that they hold.
+fn layout(
+    config: &DecoderConfig,
+    model: &Model<Tokens>,
+    own_output: bool,
+) -> (Vec<TensorInfo>, Vec<Made>) {
+    let mut found: Vec<(String, Vec<(ParamId, Place)>)> = Vec::new();
+    for (unit, spec) in model.units().iter().enumerate() {
+        for (slot, param) in spec.params.iter().enumerate() {
+            let place = place(config, &param.name, param.shape[0]);
+            let id = ParamId { unit, slot };
+            match found.iter_mut().find(|(name, _)| *name == place.tensor) {
+                Some((_, parts)) => parts.push((id, place)),
+                None => found.push((place.tensor.clone(), vec![(id, place)])),
+            }
+        }
+    }
+    if own_output {
+        let (_, parts) = found
+            .iter()
+            .find(|(name, _)| name == "token_embd.weight")
+            .expect("every decoder has embeddings");
+        found.push(("output.weight".into(), parts.clone()));
+    }
+    let (mut infos, mut plan) = (Vec::new(), Vec::new());
+    for (name, mut parts) in found {
+        parts.sort_by_key(|(_, place)| place.rows.as_ref().map_or(0, |rows| rows.start));
+        let (first, _) = parts[0];
+        let shape = model.units()[first.unit].params[first.slot].shape.to_vec();
+        let stacked = name.contains("_exps.") || parts.len() > 1 && name.contains("_norm.");
+        let shape = match &parts.last().expect("a part").1.rows {
+            Some(_) if stacked => [vec![parts.len()], shape].concat(),
+            Some(rows) => [vec![rows.end], shape[1..].to_vec()].concat(),
+            None => shape,
+        };
+        infos.push(TensorInfo::new(name, shape, BlockType::F32));
+        plan.push(Made::Of(parts));
+    }
+    (infos, plan)
+}
+
+/// The elements of a parameter as the file has them.
+fn arranged(values: &[f32], spec: &ParamSpec, place: &Place) -> Vec<f32> {
+    let rows = spec.shape[0];
+    let cols = values.len() / rows;
+    let start = place.rows.as_ref().map_or(0, |rows| rows.start);
+    let mut out = vec![0f32; values.len()];
+    for (row, values) in values.chunks_exact(cols).enumerate() {
+        let at = place.row(row, rows) - start;
+        let out = &mut out[at * cols..][..cols];
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = value + place.offset;
+        }
+    }
+    out
+}
+
+/// The bytes of some rows of a tensor.
+fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec<u8>, InferError> {
+    let unfit = |problem: String| InferError::Unfit {
+        tensor: info.name.clone(),
+        problem,
+    };
+    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+        return Err(unfit(format!("a weight is {value}")));
+    }
+    let size = info.block_type.size_of(values.len());
+    let mut bytes = vec![0; size.expect("rows of whole blocks")];
+    // A part of a vector is less than a row.
+    let row = info.row_len().min(values.len());
+    quantize_all(&cpu.pool, info.block_type, values, row, None, &mut bytes);
+    match first_bad_block(info.block_type, &bytes) {
+        Some(_) => Err(unfit(format!("weights are beyond {}", info.block_type))),
+        None => Ok(bytes),
+    }
+}
+
+/// The type of a folder's weights that keeps every bit of a file's.
+pub fn folder_dtype(file: &File) -> Dtype {
+    let largest = file.tensors().max_by_key(|info| info.elements());
+    match largest.map(|info| info.block_type) {
+        Some(BlockType::BF16) => Dtype::BF16,
+        Some(BlockType::F16) => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+/// Writes a GGUF file's model as a Hugging Face folder: weights in `dtype`, configuration, tokenizer and chat template.
+/// `progress` is told the tensor and how many elements are done. Returns what the user should know.
+///
+/// # Errors
+/// A file that is damaged or no model; whatever hinders writing.
+pub fn write_hugging_face(
+    file: &File,
+    disk: &dyn Disk,
+    out: &Path,
+    dtype: Dtype,
+    mut progress: impl FnMut(&str, usize),
+) -> Result<Vec<String>, InferError> {
+    let (config, mut notes) = config(file, file.path())?;
+    let tokenizer = tokenizer(file.metadata())?;
+    if let Some(tokenizer) = &tokenizer {
+        tokenizer.check_vocabulary(config.vocab_size)?;
+        notes.extend(tokenizer.notes().iter().cloned());
+    }
+    let model = decoder(&config);
+    let map = config.naming.file_tensors(&model);
+    let param = |id: &ParamId| &model.units()[id.unit].params[id.slot];
+    for spec in model.units().iter().flat_map(|unit| &unit.params) {
+        let place = place(&config, &spec.name, spec.shape[0]);
+        let info = file.tensor(&place.tensor)?;
+        check(file.path(), info, &place, &spec.shape)?;
+        if !info.block_type.is_readable() {
+            return Err(InferError::Unfit {
+                tensor: info.name.clone(),
+                problem: format!("{} is not read", info.block_type),
+            });
+        }
+    }
+    let specs: Vec<Spec> = map
+        .iter()
+        .map(|tensor| Spec::new(tensor.name.clone(), dtype, tensor.shape.to_vec()))
+        .collect();
+    let mut done = 0;
+    write_folder(disk, out, &specs, &Options::default(), |index, writer| {
+        let tensor = &map[index];
+        let values = tensor
+            .parts
+            .iter()
+            .map(|id| values(file, &config, param(id)));
+        let values = values.collect::<Result<Vec<Vec<f32>>, StoreError>>()?;
+        let parts: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+        let rows: Vec<usize> = tensor.parts.iter().map(|id| param(id).shape[0]).collect();
+        done += tensor.shape.len();
+        progress(&tensor.name, done);
+        writer.values(&tensor.join(&parts, &rows))
+    })?;
+    if let Some(tokenizer) = &tokenizer {
+        tokenizer.save(out)?;
+    }
+    let json = described(&config, tokenizer.as_ref(), dtype);
+    let text = serde_json::to_vec_pretty(&json).expect("a JSON value");
+    write_atomic(disk, &config_path(out), &text)?;
+    Ok(notes)
+}
+
+fn config_path(folder: &Path) -> PathBuf {
+    folder.join("config.json")
+}
+
+/// The `config.json` of the folder.
+fn described(config: &DecoderConfig, tokenizer: Option<&Tokenizer>, dtype: Dtype) -> Json {
+    let mut json = folder_config(config.json.clone());
+    let name = match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        _ => "float32",
+    };
+    json["torch_dtype"] = name.into();
+    let ids = tokenizer.map(|t| (t.bos(), t.eos(), t.pad()));
+    let (bos, eos, pad) = ids.unwrap_or((None, &[], None));
+    json["bos_token_id"] = json!(bos);
+    json["pad_token_id"] = json!(pad);
+    json["eos_token_id"] = match eos {
+        [] => Json::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
+    json
+}
+
+/// The elements of a parameter.
+fn values(file: &File, config: &DecoderConfig, spec: &ParamSpec) -> Result<Vec<f32>, StoreError> {
+    let rows = spec.shape[0];
+    let place = place(config, &spec.name, rows);
+    let info = file.tensor(&place.tensor)?;
+    let bytes = file.bytes(&place.tensor)?;
+    let mut out = vec![0f32; spec.shape.len()];
+    // The elements of a vector are in rows of the file that may hold others.
+    let cols = out.len() / rows;
+    if spec.shape.to_vec().len() == 1 {
+        let mut all = vec![0f32; info.elements()];
+        dequantize(info.block_type, bytes, &mut all);
+        for (row, out) in out.iter_mut().enumerate() {
+            *out = all[place.row(row, rows)] - place.offset;
+        }
+    } else {
+        let size = info.byte_size() / info.rows();
+        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+            let at = place.row(row, rows);
+            dequantize(info.block_type, &bytes[at * size..][..size], out);
+        }
+    }
+    file.release(&place.tensor)?;
+    Ok(out)
+}

@@ -1,0 +1,147 @@
+//! `windlass convert`: a Hugging Face folder as a GGUF file, or a GGUF file as a folder.
+
+use super::drive::bytes;
+use super::{Machine, failure, usage};
+use anyhow::Result;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use windlass::compress::{FileType, Options, plan_tensors};
+use windlass::hub;
+use windlass::infer::convert::{Folder, folder_dtype, write_hugging_face};
+use windlass::progress::Progress;
+use windlass::store::atomic::RealDisk;
+use windlass::store::gguf::{BlockType, File, TensorInfo};
+use windlass::store::safetensors::Dtype;
+
+/// Flags of the verb.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A Hugging Face folder, a checkpoint or a hub id; or a GGUF file (of a split model any of its files)
+    input: String,
+    /// The GGUF file to write; or the folder
+    output: PathBuf,
+    /// Of a file: F32, F16, BF16, Q8_0, Q4_K_M, ...; of a folder's weights: F32, F16, BF16 [default: as they are, and
+    /// F32 for the weights of a quantized file]
+    #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = super::quantize::file_type)]
+    file_type: Option<FileType>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> Result<()> {
+    let input = hub::resolve(&args.input)?;
+    match input.is_file() && input.extension().is_some_and(|end| end == "gguf") {
+        true => to_folder(&args, &input),
+        false => to_file(&args, &input),
+    }
+}
+
+fn to_file(args: &Args, input: &Path) -> Result<()> {
+    let output = &args.output;
+    if output.is_dir() || output.extension().is_none_or(|end| end != "gguf") {
+        let message = format!("{} is no name of a GGUF file", output.display());
+        return Err(usage(message, "a folder becomes a file: name it NAME.gguf"));
+    }
+    let folder = Folder::open(input)?;
+    let file_type = match args.file_type {
+        Some(file_type) => file_type,
+        None => match folder.dtype()? {
+            Dtype::BF16 => FileType::BF16,
+            Dtype::F16 => FileType::F16,
+            _ => FileType::F32,
+        },
+    };
+    if !file_type.base().is_writable() || file_type == FileType::Q2_K_S {
+        let message = format!("--type {file_type}");
+        let hint = "choose a type that is written, and for one that needs importances convert to F16 first";
+        return Err(usage(message, hint));
+    }
+    let planned = plan_tensors(
+        folder.metadata(),
+        folder.tensors(),
+        &Options::new(file_type),
+    )?;
+    for note in folder.notes() {
+        eprintln!("note: {note}");
+    }
+    for line in super::quantize::fallbacks(&planned) {
+        eprintln!("note: {line}");
+    }
+    let types: Vec<BlockType> = planned.iter().map(|tensor| tensor.target).collect();
+    let cpu = args.machine.cpu()?;
+    let elements: usize = folder.tensors().iter().map(TensorInfo::elements).sum();
+    let mut bar = Progress::new(elements as u64, "convert");
+    folder.write(
+        &cpu,
+        &RealDisk,
+        output,
+        (file_type.id(), &types),
+        |tensor, done| bar.set(done as u64, &tensor.name),
+    )?;
+    bar.finish(&output.display().to_string());
+    let sizes = folder.tensors().iter().zip(&types);
+    let size: usize = sizes
+        .map(|(info, kind)| kind.size_of(info.elements()).unwrap_or(0))
+        .sum();
+    say(args, file_type.name(), elements, size);
+    Ok(())
+}
+
+fn to_folder(args: &Args, input: &Path) -> Result<()> {
+    let output = &args.output;
+    if output.is_file() {
+        let message = format!("{} is a file", output.display());
+        return Err(failure(message, "a GGUF file becomes a folder: name one"));
+    }
+    let file = File::open(input)?;
+    let dtype = match args.file_type {
+        None => folder_dtype(&file),
+        Some(FileType::F32) => Dtype::F32,
+        Some(FileType::F16) => Dtype::F16,
+        Some(FileType::BF16) => Dtype::BF16,
+        Some(other) => {
+            let message = format!("--type {other} for a folder");
+            return Err(usage(
+                message,
+                "the weights of a folder are F32, F16 or BF16",
+            ));
+        }
+    };
+    let elements: usize = file.tensors().map(TensorInfo::elements).sum();
+    let mut bar = Progress::new(elements as u64, "convert");
+    let notes = write_hugging_face(&file, &RealDisk, output, dtype, |tensor, done| {
+        bar.set(done as u64, tensor);
+    })?;
+    bar.finish(&output.display().to_string());
+    for note in notes {
+        eprintln!("note: {note}");
+    }
+    say(
+        args,
+        &dtype.to_string(),
+        elements,
+        elements * dtype.bitsize() / 8,
+    );
+    Ok(())
+}
+
+fn say(args: &Args, kind: &str, elements: usize, size: usize) {
+    if args.json {
+        let object = json!({
+            "output": args.output.display().to_string(), "type": kind, "parameters": elements,
+            "bytes": size,
+        });
+        println!("{object}");
+        return;
+    }
+    println!(
+        "{}: {kind}, {:.1} M parameters, {} of weights",
+        args.output.display(),
+        elements as f64 / 1e6,
+        bytes(size)
+    );
+}
