@@ -138,8 +138,16 @@ fn every_architecture_survives_both_ways() {
     });
     check(
         "llama",
-        json!({ "rope_scaling": llama3, "head_dim": 8 }),
+        json!({ "rope_scaling": llama3.clone(), "head_dim": 8 }),
         2e-3,
+    );
+    // The usual numbers are recognized.
+    let mut usual = llama3;
+    usual["original_max_position_embeddings"] = 8192.into();
+    check(
+        "llama",
+        json!({ "rope_scaling": usual, "head_dim": 64, "rope_theta": 5e5 }),
+        0.0,
     );
     let yarn =
         json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });

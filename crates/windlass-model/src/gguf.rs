@@ -9,6 +9,7 @@ pub use describe::{Description, Key, folder_config, metadata};
 
 use crate::config::{Fields, ModelError, nearest};
 use crate::families::{DecoderConfig, Norm, Placement};
+use crate::rope::Rope;
 use serde_json::{Map, Value, json};
 use std::ops::Range;
 
@@ -269,6 +270,10 @@ fn scaling(
         let factor = f.number(&key("attn_factor"))?.unwrap_or(1.0);
         return Ok(Some(long(short, far, factor)));
     }
+    let theta = f.number(&format!("{arch}.rope.freq_base"))?;
+    if let Some(scaling) = all.as_deref().and_then(|factors| llama3(factors, theta)) {
+        return Ok(Some(scaling));
+    }
     if let Some(factors) = all {
         // Divisors of the frequencies, whatever made them.
         return Ok(Some(long(factors.clone(), factors, 1.0)));
@@ -290,6 +295,26 @@ fn scaling(
             Err(f.unsupported(&key("type"), other, hint))
         }
     }
+}
+
+/// The scaling of Llama 3, if these divisors are its.
+fn llama3(factors: &[f32], theta: Option<f64>) -> Option<Value> {
+    let largest = factors.iter().copied().fold(0.0, f32::max);
+    let scaling = json!({
+        "rope_type": "llama3",
+        "factor": f64::from(largest.round()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    });
+    let fields = Fields::root("", &scaling).ok()?;
+    let theta = theta.unwrap_or(10_000.0);
+    let rope = Rope::new(2 * factors.len(), theta, Some(&fields), &fields).ok()?;
+    let expected = rope.divisors(false);
+    let mut pairs = expected.iter().zip(factors);
+    pairs
+        .all(|(expected, factor)| (expected - factor).abs() <= 1e-4 * factor.abs())
+        .then_some(scaling)
 }
 
 /// Where a file keeps a parameter.

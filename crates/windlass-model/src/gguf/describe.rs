@@ -93,7 +93,7 @@ fn check(c: &DecoderConfig, arch: &Architecture) -> Result<(), ModelError> {
     let width = query_width(name, layers, c.hidden_size, heads, c.head_dim);
     let full_width = ["qwen2", "phi3", "olmo2", "stablelm", "gpt2", "gptneox"].contains(&name);
     let rotates = |i: usize| match name {
-        "smollm3" => (i + 1) % 4 != 0,
+        "smollm3" => !(i + 1).is_multiple_of(4),
         _ => !c.learned_positions,
     };
     let no_output_bias = !["llama", "smollm3", "gpt2", "gptneox"].contains(&name);
