@@ -365,7 +365,11 @@ fn build(
     let (mut quantized, mut plain) = (Vec::new(), Vec::new());
     for file in parsed.naming.file_tensors(&decoder(&parsed)) {
         let shape = file.shape.to_vec();
-        let layers = file.name.contains(".layers.") || file.name.contains(".h.");
+        // Routers stay plain, as programs leave them.
+        let layers = [".layers.", ".h."]
+            .iter()
+            .any(|part| file.name.contains(part))
+            && !file.name.ends_with(".gate.weight");
         if let ([rows, cols], true) = (&shape[..], layers) {
             let turned = file.layout == Layout::Transposed;
             let size = if turned {
@@ -556,6 +560,10 @@ fn checkpoints_are_their_numbers() {
     let gpt2 = json!({
         "model_type": "gpt2", "vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64,
     });
+    let mut mixtral = llama();
+    mixtral["model_type"] = "mixtral".into();
+    mixtral["num_local_experts"] = 4.into();
+    mixtral["num_experts_per_tok"] = 2.into();
     let shuffled = recipe(4, 32, false, true, Dtype::F16);
     for (name, config, format, count) in [
         ("phi3", &phi3, v1, 14),
@@ -563,6 +571,8 @@ fn checkpoints_are_their_numbers() {
         ("gpt_neox", &neox, v1, 12),
         ("gpt_neox, packed", &neox, Format::Packed, 12),
         ("gpt2", &gpt2, v1, 12),
+        ("mixtral", &mixtral, v1, 2 * (4 + 4 * 3)),
+        ("mixtral, awq", &mixtral, Format::Awq, 2 * (4 + 4 * 3)),
     ] {
         let recipe = Recipe {
             shuffled: !matches!(format, Format::Awq),
