@@ -8,7 +8,7 @@ use windlass_model::gguf::{Place, config_json, place};
 use windlass_model::{DecoderConfig, Tokenizer, decoder};
 use windlass_store::Store;
 use windlass_store::gguf::{self, File, TensorInfo};
-use windlass_tensor::kernels::blocks::{BlockType, dequantize};
+use windlass_tensor::kernels::blocks::{BlockType, dequantize, first_bad_block};
 use windlass_tensor::kernels::packed::{Layout, PackedMatrix};
 use windlass_tensor::{
     Category, Cpu, DType, Packed, ParamSpec, Shape, Tensor, Weight, Weights, each_dtype,
@@ -163,6 +163,7 @@ impl Reader<'_> {
         let info = self.file.tensor(&place.tensor)?;
         check(self.path, info, &place, &shape)?;
         let bytes = self.file.bytes(&place.tensor)?;
+        self.check_blocks(info, bytes)?;
         if vector {
             return Ok((self.vector(info, bytes, &place, shape), place.tensor));
         }
@@ -203,6 +204,31 @@ impl Reader<'_> {
             None => dense.into(),
         };
         Ok((weight, place.tensor))
+    }
+
+    /// Checks that the blocks are of a type that is read, and that their scales are numbers.
+    fn check_blocks(&self, info: &TensorInfo, bytes: &[u8]) -> Result<(), InferError> {
+        let refuse = |problem: String, hint: &str| {
+            Err(InferError::NoModel {
+                path: self.path.to_owned(),
+                problem: format!("tensor {}: {problem}", info.name),
+                hint: hint.into(),
+            })
+        };
+        if !info.block_type.is_readable() {
+            let problem = format!("blocks of {} are not read", info.block_type);
+            return refuse(
+                problem,
+                "take a file of another type: Q4_K_M, IQ4_XS, Q8_0, …",
+            );
+        }
+        match first_bad_block(info.block_type, bytes) {
+            Some(block) => {
+                let problem = format!("block {block} has a scale that is no finite number");
+                refuse(problem, "the file is damaged: download it again")
+            }
+            None => Ok(()),
+        }
     }
 
     fn vector(&self, info: &TensorInfo, bytes: &[u8], place: &Place, shape: Shape) -> Weight {

@@ -200,3 +200,27 @@ fn guesses_change_nothing_but_the_passes() {
         }
     }
 }
+
+#[test]
+fn damaged_scales_are_refused_by_tensor() {
+    let Some(data) = data() else { return };
+    let cpu = Cpu::new(1);
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["Q8_0", "Q4_0", "F32"] {
+        let mut bytes =
+            std::fs::read(data.join(format!("gguf-v3/stories260K-{name}.gguf"))).unwrap();
+        let half = bytes.len() / 2;
+        bytes[half..].fill(0xff);
+        let path = folder.path().join("damaged.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        let Err(error) = LoadedModel::open(&cpu, &path, None) else {
+            panic!("{name}: a file with scales that are no numbers was opened");
+        };
+        let message = error.to_string();
+        assert!(
+            message.contains("damaged.gguf: tensor ") && message.contains("no finite number"),
+            "{message}"
+        );
+        assert!(error.hint().is_some());
+    }
+}
