@@ -9,7 +9,7 @@ use crate::{Element, tasks::Tasks};
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
 /// A scale is `max|x| / 127` over a step of 32 columns. A step with a NaN or an infinity has the scale NaN. Rows are kept in
-/// blocks of up to [`BLOCK`], step by step, so that a kernel finds those of a tile side by side.
+/// blocks of up to eight, step by step, so that a kernel finds those of a tile side by side.
 pub struct Activations {
     rows: usize,
     cols: usize,
