@@ -96,6 +96,14 @@ pub enum InferError {
         /// Why not.
         problem: String,
     },
+    /// The model has another vocabulary than the one it is compared with.
+    #[error("the vocabulary of the model is {found}, that of the saved logits {expected}")]
+    OtherVocabulary {
+        /// Tokens of the model.
+        found: usize,
+        /// Tokens of the reference.
+        expected: usize,
+    },
     /// The model's description.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -124,6 +132,9 @@ impl InferError {
             Self::UnknownToken { .. } => "use the tokenizer that belongs to the model",
             Self::Question { .. } => {
                 "each line is an object such as {\"question\": \"1 + 1 =\", \"choices\": [\"2\", \"3\"], \"answer\": 0}"
+            }
+            Self::OtherVocabulary { .. } => {
+                "compare with the logits of the model that this one was made from (--save-logits)"
             }
             Self::Unfit { .. } => {
                 "choose another --type; weights that are not finite are damage: fetch the model again"

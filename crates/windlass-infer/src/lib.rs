@@ -4,12 +4,15 @@
 //! caller's, seeds are arguments.
 
 pub mod convert;
+pub mod divergence;
 mod error;
 pub mod generate;
 mod gguf;
+pub mod inputs;
 pub mod loaded;
 pub mod quantized;
 pub mod sampler;
+pub mod saved_logits;
 pub mod score;
 mod session;
 mod speculate;

@@ -13,7 +13,7 @@ use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_store::{Loader, Store};
 use windlass_tensor::kernels::packed;
 use windlass_tensor::{
-    Category, Cpu, DType, FileTensor, Packed, ParamId, Tensor, UnitSpec, Weight, Weights,
+    Category, Cpu, DType, FileTensor, Packed, ParamId, Tape, Tensor, UnitSpec, Weight, Weights,
 };
 
 /// A model with its weights and tokenizer.
@@ -162,6 +162,19 @@ impl LoadedModel {
         Ok(ids)
     }
 
+    /// The token that the tokenizer puts before every text, where it does that.
+    ///
+    /// # Errors
+    /// No tokenizer.
+    pub fn begins_texts_with(&self) -> Result<Option<u32>, InferError> {
+        let tokenizer = self.tokenizer()?;
+        let around = tokenizer.encode("", true)?;
+        Ok(around
+            .first()
+            .copied()
+            .filter(|id| tokenizer.bos() == Some(*id)))
+    }
+
     /// Bytes of all weights as they are kept, and of those that every token reads: a table of embeddings is looked up,
     /// and of experts a token reads its own.
     ///
@@ -238,6 +251,16 @@ impl LoadedModel {
     /// Runs the layers on a batch without recording. `head` says whether the last layer runs too: without it only
     /// caches are filled.
     pub(crate) fn run(&self, batch: &Tokens, head: bool) -> Tensor {
+        self.run_on(batch, head, |_| Tape::inference(self.store.cpu()))
+    }
+
+    /// As [`LoadedModel::run`], with a tape for each layer, made for its unit.
+    pub(crate) fn run_on(
+        &self,
+        batch: &Tokens,
+        head: bool,
+        tape: impl Fn(usize) -> Tape,
+    ) -> Tensor {
         let cpu = self.store.cpu();
         let mut x = Tensor::empty(cpu, [0], DType::F32, Category::Activations);
         let layers = self.model.layers();
@@ -247,7 +270,7 @@ impl LoadedModel {
                 .store
                 .gather(unit)
                 .expect("weights that lie in memory are gathered without fail");
-            let mut tape = windlass_tensor::Tape::inference(cpu);
+            let mut tape = tape(unit);
             let input = tape.input(x);
             x = layer.forward(&weights, input, batch, &mut tape).tensor;
         }

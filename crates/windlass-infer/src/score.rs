@@ -10,25 +10,77 @@ use windlass_model::{Goal, Tokens};
 use windlass_tensor::IGNORED;
 
 /// Tokens of one pass through the model, where windows are shorter.
-const PASS_TOKENS: usize = 2048;
+pub(crate) const PASS_TOKENS: usize = 2048;
 
 /// How well a text was predicted.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Perplexity {
     /// `exp(loss)`.
     pub perplexity: f64,
+    /// The standard error of it that the spread of the losses gives.
+    pub error: f64,
     /// Mean of `-log p` over the scored tokens, in nats.
     pub loss: f64,
-    /// Tokens scored: all that have a token before them in their window.
+    /// Tokens scored.
     pub scored_tokens: usize,
     /// Tokens of the text.
     pub tokens: usize,
     /// Tokens that a window holds.
     pub window: usize,
-    /// Tokens from the start of one window to the start of the next.
-    pub stride: usize,
+    /// Tokens from the start of one window to the start of the next, where they overlap and every token is scored once;
+    /// `None` where the second halves of windows are scored.
+    pub stride: Option<usize>,
     /// Windows read.
     pub windows: usize,
+}
+
+/// Sums of some numbers.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Moments {
+    count: usize,
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    pub fn add(&mut self, value: f64) {
+        self.count += 1;
+        self.sum += value;
+        self.squares += value * value;
+    }
+
+    pub fn mean(&self) -> f64 {
+        self.sum / self.count.max(1) as f64
+    }
+
+    /// The standard error of the mean.
+    pub fn error(&self) -> f64 {
+        if self.count < 2 {
+            return 0.0;
+        }
+        let variance = self.squares / self.count as f64 - self.mean() * self.mean();
+        (variance.max(0.0) / (self.count - 1) as f64).sqrt()
+    }
+
+    /// The perplexity, where the numbers are losses.
+    pub fn perplexity(
+        &self,
+        tokens: usize,
+        window: usize,
+        stride: Option<usize>,
+        windows: usize,
+    ) -> Perplexity {
+        Perplexity {
+            perplexity: self.mean().exp(),
+            error: self.mean().exp() * self.error(),
+            loss: self.mean(),
+            scored_tokens: self.count,
+            tokens,
+            window,
+            stride,
+            windows,
+        }
+    }
 }
 
 /// One window: which tokens it reads, and from which on they are scored.
@@ -80,26 +132,16 @@ pub fn perplexity(
             break;
         }
     }
-    let (mut sum, mut scored_tokens) = (0.0, 0);
+    let mut scored = Moments::default();
     for pass in windows.chunks((PASS_TOKENS / window).max(1)) {
         let sequences = pass
             .iter()
             .map(|w| (&ids[w.start..w.end], w.scored_from - w.start));
         let losses = losses(model, &sequences.collect::<Vec<_>>());
-        sum += losses.iter().flatten().sum::<f64>();
-        scored_tokens += losses.iter().map(Vec::len).sum::<usize>();
-        tell(pass[pass.len() - 1].end, sum / scored_tokens.max(1) as f64);
+        losses.iter().flatten().for_each(|loss| scored.add(*loss));
+        tell(pass[pass.len() - 1].end, scored.mean());
     }
-    let loss = sum / scored_tokens as f64;
-    Ok(Perplexity {
-        perplexity: loss.exp(),
-        loss,
-        scored_tokens,
-        tokens: ids.len(),
-        window,
-        stride,
-        windows: windows.len(),
-    })
+    Ok(scored.perplexity(ids.len(), window, Some(stride), windows.len()))
 }
 
 fn check_window(model: &LoadedModel, window: usize, stride: usize) -> Result<(), InferError> {
@@ -129,7 +171,7 @@ fn check_window(model: &LoadedModel, window: usize, stride: usize) -> Result<(),
 }
 
 /// The losses of the tokens of each sequence from index `from` (1 or more) on, all sequences in one pass.
-fn losses(model: &LoadedModel, sequences: &[(&[u32], usize)]) -> Vec<Vec<f64>> {
+pub(crate) fn losses(model: &LoadedModel, sequences: &[(&[u32], usize)]) -> Vec<Vec<f64>> {
     let ids: Vec<u32> = sequences
         .iter()
         .flat_map(|(ids, _)| *ids)

@@ -18,7 +18,7 @@ pub use ops::{IGNORED, RopeTable, RouterStats, Routing};
 pub use packed::Packed;
 pub use rng::Rng;
 pub use shape::Shape;
-pub use tape::{Backprop, Backward, Kept, Recipe, Recorded, Tape, Var};
+pub use tape::{Backprop, Backward, Kept, Recipe, Recorded, Tape, Var, Watch};
 pub use tensor::{Cpu, Tensor};
 pub use weight::{Grads, Init, Param, ParamSpec, Weight, Weights};
 pub use windlass_kernels as kernels;

@@ -83,12 +83,16 @@ enum Mode {
     Training,
 }
 
+/// Told the slot of a matrix and the rows that it is about to be multiplied with.
+pub type Watch = Arc<dyn Fn(usize, &Tensor) + Send + Sync>;
+
 /// Records the ops of one unit's forward pass.
 pub struct Tape {
     cpu: Cpu,
     mode: Mode,
     nodes: Vec<Option<Box<dyn Backward>>>,
     pub(crate) eager: Option<Eager>,
+    pub(crate) watch: Option<Watch>,
 }
 
 /// Gradients that a loss op may add to while it runs forward, and the gradient of the loss it may assume.
@@ -105,6 +109,7 @@ impl Tape {
             mode: Mode::Training,
             nodes: Vec::new(),
             eager: None,
+            watch: None,
         }
     }
 
@@ -124,6 +129,15 @@ impl Tape {
             mode: Mode::Inference,
             nodes: Vec::new(),
             eager: None,
+            watch: None,
+        }
+    }
+
+    /// As [`Tape::inference`], telling `watch` the input of every [`Tape::linear`] and [`Tape::linears`].
+    pub fn watched(cpu: &Cpu, watch: Watch) -> Self {
+        Tape {
+            watch: Some(watch),
+            ..Self::inference(cpu)
         }
     }
 

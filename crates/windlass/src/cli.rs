@@ -20,6 +20,7 @@ pub mod estimate;
 pub mod eval;
 mod fits;
 pub mod generate;
+pub mod imatrix;
 pub mod info;
 pub mod inspect;
 pub mod io;

@@ -38,6 +38,8 @@ enum Command {
     Convert(cli::convert::Args),
     /// Write a GGUF file with fewer bits
     Quantize(Box<cli::quantize::Args>),
+    /// Measure on a text how much each column of a model's matrices matters, for `quantize --imatrix`
+    Imatrix(cli::imatrix::Args),
     /// Measure this machine: training steps or single kernels
     Bench(cli::bench::Args),
     /// Read a ds_config.json and say what becomes of each key
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cli::inspect::run(args),
         Command::Convert(args) => cli::convert::run(args),
         Command::Quantize(args) => cli::quantize::run(*args),
+        Command::Imatrix(args) => cli::imatrix::run(args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Config(args) => cli::config::run(args),
         Command::Estimate(args) => cli::estimate::run(args),

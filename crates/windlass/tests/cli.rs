@@ -313,6 +313,7 @@ fn bad_input_is_refused_by_name() {
     let long = TEXT.repeat(20);
     let latin = fixture.write("latin.txt", b"caf\xe9");
     let empty = fixture.write("empty.txt", "");
+    let short = fixture.write("short.txt", "the cat sat");
     let questions = fixture.write(
         "q.jsonl",
         "{\"question\": \"a\", \"choices\": [\"b\", \"c\"], \"answer\": 5}",
@@ -426,6 +427,24 @@ fn bad_input_is_refused_by_name() {
             &["--file", &config, "--window", "8", "--stride", "9"],
             2,
             &["--stride 9"],
+        ),
+        (
+            eval,
+            &["--file", &short, "--window", "64"],
+            2,
+            &["--window 64", "the tokens of the text"],
+        ),
+        (
+            eval,
+            &["--kl-divergence", &config],
+            1,
+            &["config.json", "holds no saved logits"],
+        ),
+        (
+            eval,
+            &["--kl-divergence", "a", "--file", "b"],
+            2,
+            &["--kl-divergence", "--file"],
         ),
         (
             choice,
@@ -620,16 +639,39 @@ fn eval_reports_its_measures() {
     assert_eq!((field("window"), field("stride")), (32.0, 8.0));
     assert_eq!(field("scored_tokens"), field("tokens") - 1.0);
     assert!((field("loss").exp() / field("perplexity") - 1.0).abs() < 1e-9);
-    let bits =
-        field("loss") * field("scored_tokens") / std::f64::consts::LN_2 / (5 * TEXT.len()) as f64;
+    let bits = field("loss") * field("tokens") / std::f64::consts::LN_2 / (5 * TEXT.len()) as f64;
     assert!((bits / field("bits_per_byte") - 1.0).abs() < 1e-9);
     let words = run(&["--stride", "8"]).ok();
     assert!(
         words.contains(&format!("{:.4}", field("perplexity"))),
         "{words}"
     );
-    let default = run(&["--json"]).json();
-    assert_eq!(default[0]["stride"], 16);
+    let saved = fixture.write("saved", "");
+    let halves = run(&["--json", "--save-logits", &saved]).json();
+    assert!(halves[0]["stride"].is_null());
+    let (tokens, scored) = (&halves[0]["tokens"], &halves[0]["scored_tokens"]);
+    assert_eq!(tokens.as_u64().unwrap() / 32 * 15, scored.as_u64().unwrap());
+    let compare = |more: &[&str]| {
+        let compare = [
+            "eval",
+            "perplexity",
+            "--model",
+            model,
+            "--kl-divergence",
+            &saved,
+        ];
+        windlass(&[&compare[..], more].concat(), &[], "")
+    };
+    let found = &compare(&["--json"]).json()[0];
+    assert_eq!(
+        (&found["scored_tokens"], &found["same_top"]),
+        (scored, &1.0.into())
+    );
+    let of = |name: &str| found[name].as_f64().unwrap();
+    assert!(of("mean_kl").abs() < 1e-6 && (of("perplexity_ratio") - 1.0).abs() < 1e-3);
+    let rounded = &compare(&["--json", "--dtype", "bf16"]).json()[0];
+    assert!(rounded["mean_kl"].as_f64().unwrap() > of("mean_kl"));
+    assert!(compare(&[]).ok().contains("same likeliest token"));
 
     let lines =
         "{\"question\": \"the cat\", \"choices\": [\"sat\", \"xyz\"], \"answer\": 0}\n".repeat(3);
@@ -673,6 +715,7 @@ const HELP: &[&[&str]] = &[
     &["eval", "perplexity"],
     &["eval", "choice"],
     &["eval", "logits"],
+    &["imatrix"],
     &["config"],
     &["config", "check"],
     &["estimate"],

@@ -36,6 +36,9 @@ impl Tape {
             x.shape(),
             w.weight.shape()
         );
+        if let Some(watch) = &self.watch {
+            watch(w.slot, &x.tensor);
+        }
         if let (Weight::Packed(packed), false) = (w.weight, self.is_recording()) {
             return self.packed(x, &[(packed, bias)], residual).remove(0);
         }
@@ -87,7 +90,9 @@ impl Tape {
             Weight::Dense(_) => None,
         });
         match packed.collect::<Option<Vec<_>>>() {
-            Some(packed) if !self.is_recording() => self.packed(x, &packed, None),
+            Some(packed) if !self.is_recording() && self.watch.is_none() => {
+                self.packed(x, &packed, None)
+            }
             _ => weights
                 .iter()
                 .map(|&(weight, bias)| self.linear(x, weight, bias, None))

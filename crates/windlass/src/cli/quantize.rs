@@ -25,7 +25,7 @@ pub struct Args {
     /// Give every matrix the main type of the mix
     #[arg(long)]
     pure: bool,
-    /// How much each column matters: a file of llama-imatrix
+    /// How much each column matters: a file of `windlass imatrix` or llama-imatrix
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
     /// Another type for tensors in whose name the pattern is found; the first that is found counts
