@@ -57,6 +57,7 @@ impl LoadedModel {
                 "{kinds} has no kernels of its own: these tensors are rounded to q8"
             ));
         }
+        let kv_type = crate::loaded::kv_type(dtype, &weights);
         let store = Store::new(cpu, model.units(), weights);
         Ok(LoadedModel {
             config,
@@ -64,6 +65,7 @@ impl LoadedModel {
             store,
             tokenizer,
             dtype,
+            kv_type,
             notes,
             folder: path.to_owned(),
         })

@@ -11,6 +11,7 @@ use windlass_model::{DecoderConfig, Goal, Model, Tokenizer, TokenizerError, Toke
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_store::{Loader, Store};
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::kernels::packed;
 use windlass_tensor::{
     Category, Cpu, DType, FileTensor, Packed, ParamId, Tape, Tensor, UnitSpec, Weight, Weights,
@@ -28,10 +29,22 @@ pub struct LoadedModel {
     pub tokenizer: Option<Tokenizer>,
     /// Storage type of activations and of the weights that are not packed.
     pub dtype: DType,
+    /// How sequences keep their keys and values: as activations are, in `f16` beside packed weights, or as the caller sets it.
+    pub kv_type: KvType,
     /// What the user should know: settings without effect, tensors without use.
     pub notes: Vec<String>,
     /// The folder that holds `config.json`.
     pub folder: PathBuf,
+}
+
+/// How keys and values are kept unless the caller decides: weights of few bits leave `f32` activations, whose keys and
+/// values would outweigh them in a long context.
+pub(crate) fn kv_type(dtype: DType, weights: &[Weights]) -> KvType {
+    let packed = |weight: &Weight| matches!(weight, Weight::Packed(_));
+    match weights.iter().flat_map(Weights::iter).any(packed) {
+        true => KvType::Plain(DType::F16),
+        false => KvType::Plain(dtype),
+    }
 }
 
 /// How matrices are kept in memory.
@@ -103,6 +116,7 @@ impl LoadedModel {
         };
         let (weights, unused) = reader.read(&model)?;
         sort_out_unused(&folder, &config, unused, &mut notes)?;
+        let kv_type = kv_type(dtype, &weights);
         let store = Store::new(cpu, model.units(), weights);
         Ok(LoadedModel {
             config,
@@ -110,6 +124,7 @@ impl LoadedModel {
             store,
             tokenizer,
             dtype,
+            kv_type,
             notes,
             folder,
         })

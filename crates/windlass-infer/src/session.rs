@@ -2,13 +2,14 @@
 
 use crate::{InferError, LoadedModel};
 use std::sync::{Arc, Mutex};
-use windlass_model::{KvCache, Tokens};
+use windlass_model::{KvBlocks, Sequence, Tokens};
 use windlass_tensor::Tensor;
 
 /// A sequence that a model reads, token by token or in chunks; how it is cut changes no bit of what follows.
 pub struct Session<'m> {
     model: &'m LoadedModel,
-    cache: Arc<Mutex<KvCache>>,
+    blocks: Arc<Mutex<KvBlocks>>,
+    table: Vec<u32>,
     ids: Vec<u32>,
     capacity: usize,
     chunk: usize,
@@ -18,14 +19,13 @@ impl<'m> Session<'m> {
     /// An empty sequence of at most `capacity` tokens (or the model's context, if that is less), which reads `chunk`
     /// tokens at once.
     pub fn new(model: &'m LoadedModel, capacity: usize, chunk: usize) -> Self {
-        let config = &model.config;
         let capacity = capacity.min(model.context());
-        let kv_dim = config.num_key_value_heads * config.head_dim;
-        let layers = config.num_hidden_layers();
-        let cache = KvCache::new(model.store.cpu(), layers, kv_dim, capacity, model.dtype);
+        let count = capacity.div_ceil(KvBlocks::LEN);
+        let blocks = KvBlocks::new(model.store.cpu(), &model.config, model.kv_type, count);
         Session {
             model,
-            cache: Arc::new(Mutex::new(cache)),
+            blocks: Arc::new(Mutex::new(blocks)),
+            table: (0..count as u32).collect(),
             ids: Vec::new(),
             capacity,
             chunk: chunk.max(1),
@@ -55,7 +55,6 @@ impl<'m> Session<'m> {
     /// Forgets all tokens from the first `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.ids.truncate(len);
-        self.cache.lock().expect("cache").truncate(len);
     }
 
     /// Reads tokens without asking what follows.
@@ -110,9 +109,14 @@ impl<'m> Session<'m> {
     /// One pass; with the head, the logits after the tokens from `first` on.
     fn run(&mut self, ids: &[u32], first: usize, head: bool) -> Tensor {
         let rows = (first as u32..ids.len() as u32).collect();
-        let batch = Tokens::cached(ids.to_vec(), &self.cache, rows, self.model.dtype);
+        let sequence = Sequence {
+            past: self.ids.len(),
+            tokens: ids.len(),
+            blocks: &self.table,
+        };
+        let dtype = self.model.dtype;
+        let batch = Tokens::ragged(ids.to_vec(), &[sequence], &self.blocks, rows, dtype);
         let logits = self.model.run(&batch, head);
-        self.cache.lock().expect("cache").advance(ids.len());
         self.ids.extend_from_slice(ids);
         logits
     }

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use windlass_infer::score::{Question, Tally, perplexity};
 use windlass_infer::{
     GenerateOptions, Generation, Generator, InferError, LoadIn, LoadedModel, SamplingParams,
-    StopReason,
+    Session, StopReason,
 };
 use windlass_model::{Goal, Tokens};
 use windlass_store::atomic::RealDisk;
 use windlass_store::llama2c::convert;
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Category, Cpu, DType, Tape, Tensor};
 
@@ -82,6 +83,56 @@ fn generate(model: &LoadedModel, prompt: &[u32], options: GenerateOptions) -> Ge
     assert_eq!(pieces.concat(), generation.text);
     assert_eq!(pieces.len(), generation.ids.len());
     generation
+}
+
+/// Mean Kullback-Leibler divergence of rows of logits from others.
+fn divergence(want: &[f32], got: &[f32], vocab: usize) -> f64 {
+    let logs = |row: &[f32]| -> Vec<f64> {
+        let max = row.iter().fold(f32::MIN, |a, &b| a.max(b));
+        let sum: f64 = row.iter().map(|x| f64::from(x - max).exp()).sum();
+        row.iter().map(|x| f64::from(x - max) - sum.ln()).collect()
+    };
+    let rows = want.chunks_exact(vocab).zip(got.chunks_exact(vocab));
+    let row = |(want, got): (&[f32], &[f32])| -> f64 {
+        let pairs = logs(want).into_iter().zip(logs(got));
+        pairs.map(|(p, q)| p.exp() * (p - q)).sum()
+    };
+    rows.map(row).sum::<f64>() / (want.len() / vocab) as f64
+}
+
+#[test]
+fn keys_and_values_may_be_kept_in_fewer_bits() {
+    let Some(stories) = Stories::new() else {
+        return;
+    };
+    let mut model = stories.open(None);
+    let (ids, vocab) = (stories.ids(&model, 300), model.config.vocab_size);
+    assert_eq!(model.kv_type, KvType::Plain(DType::F32));
+    assert_eq!(stories.packed().kv_type, KvType::Plain(DType::F16));
+    let logits = |model: &LoadedModel, chunk: usize| -> Vec<f32> {
+        let mut session = Session::new(model, 300, chunk);
+        let mut next = |ids: &[u32]| session.next_of_each(ids).unwrap().to_f32();
+        ids.chunks(chunk).flat_map(&mut next).collect()
+    };
+    let want = logits(&model, 300);
+    for (kind, limit) in [
+        (KvType::Plain(DType::F32), 0.0),
+        (KvType::Plain(DType::F16), 1e-5),
+        (KvType::Plain(DType::Bf16), 5e-4),
+        (KvType::Int8, 2e-3),
+    ] {
+        model.kv_type = kind;
+        let whole = logits(&model, 300);
+        let kl = divergence(&want, &whole, vocab);
+        println!("{kind}: mean KL {kl:.2e}");
+        assert!(kl <= limit, "{kind}: mean KL {kl:.2e}");
+        for chunk in [1, 37] {
+            assert!(
+                logits(&model, chunk) == whole,
+                "{kind} in chunks of {chunk}"
+            );
+        }
+    }
 }
 
 #[test]

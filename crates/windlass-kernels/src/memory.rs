@@ -268,6 +268,18 @@ impl Buffer {
         }
     }
 
+    /// The block as bytes with a sign.
+    pub fn as_i8(&self) -> &[i8] {
+        // SAFETY: as in `as_slice`; every bit pattern is a valid `i8`.
+        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().cast(), self.bytes) }
+    }
+
+    /// The block as mutable bytes with a sign.
+    pub fn as_i8_mut(&mut self) -> &mut [i8] {
+        // SAFETY: as in `as_mut_slice`; every bit pattern is a valid `i8`.
+        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().cast(), self.bytes) }
+    }
+
     /// The block as 16-bit integers: the low halves of split master weights.
     pub fn as_i16(&self) -> &[i16] {
         // SAFETY: as in `as_slice`; every bit pattern is a valid `i16`.

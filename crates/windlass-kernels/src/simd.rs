@@ -74,6 +74,8 @@ pub trait Simd:
     unsafe fn store_f16(self, to: *mut f16);
     /// Writes the first `n` lanes as `f16`.
     unsafe fn store_f16_partial(self, to: *mut f16, n: usize);
+    /// Reads `LANES` bytes as the numbers -128 to 127.
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// Reads `LANES` bytes as the numbers 0 to 255.
     unsafe fn load_u8(from: *const u8) -> Self;
     /// Writes whole numbers of 0 to 255 as bytes.
@@ -258,6 +260,21 @@ fn reduce_by_ln2<S: Simd>(x: S, low: f32, high: f32) -> (S, S) {
     }
 }
 
+/// Numbers that vectors read, widened exactly: those of [`SimdElement`], and `i8`.
+///
+/// # Safety
+/// As for [`Simd`].
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "one contract, stated on the trait"
+)]
+pub trait SimdLoad: Copy {
+    /// Reads `LANES` elements.
+    unsafe fn load_vector<S: Simd>(from: *const Self) -> S;
+    /// Reads the first `n` elements; the other lanes are zero.
+    unsafe fn load_vector_partial<S: Simd>(from: *const Self, n: usize) -> S;
+}
+
 /// A storage type that vectors read and write: `f32`, `bf16` or `f16`.
 ///
 /// # Safety
@@ -266,11 +283,7 @@ fn reduce_by_ln2<S: Simd>(x: S, low: f32, high: f32) -> (S, S) {
     clippy::missing_safety_doc,
     reason = "one contract, stated on the trait"
 )]
-pub trait SimdElement: Element<Acc = f32> {
-    /// Reads `LANES` elements.
-    unsafe fn load_vector<S: Simd>(from: *const Self) -> S;
-    /// Reads the first `n` elements; the other lanes are zero.
-    unsafe fn load_vector_partial<S: Simd>(from: *const Self, n: usize) -> S;
+pub trait SimdElement: SimdLoad + Element<Acc = f32> {
     /// Writes `LANES` elements, rounded to nearest even.
     unsafe fn store_vector<S: Simd>(to: *mut Self, value: S);
     /// Writes the first `n` lanes, rounded to nearest even.
@@ -279,7 +292,7 @@ pub trait SimdElement: Element<Acc = f32> {
 
 macro_rules! simd_element {
     ($t:ty, $load:ident, $load_partial:ident, $store:ident, $store_partial:ident) => {
-        impl SimdElement for $t {
+        impl SimdLoad for $t {
             #[inline(always)]
             unsafe fn load_vector<S: Simd>(from: *const Self) -> S {
                 // SAFETY: the caller's contract is the same.
@@ -290,6 +303,8 @@ macro_rules! simd_element {
                 // SAFETY: the caller's contract is the same.
                 unsafe { S::$load_partial(from, n) }
             }
+        }
+        impl SimdElement for $t {
             #[inline(always)]
             unsafe fn store_vector<S: Simd>(to: *mut Self, value: S) {
                 // SAFETY: the caller's contract is the same.
@@ -318,6 +333,24 @@ simd_element!(
     store_f16,
     store_f16_partial
 );
+
+impl SimdLoad for i8 {
+    #[inline(always)]
+    unsafe fn load_vector<S: Simd>(from: *const Self) -> S {
+        // SAFETY: the caller's contract is the same.
+        unsafe { S::load_i8(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_vector_partial<S: Simd>(from: *const Self, n: usize) -> S {
+        let mut bytes = [0; 16];
+        for (i, byte) in bytes.iter_mut().enumerate().take(n.min(S::LANES)) {
+            // SAFETY: the first `n` elements are valid.
+            *byte = unsafe { *from.add(i) };
+        }
+        // SAFETY: no vector has more than 16 lanes.
+        unsafe { S::load_i8(bytes.as_ptr()) }
+    }
+}
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {

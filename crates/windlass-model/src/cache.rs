@@ -1,68 +1,86 @@
-//! Keys and values of the tokens that a sequence has already seen.
+//! Keys and values of the tokens that sequences have already seen, in blocks.
 
-use windlass_tensor::{Category, Cpu, DType, Tensor};
+use crate::DecoderConfig;
+use std::sync::{Arc, Mutex};
+use windlass_tensor::kernels::attention::{KvType, PAGE, PagedKv, Rows};
+use windlass_tensor::{Cpu, Tensor, each_dtype};
 
-/// Keys and values of one sequence, for every layer, contiguous: `[capacity, num_key_value_heads * head_dim]`.
-pub struct KvCache {
-    layers: Vec<(Tensor, Tensor)>,
-    len: usize,
-    capacity: usize,
+/// Keys and values of all sequences of one model, for every layer. A block holds [`KvBlocks::LEN`] tokens of one sequence;
+/// who owns which blocks is the caller's business.
+pub struct KvBlocks {
+    layers: Vec<PagedKv>,
+    kind: KvType,
+    blocks: usize,
 }
 
-impl KvCache {
-    /// An empty cache for `capacity` tokens.
-    pub fn new(cpu: &Cpu, layers: usize, kv_dim: usize, capacity: usize, dtype: DType) -> Self {
-        let buffer = || Tensor::empty(cpu, [capacity, kv_dim], dtype, Category::Activations);
-        KvCache {
-            layers: (0..layers).map(|_| (buffer(), buffer())).collect(),
-            len: 0,
-            capacity,
+impl KvBlocks {
+    /// Tokens of a block.
+    pub const LEN: usize = PAGE;
+
+    /// Room for `blocks` blocks. Memory is taken as it is written.
+    pub fn new(cpu: &Cpu, config: &DecoderConfig, kind: KvType, blocks: usize) -> Self {
+        let (heads, head_dim) = (config.num_key_value_heads, config.head_dim);
+        let layer = |_| PagedKv::new(&cpu.memory, kind, heads, head_dim, blocks);
+        KvBlocks {
+            layers: (0..config.num_hidden_layers()).map(layer).collect(),
+            kind,
+            blocks,
         }
     }
 
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Bytes of one block in all layers.
+    pub fn block_bytes(config: &DecoderConfig, kind: KvType) -> usize {
+        let token = kind.bytes(config.num_key_value_heads, config.head_dim);
+        config.num_hidden_layers() * Self::LEN * token
     }
 
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    /// How keys and values are stored.
+    pub fn kind(&self) -> KvType {
+        self.kind
     }
 
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.blocks
     }
 
-    /// Forgets all tokens from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
-    /// Writes the new tokens' keys and values of one layer and returns those of all tokens so far.
+    /// Copies a block over another, in every layer.
     ///
     /// # Panics
-    /// When the capacity is exceeded.
+    /// When a block does not exist.
     #[track_caller]
-    pub fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
-        let (start, end) = (self.len, self.len + k.rows());
-        assert!(
-            end <= self.capacity,
-            "{end} tokens against a cache of {}",
-            self.capacity
-        );
-        let (keys, values) = &mut self.layers[layer];
-        for (all, new) in [(&mut *keys, k), (&mut *values, v)] {
-            let cols = all.cols();
-            windlass_tensor::each_dtype!(new.dtype(), E => all.as_mut_slice::<E>()[start * cols..end * cols]
-                .copy_from_slice(new.as_slice::<E>()));
+    pub fn copy_block(&mut self, from: u32, to: u32) {
+        for layer in &mut self.layers {
+            layer.copy_page(from as usize, to as usize);
         }
-        (keys.slice_rows(0..end), values.slice_rows(0..end))
     }
 
-    /// Counts the tokens that every layer has appended.
-    pub fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
+    /// Stores new tokens' keys and values in a layer, and returns that layer.
+    #[track_caller]
+    pub(crate) fn append(
+        &mut self,
+        cpu: &Cpu,
+        layer: usize,
+        (k, v): (&Tensor, &Tensor),
+        slots: &[u32],
+    ) -> &PagedKv {
+        let layer = &mut self.layers[layer];
+        let width = k.cols();
+        each_dtype!(k.dtype(), E => {
+            let [k, v] = [k, v].map(|x| Rows::new(x.as_slice::<E>(), width));
+            layer.write(&cpu.pool, k, v, slots);
+        });
+        layer
     }
+}
+
+/// Where the tokens of a batch find earlier ones, and where their own keys and values go.
+#[derive(Clone)]
+pub struct Cached {
+    /// The blocks.
+    pub blocks: Arc<Mutex<KvBlocks>>,
+    /// `[T]`: block times [`KvBlocks::LEN`] plus the place in it.
+    pub slots: Arc<[u32]>,
+    /// The blocks of each sequence, one after another; `Segment::kv_start` is `LEN` times the place of its first one.
+    pub table: Arc<[u32]>,
 }

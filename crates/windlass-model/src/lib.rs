@@ -15,7 +15,7 @@ mod rope;
 pub mod tokenizer;
 mod tokens;
 
-pub use cache::KvCache;
+pub use cache::{Cached, KvBlocks};
 pub use chat::{ChatError, ChatOptions, ChatTemplate, LocalTime};
 pub use config::ModelError;
 pub use decoder::decoder;
@@ -27,4 +27,4 @@ pub use names::Naming;
 pub use presets::{PRESETS, Preset, preset_config};
 pub use rope::{Rope, Scaling};
 pub use tokenizer::{Tokenizer, TokenizerError};
-pub use tokens::{Goal, Tokens};
+pub use tokens::{Goal, Sequence, Tokens};

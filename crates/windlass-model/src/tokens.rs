@@ -1,6 +1,6 @@
 //! The batch of a language model: packed token sequences.
 
-use crate::KvCache;
+use crate::{Cached, KvBlocks};
 use std::sync::{Arc, Mutex};
 use windlass_tensor::{DType, IGNORED, RouterStats, Segment};
 
@@ -17,8 +17,8 @@ pub struct Tokens {
     pub goal: Goal,
     /// Storage type of the activations.
     pub dtype: DType,
-    /// Keys and values of earlier tokens (one sequence), to be read and appended to.
-    pub cache: Option<Arc<Mutex<KvCache>>>,
+    /// Keys and values of earlier tokens, to be read and added to.
+    pub cache: Option<Cached>,
     /// Where mixture-of-experts layers count, and the coefficient of the load-balancing loss in the loss.
     pub router: Option<(Arc<RouterStats>, f64)>,
 }
@@ -101,29 +101,61 @@ impl Tokens {
         }
     }
 
-    /// The next tokens of one cached sequence.
-    pub fn cached(
+    /// The next tokens of several cached sequences, one sequence after another.
+    ///
+    /// # Panics
+    /// When the tokens of the sequences do not add up to `ids.len()`, or a sequence has no block for a token.
+    #[track_caller]
+    pub fn ragged(
         ids: Vec<u32>,
-        cache: &Arc<Mutex<KvCache>>,
+        sequences: &[Sequence<'_>],
+        blocks: &Arc<Mutex<KvBlocks>>,
         rows: Arc<[u32]>,
         dtype: DType,
     ) -> Self {
-        let past = cache.lock().expect("cache").len();
-        let n = ids.len();
-        Tokens {
-            positions: (past as u32..(past + n) as u32).collect(),
-            segments: [Segment {
-                q_start: 0,
-                q_len: n,
-                kv_start: 0,
-                kv_len: past + n,
-            }]
-            .into(),
-            ids,
-            goal: Goal::Logits { rows },
-            dtype,
-            cache: Some(cache.clone()),
-            router: None,
+        let mut batch = Self::new(ids, &lengths(sequences), Goal::Logits { rows }, dtype);
+        let (mut slots, mut table) = (Vec::with_capacity(batch.ids.len()), Vec::new());
+        let mut segments = batch.segments.to_vec();
+        for (segment, sequence) in segments.iter_mut().zip(sequences) {
+            let end = sequence.past + sequence.tokens;
+            let needed = end.div_ceil(KvBlocks::LEN);
+            assert!(
+                needed <= sequence.blocks.len(),
+                "{end} tokens need {needed} blocks and have {}",
+                sequence.blocks.len()
+            );
+            segment.kv_start = table.len() * KvBlocks::LEN;
+            segment.kv_len = end;
+            let slot = |at: usize| {
+                let block = sequence.blocks[at / KvBlocks::LEN] as usize;
+                (block * KvBlocks::LEN + at % KvBlocks::LEN) as u32
+            };
+            slots.extend((sequence.past..end).map(slot));
+            table.extend_from_slice(&sequence.blocks[..needed]);
         }
+        let positions = sequences.iter().flat_map(|s| s.past..s.past + s.tokens);
+        batch.positions = positions.map(|p| p as u32).collect();
+        batch.segments = segments.into();
+        batch.cache = Some(Cached {
+            blocks: blocks.clone(),
+            slots: slots.into(),
+            table: table.into(),
+        });
+        batch
     }
+}
+
+/// The next tokens of a cached sequence, as part of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    /// Tokens that the blocks hold already.
+    pub past: usize,
+    /// Tokens that follow.
+    pub tokens: usize,
+    /// Its blocks, with room for all of them; one that another sequence reads too must be full.
+    pub blocks: &'a [u32],
+}
+
+fn lengths(sequences: &[Sequence<'_>]) -> Vec<usize> {
+    sequences.iter().map(|s| s.tokens).collect()
 }

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use windlass_model::{DecoderConfig, Goal, KvCache, Naming, Tokens, decoder};
+use windlass_model::{DecoderConfig, Goal, KvBlocks, Naming, Sequence, Tokens, decoder};
 use windlass_store::{Store, load_weights, safetensors::Tensors};
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::{Cpu, DType, RouterStats};
 use windlass_train::{Engine, EngineOptions, run};
 
@@ -168,21 +169,20 @@ fn greedy(
         .map(|&i| i as u32)
         .collect();
     for cut in [prompt.len(), 2] {
-        let kv_dim = config.num_key_value_heads * config.head_dim;
-        let cache = Arc::new(Mutex::new(KvCache::new(
-            cpu,
-            config.num_hidden_layers(),
-            kv_dim,
-            64,
-            dtype,
-        )));
-        let step = |ids: Vec<u32>| {
-            let n = ids.len();
-            let rows = [n as u32 - 1].into();
-            let logits = run(&model, &store, &Tokens::cached(ids, &cache, rows, dtype))
-                .unwrap()
-                .to_f64();
-            cache.lock().unwrap().advance(n);
+        let kind = KvType::Plain(dtype);
+        let blocks = Arc::new(Mutex::new(KvBlocks::new(cpu, config, kind, 1)));
+        let mut past = 0;
+        let mut step = |ids: Vec<u32>| {
+            let tokens = ids.len();
+            let rows = [tokens as u32 - 1].into();
+            let sequence = Sequence {
+                past,
+                tokens,
+                blocks: &[0],
+            };
+            let batch = Tokens::ragged(ids, &[sequence], &blocks, rows, dtype);
+            let logits = run(&model, &store, &batch).unwrap().to_f64();
+            past += tokens;
             logits
                 .iter()
                 .enumerate()

@@ -3,10 +3,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use windlass_model::{DecoderConfig, Goal, KvCache, Model, Tokens, decoder};
+use windlass_model::{DecoderConfig, Goal, KvBlocks, Model, Sequence, Tokens, decoder};
 use windlass_store::atomic::RealDisk;
 use windlass_store::safetensors::Tensors;
 use windlass_store::{Store, llama2c, load_weights};
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::{Category, Cpu, DType, Tape, Tensor};
 use windlass_train::{Engine, EngineOptions, Losses, run};
 
@@ -288,20 +289,21 @@ fn greedy_tokens() {
         let (cpu, dtype) = (Cpu::new(2), DType::F32);
         let config = DecoderConfig::load(folder).unwrap();
         let (model, store) = (decoder(&config), store(&cpu, folder, &config, dtype));
-        let width = config.num_key_value_heads * config.head_dim;
-        let cache = KvCache::new(&cpu, config.num_hidden_layers(), width, want.len(), dtype);
+        let blocks: Vec<u32> = (0..want.len().div_ceil(KvBlocks::LEN) as u32)
+            .rev()
+            .collect();
+        let cache = KvBlocks::new(&cpu, &config, KvType::Plain(dtype), blocks.len());
         let cache = Arc::new(Mutex::new(cache));
         let mut tokens = vec![1];
         while tokens.len() < want.len() {
             let last = vec![*tokens.last().unwrap()];
-            let logits = run(
-                &model,
-                &store,
-                &Tokens::cached(last, &cache, [0].into(), dtype),
-            )
-            .unwrap()
-            .to_f64();
-            cache.lock().unwrap().advance(1);
+            let sequence = Sequence {
+                past: tokens.len() - 1,
+                tokens: 1,
+                blocks: &blocks,
+            };
+            let batch = Tokens::ragged(last, &[sequence], &cache, [0].into(), dtype);
+            let logits = run(&model, &store, &batch).unwrap().to_f64();
             let best = logits
                 .iter()
                 .enumerate()

@@ -1,27 +1,18 @@
 //! The forward pass of one block of queries: tiles of keys from left to right, softmax kept as running maximum and sum.
 
+use super::paged::Walk;
+use super::pages::{KvType, Stored};
+use super::softmax::{multiply_columns, softmax};
 use super::tile::{
     Bounds, KEYS, Part, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row,
     take,
 };
-use super::{AttentionShape, Block, Forward, KvView, Segment};
+use super::{AttentionShape, Block, Forward, KvView, Segment, Source};
+use crate::DType;
 use crate::pool::Worker;
-use crate::simd::{Simd, SimdElement};
+use crate::simd::{SimdElement, SimdLoad};
+use half::{bf16, f16};
 use std::ops::Range;
-
-/// The part of a tile that a row sees when it sees all of a whole tile.
-const WHOLE: Part = (0, KEYS as u8);
-
-/// 0, 1, 2 and so on, to compare vectors of indices.
-const INDICES: [f32; KEYS] = {
-    let mut indices = [0.0; KEYS];
-    let mut i = 0;
-    while i < KEYS {
-        indices[i] = i as f32;
-        i += 1;
-    }
-    indices
-};
 
 /// The part of a tile that each of some rows sees, and whether any row sees less than all or anything at all.
 pub(super) struct Edges {
@@ -121,11 +112,11 @@ impl<E: SimdElement> TileRows<E> {
 }
 
 /// Scratch of a block. Rows are ordered by head, then query.
-struct Scratch<'a> {
+pub(super) struct Scratch<'a> {
     /// `[head_dim, KEYS]`
-    keys: &'a mut [f32],
+    pub keys: &'a mut [f32],
     /// `[KEYS, padded]`
-    values: &'a mut [f32],
+    pub values: &'a mut [f32],
     /// `[ROWS, KEYS]`
     scores: &'a mut [f32],
     /// `[rows, padded]`, times the scale
@@ -201,9 +192,46 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
             )
         };
     }
-    let end = segment.visible(call.shape, queries.end - 1).end;
-    let first = segment.visible(call.shape, queries.start).start / KEYS * KEYS;
-    let rows_of = |keys| TileRows::new(call.shape, &call.kv, segment, *kv_head, keys);
+    // SAFETY: the caller's promise.
+    unsafe {
+        match call.kv {
+            Source::Rows(kv) => walk_rows::<S, E>(call.shape, &kv, block, scratch),
+            Source::Pages(kv, table) => match kv.kind() {
+                KvType::Plain(DType::F32) => {
+                    pages::<S, f32>(call, kv.plain(), table, block, scratch)
+                }
+                KvType::Plain(DType::Bf16) => {
+                    pages::<S, bf16>(call, kv.plain(), table, block, scratch)
+                }
+                KvType::Plain(DType::F16) => {
+                    pages::<S, f16>(call, kv.plain(), table, block, scratch)
+                }
+                KvType::Plain(DType::F64) => unreachable!("f64 has no vectors"),
+                KvType::Int8 => pages::<S, i8>(call, kv.int8(), table, block, scratch),
+            },
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { store_queries::<S, E>(call, rows, &place, scratch) };
+}
+
+/// All tiles of a block, where keys and values are rows.
+#[inline(always)]
+unsafe fn walk_rows<S: Tiles, E: SimdElement>(
+    shape: &AttentionShape,
+    kv: &KvView<'_, E>,
+    block: &Block,
+    scratch: &mut Scratch,
+) {
+    let Block {
+        segment,
+        kv_head,
+        queries,
+    } = block;
+    let (head_dim, rows) = (shape.head_dim, shape.group() * queries.len());
+    let end = segment.visible(shape, queries.end - 1).end;
+    let first = segment.visible(shape, queries.start).start / KEYS * KEYS;
+    let rows_of = |keys| TileRows::new(shape, kv, segment, *kv_head, keys);
     let mut ahead = rows_of(first..end.min(first + KEYS));
     for start in (first..end).step_by(KEYS) {
         let keys = start..end.min(start + KEYS);
@@ -212,25 +240,45 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
         // SAFETY: rows of one head.
         unsafe {
             load_columns::<S, E>(tile_rows.keys(), ahead.keys(), head_dim, scratch.keys);
-            load_rows::<S, E>(
-                tile_rows.values(),
-                ahead.values(),
-                head_dim,
-                1.0,
-                scratch.values,
-            );
+            let values = &mut *scratch.values;
+            load_rows::<S, E>(tile_rows.values(), ahead.values(), head_dim, 1.0, values);
         }
+        let data = TileData {
+            keys: scratch.keys.as_ptr(),
+            values: scratch.values.as_ptr(),
+            stride: padded(head_dim),
+            scales: None,
+        };
         for start in (0..rows).step_by(ROWS) {
             let part = start..rows.min(start + ROWS);
-            let edges = Edges::new(call.shape, segment, &keys, part.clone(), queries);
+            let edges = Edges::new(shape, segment, &keys, part.clone(), queries);
             if !edges.none {
                 // SAFETY: the level is supported.
-                unsafe { tile::<S>(call.shape, scratch, part, keys.len(), &edges) };
+                unsafe { tile::<S, f32>(shape, scratch, &data, part, keys.len(), &edges) };
             }
         }
     }
+}
+
+/// All tiles of a block, where keys and values are pages.
+#[inline(always)]
+unsafe fn pages<S: Tiles, B: SimdLoad>(
+    call: &Forward<'_, impl SimdElement>,
+    stored: Stored<'_, B>,
+    table: &[u32],
+    block: &Block,
+    scratch: &mut Scratch,
+) {
+    let walk = Walk {
+        shape: call.shape,
+        stored,
+        table,
+        segment: &block.segment,
+        kv_head: block.kv_head,
+        queries: &block.queries,
+    };
     // SAFETY: the caller's promise.
-    unsafe { store_queries::<S, E>(call, rows, &place, scratch) };
+    unsafe { S::walk(&walk, scratch) }
 }
 
 /// Divides each row by its sum of exponentials and writes it; `place` is its token and head.
@@ -257,11 +305,23 @@ unsafe fn store_queries<S: Tiles, E: SimdElement>(
     }
 }
 
+/// Keys and values of a tile of [`KEYS`] tokens.
+pub(super) struct TileData<'a, B> {
+    /// `[head_dim, KEYS]`
+    pub keys: *const B,
+    /// `[KEYS, stride]`
+    pub values: *const B,
+    pub stride: usize,
+    /// Factors `[KEYS]` of keys and of values, where numbers are stored without them.
+    pub scales: Option<[&'a [f32]; 2]>,
+}
+
 /// One tile: at most [`ROWS`] rows of scratch against the tile's first `keys` keys.
 #[inline(always)]
-unsafe fn tile<S: Tiles>(
+pub(super) unsafe fn tile<S: Tiles, B: SimdLoad>(
     shape: &AttentionShape,
     scratch: &mut Scratch,
+    data: &TileData<'_, B>,
     rows: Range<usize>,
     keys: usize,
     edges: &Edges,
@@ -270,155 +330,31 @@ unsafe fn tile<S: Tiles>(
     let q = &scratch.q[rows.start * width..rows.end * width];
     let out = &mut scratch.out[rows.start * width..rows.end * width];
     let (m, d) = (rows.len(), shape.head_dim);
+    let used = keys.next_multiple_of(S::LANES);
     let mut factors = [0.0; ROWS];
     // SAFETY: the sizes of scratch.
     unsafe {
-        let product = Product::scores(m, keys.next_multiple_of(S::LANES), d);
-        let scores = scratch.scores.as_mut_ptr();
-        let product = product.of(q.as_ptr(), scratch.keys.as_ptr(), scores);
+        let product = Product::scores(m, used, d);
+        let product = product.of(q.as_ptr(), data.keys, scratch.scores.as_mut_ptr());
         S::product(&product.from(Start::Zero, edges.columns(m)));
+        let scores = &mut *scratch.scores;
+        if let Some([scales, _]) = data.scales {
+            multiply_columns::<S>(&mut scores[..m * KEYS], &scales[..used]);
+        }
 
         let max = &mut scratch.max[rows.clone()];
         let sum = &mut scratch.sum[rows];
-        let scores = &mut *scratch.scores;
         softmax::<S>(shape.softcap, scores, keys, edges, max, sum, &mut factors);
+        if let Some([_, scales]) = data.scales {
+            multiply_columns::<S>(&mut scores[..m * KEYS], &scales[..used]);
+        }
 
-        let product = Product::rows(m, keys, d);
-        let scores = scratch.scores.as_ptr();
-        let product = product.of(scores, scratch.values.as_ptr(), out.as_mut_ptr());
+        let product = Product {
+            b_stride: data.stride,
+            ..Product::rows(m, keys, d)
+        };
+        let product = product.of(scores.as_ptr(), data.values, out.as_mut_ptr());
         let start = Start::Scaled(factors.as_ptr());
         S::product(&product.from(start, edges.inner(m)));
-    }
-}
-
-/// Turns scores into exponentials relative to the new running maximum, and says by which `factors` older sums shrink.
-///
-/// A key that a row does not see has an exponential of exactly 0, and a tile of which a row sees nothing has a factor
-/// of exactly 1: such tiles leave the row as it is.
-#[inline(always)]
-unsafe fn softmax<S: Tiles>(
-    softcap: Option<f32>,
-    scores: &mut [f32],
-    keys: usize,
-    edges: &Edges,
-    max: &mut [f32],
-    sum: &mut [f32],
-    factors: &mut [f32; ROWS],
-) {
-    let used = keys.next_multiple_of(S::LANES);
-    let mut newest = [0.0f32; ROWS];
-    // SAFETY: `used` scores of each row are in bounds, and the features are there by the caller's promise.
-    unsafe {
-        for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
-            if let Some(cap) = softcap {
-                cap_scores::<S>(cap, &mut line[..used]);
-            }
-            newest[row] = match edges.seen[row] {
-                WHOLE => maximum::<S>(max[row], line),
-                seen => masked_maximum::<S>(max[row], line, seen),
-            };
-        }
-        for row in (0..max.len()).step_by(S::LANES) {
-            let n = max.len() - row;
-            let old = S::load_partial(max.as_ptr().add(row), n);
-            let new = S::load(newest.as_ptr().add(row));
-            (old - new)
-                .exp_or_zero()
-                .store(factors.as_mut_ptr().add(row));
-            new.store_partial(max.as_mut_ptr().add(row), n);
-        }
-        for (row, line) in scores.chunks_exact_mut(KEYS).enumerate().take(max.len()) {
-            let total = match edges.seen[row] {
-                WHOLE => exponentials::<S>(max[row], line),
-                seen => masked_exponentials::<S>(max[row], &mut line[..used], seen),
-            };
-            sum[row] = sum[row] * factors[row] + total;
-        }
-    }
-}
-
-/// The largest of a row's scores and `max`.
-#[inline(always)]
-unsafe fn maximum<S: Simd>(max: f32, line: &[f32]) -> f32 {
-    // SAFETY: vectors of `line`; the features are there by the caller's promise.
-    unsafe {
-        let mut most = S::splat(max);
-        for at in (0..KEYS).step_by(S::LANES) {
-            most = S::load(line[at..at + S::LANES].as_ptr()).max(most);
-        }
-        most.hmax()
-    }
-}
-
-/// The largest of the scores in `seen` and `max`; other scores of the same vectors become -∞.
-#[inline(always)]
-unsafe fn masked_maximum<S: Simd>(max: f32, line: &mut [f32], (start, end): Part) -> f32 {
-    // SAFETY: vectors of `line`; the features are there by the caller's promise.
-    unsafe {
-        let hidden = S::splat(f32::NEG_INFINITY);
-        let (first, last) = (S::splat(f32::from(start)), S::splat(f32::from(end)));
-        let mut most = S::splat(max);
-        for at in (start as usize / S::LANES * S::LANES..end as usize).step_by(S::LANES) {
-            let index = S::load(INDICES[at..at + S::LANES].as_ptr());
-            let at = line[at..at + S::LANES].as_mut_ptr();
-            let score = S::select(index.lt(first), hidden, S::load(at));
-            let score = S::select(index.lt(last), score, hidden);
-            score.store(at);
-            most = score.max(most);
-        }
-        most.hmax()
-    }
-}
-
-/// Replaces a row's scores by their exponentials relative to `max`; returns their sum.
-#[inline(always)]
-unsafe fn exponentials<S: Simd>(max: f32, line: &mut [f32]) -> f32 {
-    // SAFETY: vectors of `line`; the features are there by the caller's promise.
-    unsafe {
-        let max = S::splat(max);
-        let mut total = S::splat(0.0);
-        for at in (0..KEYS).step_by(S::LANES) {
-            let at = line[at..at + S::LANES].as_mut_ptr();
-            let p = (S::load(at) - max).exp_or_zero();
-            p.store(at);
-            total = total + p;
-        }
-        total.sum()
-    }
-}
-
-/// As [`exponentials`] after [`masked_maximum`]; vectors without a visible key become 0.
-#[inline(always)]
-unsafe fn masked_exponentials<S: Simd>(max: f32, line: &mut [f32], (start, end): Part) -> f32 {
-    let (start, end) = (
-        start as usize / S::LANES * S::LANES,
-        (end as usize).next_multiple_of(S::LANES),
-    );
-    // SAFETY: vectors of `line`; the features are there by the caller's promise.
-    unsafe {
-        let max = S::splat(max);
-        let mut total = S::splat(0.0);
-        for at in (0..line.len()).step_by(S::LANES) {
-            let p = match (start..end).contains(&at) {
-                true => (S::load(line[at..at + S::LANES].as_ptr()) - max).exp_or_zero(),
-                false => S::splat(0.0),
-            };
-            p.store(line[at..at + S::LANES].as_mut_ptr());
-            total = total + p;
-        }
-        total.sum()
-    }
-}
-
-/// `cap * tanh(score / cap)`.
-#[inline(always)]
-unsafe fn cap_scores<S: Tiles>(cap: f32, line: &mut [f32]) {
-    // SAFETY: `line` is whole vectors.
-    unsafe {
-        let (cap, inverse) = (S::splat(cap), S::splat(1.0 / cap));
-        for at in (0..line.len()).step_by(S::LANES) {
-            let at = line.as_mut_ptr().add(at);
-            (cap * (S::load(at) * inverse).tanh()).store(at);
-        }
     }
 }

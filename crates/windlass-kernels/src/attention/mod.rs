@@ -11,8 +11,13 @@
 
 mod backward;
 mod forward;
+#[cfg(target_arch = "x86_64")]
+mod paged;
+mod pages;
 mod reference;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod softmax;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -29,6 +34,7 @@ use crate::pool::{Pool, SharedMut, Worker};
 #[cfg(target_arch = "x86_64")]
 use {backward::backward_simd, forward::forward_simd};
 
+pub use pages::{KvType, PAGE, PagedKv};
 pub use reference::{attention_backward_row, attention_row};
 pub use view::{KvView, Rows};
 
@@ -115,12 +121,21 @@ impl Segment {
 pub(crate) struct Forward<'a, E: Element> {
     shape: &'a AttentionShape,
     q: Rows<'a, E>,
-    kv: KvView<'a, E>,
+    kv: Source<'a, E>,
     /// `[tokens, heads * head_dim]`
     out: SharedMut<'a, E>,
     /// `[heads, tokens]`
     lse: SharedMut<'a, E::Acc>,
     tokens: usize,
+}
+
+/// Where a forward pass finds keys and values.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a, E> {
+    /// Rows of buffers.
+    Rows(KvView<'a, E>),
+    /// Pages, and which of them each segment owns.
+    Pages(&'a PagedKv, &'a [u32]),
 }
 
 /// A task of the forward pass: some queries of one segment, for all query heads of one kv head.
@@ -174,25 +189,75 @@ pub fn attention<E: Element>(
     out: &mut [E],
     lse: &mut [E::Acc],
 ) {
-    attention_view(pool, shape, segments, q, KvView::contiguous(k, v), out, lse);
+    let kv = KvView { keys: k, values: v };
+    kv.check(shape, segments);
+    forward(pool, shape, segments, q, Source::Rows(kv), out, lse);
 }
 
-/// [`attention`] with keys and values wherever `kv` says they are.
+/// [`attention`] with keys and values in pages: those of a segment's token `j` lie in the page
+/// `table[(kv_start + j) / PAGE]`, where `kv_start` is a multiple of [`PAGE`].
+///
+/// Scores are computed from the stored numbers; the bits of a row's result do not depend on where its pages lie.
 ///
 /// # Panics
-/// As [`attention`], or if a segment's rows lie outside the view.
+/// As [`attention`], or if a segment starts inside a page, or needs a page that is not in the table or does not exist,
+/// or pages of `f64` meet other queries.
 #[track_caller]
-pub fn attention_view<E: Element>(
+pub fn attention_paged<E: Element>(
     pool: &Pool,
     shape: &AttentionShape,
     segments: &[Segment],
     q: Rows<E>,
-    kv: KvView<E>,
+    kv: &PagedKv,
+    table: &[u32],
+    out: &mut [E],
+    lse: &mut [E::Acc],
+) {
+    let own = [shape.kv_heads, shape.head_dim];
+    assert_eq!(
+        kv.shape(),
+        own,
+        "kv heads and head_dim of the pages and of attention"
+    );
+    let doubles = kv.kind() == KvType::Plain(crate::DType::F64);
+    assert!(
+        !doubles || E::DTYPE == crate::DType::F64,
+        "pages of f64 for queries of {}",
+        E::DTYPE
+    );
+    for segment in segments {
+        assert!(
+            segment.kv_start.is_multiple_of(PAGE),
+            "{segment:?} starts inside a page"
+        );
+        let end = (segment.kv_start + segment.kv_len).div_ceil(PAGE);
+        assert!(
+            end <= table.len(),
+            "{segment:?} ends at page {end} of a table of {}",
+            table.len()
+        );
+        for &page in &table[segment.kv_start / PAGE..end] {
+            assert!(
+                (page as usize) < kv.pages(),
+                "page {page} of {}",
+                kv.pages()
+            );
+        }
+    }
+    forward(pool, shape, segments, q, Source::Pages(kv, table), out, lse);
+}
+
+#[track_caller]
+fn forward<E: Element>(
+    pool: &Pool,
+    shape: &AttentionShape,
+    segments: &[Segment],
+    q: Rows<E>,
+    kv: Source<'_, E>,
     out: &mut [E],
     lse: &mut [E::Acc],
 ) {
     let tokens = check_queries(shape, segments, q, out.len(), lse.len());
-    kv.check(shape, segments);
     let blocks = forward_blocks(shape, segments);
     let call = Forward {
         shape,
@@ -239,7 +304,7 @@ pub fn attention_backward<E: Element>(
     dv: &mut [E],
 ) {
     let tokens = check_queries(shape, segments, q, out.len(), lse.len());
-    let kv = KvView::contiguous(k, v);
+    let kv = KvView { keys: k, values: v };
     kv.check(shape, segments);
     assert_eq!(dout.len(), out.len(), "dout and out");
     assert_eq!(dq.len(), out.len(), "dq and out");

@@ -1,9 +1,12 @@
 //! The scalar tasks: the reference's rows, written where they belong.
 
+use super::pages::{PAGE, PagedKv};
 use super::reference::{attention_backward_row, attention_row};
-use super::{AttentionShape, Backward, Block, Forward, Segment};
+use super::view::{KvView, Rows};
+use super::{AttentionShape, Backward, Block, Forward, Segment, Source};
 use crate::pool::Worker;
 use crate::{Element, Float};
+use std::ops::Range;
 
 /// Attention of one block, row by row.
 pub(super) fn forward_scalar<E: Element>(
@@ -24,11 +27,52 @@ pub(super) fn forward_scalar<E: Element>(
             let out = unsafe { call.out.slice((row * heads + head) * head_dim, head_dim) };
             let scratch = worker.scratch(keys.len() + head_dim);
             let q = call.q.head(row, head, head_dim);
-            let lse = attention_row(call.shape, &call.kv, block.kv_head, keys, q, scratch, out);
+            let lse = match &call.kv {
+                Source::Rows(kv) => {
+                    attention_row(call.shape, kv, block.kv_head, keys, q, scratch, out)
+                }
+                Source::Pages(kv, table) => {
+                    paged_row(call.shape, kv, table, block.kv_head, keys, q, scratch, out)
+                }
+            };
             // SAFETY: as above.
             unsafe { call.lse.slice(head * call.tokens + row, 1)[0] = lse };
         }
     }
+}
+
+/// [`attention_row`] on the numbers that pages stand for.
+fn paged_row<E: Element>(
+    shape: &AttentionShape,
+    kv: &PagedKv,
+    table: &[u32],
+    kv_head: usize,
+    keys: Range<usize>,
+    q: &[E],
+    scratch: &mut [E::Acc],
+    out: &mut [E],
+) -> E::Acc {
+    let d = shape.head_dim;
+    let gather = |value| {
+        let mut rows = vec![E::Acc::ZERO; keys.len() * d];
+        for (j, row) in keys.clone().zip(rows.chunks_exact_mut(d)) {
+            let slot = table[j / PAGE] as usize * PAGE + j % PAGE;
+            kv.read(slot, kv_head, value, row);
+        }
+        rows
+    };
+    let (k, v) = (gather(false), gather(true));
+    let view = KvView {
+        keys: Rows::new(&k, d),
+        values: Rows::new(&v, d),
+    };
+    let q: Vec<E::Acc> = q.iter().map(|x| x.load()).collect();
+    let mut sums = vec![E::Acc::ZERO; d];
+    let lse = attention_row(shape, &view, 0, 0..keys.len(), &q, scratch, &mut sums);
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = E::store(sum);
+    }
+    lse
 }
 
 /// Gradients of one segment and kv head, row by row.

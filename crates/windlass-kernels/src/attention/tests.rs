@@ -3,8 +3,10 @@
 use half::{bf16, f16};
 
 use super::*;
+use crate::DType;
 use crate::Float;
 use crate::dispatch::Level;
+use crate::memory::Memory;
 
 /// Numbers in -1..1 from a linear congruential generator.
 fn noise(seed: u64, len: usize) -> Vec<f64> {
@@ -470,46 +472,105 @@ fn bits_do_not_depend_on_how_a_prompt_is_cut() {
     }
 }
 
+/// Queries of a paged batch: two sequences whose pages lie anywhere, written in two parts.
+fn check_pages<E: Element>(shape: AttentionShape, kind: KvType, tolerance: f64) {
+    let cuts = vec![segment(0, 10, 0, 150), segment(10, 80, 192, 80)];
+    let case = Case::<E>::new(shape, cuts);
+    let table = [5u32, 0, 3, 1, 4];
+    let rows: Vec<usize> = (0..150).chain(192..272).collect();
+    let slot = |row: usize| table[row / PAGE] * PAGE as u32 + (row % PAGE) as u32;
+    let [q, k, v] = case.inputs();
+    let mut first_bits = None;
+    for &level in Level::supported() {
+        let pool = Pool::with_level(2, level);
+        let (want, want_lse) = case.forward(&pool);
+        let mut kv = PagedKv::new(&Memory::new(), kind, shape.kv_heads, shape.head_dim, 7);
+        for part in [&rows[..100], &rows[100..]] {
+            let slots: Vec<u32> = part.iter().map(|&row| slot(row)).collect();
+            let pick = |x: Rows<'_, E>| -> Vec<E> {
+                let width = shape.kv_heads * shape.head_dim;
+                let row = |&row: &usize| x.data[row * x.stride..][..width].to_vec();
+                part.iter().flat_map(row).collect()
+            };
+            let (k, v) = (pick(k), pick(v));
+            let width = shape.kv_heads * shape.head_dim;
+            kv.write(&pool, Rows::new(&k, width), Rows::new(&v, width), &slots);
+        }
+        let run = |kv: &PagedKv, table: &[u32], segments: &[Segment]| {
+            let (mut out, mut lse) = (vec![E::default(); want.len()], want_lse.clone());
+            attention_paged(&pool, &shape, segments, q, kv, table, &mut out, &mut lse);
+            (out, lse)
+        };
+        let (out, lse) = run(&kv, &table, &case.segments);
+        if kind == KvType::Plain(E::DTYPE) {
+            assert!(out == want && lse == want_lse, "{level} {shape:?} {kind}");
+        }
+        let exact: Vec<f64> = want.iter().map(|x| x.to_f64()).collect();
+        let error = error(&out, &exact);
+        assert!(error < tolerance, "{level} {shape:?} {kind}: {error}");
+        // One query at a time, after a page has moved.
+        kv.copy_page(3, 6);
+        for i in [0, 1, 9] {
+            let one = [segment(i, 1, 0, 141 + i)];
+            let (part, part_lse) = run(&kv, &[5, 0, 6], &one);
+            let width = shape.heads * shape.head_dim;
+            let at = i * width..(i + 1) * width;
+            assert!(
+                part[at.clone()] == out[at],
+                "{level} {shape:?} {kind} query {i}"
+            );
+            assert!(part_lse[i] == lse[i], "{level} {shape:?} {kind} query {i}");
+        }
+        let wide = level >= Level::Avx512;
+        if wide && first_bits.get_or_insert(out.clone()) != &out {
+            panic!("{level} {shape:?} {kind}: other bits than another vector level");
+        }
+    }
+}
+
 #[test]
 fn pages_hold_the_same_rows() {
-    let shape = AttentionShape {
-        window: Some(100),
-        ..shape(4, 2, 24)
-    };
-    for page_len in [1, 3, 16, 64, 100] {
-        // Two sequences of 150 and 80 keys; pages lie in descending order, the second's after the first's.
-        let pages = [150usize.div_ceil(page_len), 80usize.div_ceil(page_len)];
-        let total = pages[0] + pages[1];
-        let table: Vec<u32> = (0..total as u32).rev().collect();
-        let cut = |start: usize| vec![segment(0, 10, 0, 150), segment(10, 80, start, 80)];
-        let case = Case::<f32>::new(shape, cut(pages[0] * page_len));
-        let mut paged = case.clone();
-        let stride = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-        paged.qkv.resize(total * page_len * stride, 0.0);
-        for row in 0..pages[0] * page_len + 80 {
-            let to = table[row / page_len] as usize * page_len + row % page_len;
-            paged.qkv[to * stride..][..stride].copy_from_slice(&case.qkv[row * stride..][..stride]);
+    for (window, softcap) in [(None, None), (Some(100), Some(5.0))] {
+        for (heads, kv_heads, head_dim) in [(4, 2, 24), (2, 2, 64), (16, 1, 32), (3, 1, 128)] {
+            let shape = AttentionShape {
+                window,
+                softcap,
+                ..shape(heads, kv_heads, head_dim)
+            };
+            check_pages::<f64>(shape, KvType::Plain(DType::F64), 1e-12);
+            check_pages::<f64>(shape, KvType::Int8, 0.05);
+            check_pages::<f32>(shape, KvType::Plain(DType::F32), 1e-6);
+            check_pages::<f32>(shape, KvType::Plain(DType::F16), 5e-3);
+            check_pages::<f32>(shape, KvType::Int8, 0.05);
+            check_pages::<bf16>(shape, KvType::Plain(DType::Bf16), 1e-6);
+            check_pages::<bf16>(shape, KvType::Int8, 0.06);
+            check_pages::<f16>(shape, KvType::Plain(DType::F16), 1e-6);
         }
-        for &level in Level::supported() {
-            let pool = Pool::with_level(1, level);
-            let (want, want_lse) = case.forward(&pool);
-            let (mut out, mut lse) = (vec![0.0; want.len()], vec![0.0; want_lse.len()]);
-            let [_, k, v] = paged.inputs();
-            let view = KvView::paged(k, v, page_len, &table);
-            attention_view(
-                &pool,
-                &shape,
-                &case.segments,
-                case.inputs()[0],
-                view,
-                &mut out,
-                &mut lse,
-            );
-            assert!(
-                out == want && lse == want_lse,
-                "{level} pages of {page_len}"
-            );
-        }
+    }
+}
+
+#[test]
+fn a_number_that_is_none_is_not_hidden_by_int8() {
+    let shape = shape(1, 1, 16);
+    let mut case = Case::<f32>::new(shape, vec![segment(0, 2, 0, 2)]);
+    case.qkv[16] = f32::INFINITY;
+    let [q, k, v] = case.inputs();
+    for &level in Level::supported() {
+        let pool = Pool::with_level(1, level);
+        let mut kv = PagedKv::new(&Memory::new(), KvType::Int8, 1, 16, 1);
+        kv.write(&pool, k, v, &[0, 1]);
+        let (mut out, mut lse) = (vec![0.0; 32], vec![0.0; 2]);
+        attention_paged(
+            &pool,
+            &shape,
+            &case.segments,
+            q,
+            &kv,
+            &[0],
+            &mut out,
+            &mut lse,
+        );
+        assert!(out[0].is_nan(), "{level}: {}", out[0]);
     }
 }
 

@@ -9,7 +9,9 @@
     reason = "indices of register arrays address memory too"
 )]
 
-use crate::simd::{Simd, SimdElement};
+use super::forward::Scratch;
+use super::paged::Walk;
+use crate::simd::{Simd, SimdElement, SimdLoad};
 
 /// Keys of a tile, and the stride of a tile of scores.
 pub(super) const KEYS: usize = 64;
@@ -71,16 +73,17 @@ fn cover(parts: &[Part]) -> (usize, usize) {
 
 /// `c[i, j] = start + sum_p a[i, p] b[p, j]` for `m` rows and `n` columns, a multiple of the lanes.
 ///
-/// `a[i, p]` is `a[i * a_row + p * a_step]`; the rows of `b` and `c` are `b_stride` and `c_stride` apart.
+/// `a[i, p]` is `a[i * a_row + p * a_step]`; the rows of `b` and `c` are `b_stride` and `c_stride` apart. The numbers of
+/// `b` are widened as they are read.
 #[derive(Clone, Copy)]
-pub(super) struct Product<'a> {
+pub(super) struct Product<'a, B = f32> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
     pub a: *const f32,
     pub a_row: usize,
     pub a_step: usize,
-    pub b: *const f32,
+    pub b: *const B,
     pub b_stride: usize,
     pub c: *mut f32,
     pub c_stride: usize,
@@ -88,9 +91,9 @@ pub(super) struct Product<'a> {
     pub bounds: Bounds<'a>,
 }
 
-impl<'a> Product<'a> {
+impl<'a, B: SimdLoad> Product<'a, B> {
     /// Scores `[m, KEYS]` of rows `a` against the first `keys` columns of `[head_dim, KEYS]`.
-    pub fn scores(m: usize, keys: usize, head_dim: usize) -> Product<'a> {
+    pub fn scores(m: usize, keys: usize, head_dim: usize) -> Self {
         Product {
             n: keys,
             k: head_dim,
@@ -102,7 +105,7 @@ impl<'a> Product<'a> {
     }
 
     /// Rows `[m, padded]`: scores `[m, KEYS]` of `k` keys times rows `[k, padded]`.
-    pub fn rows(m: usize, k: usize, head_dim: usize) -> Product<'a> {
+    pub fn rows(m: usize, k: usize, head_dim: usize) -> Self {
         let width = padded(head_dim);
         Product {
             m,
@@ -121,7 +124,7 @@ impl<'a> Product<'a> {
     }
 
     /// Rows `[keys, padded]`: scores `[rows, KEYS]`, transposed, times rows `[rows, padded]`.
-    pub fn transposed(keys: usize, rows: usize, head_dim: usize) -> Product<'a> {
+    pub fn transposed(keys: usize, rows: usize, head_dim: usize) -> Self {
         Product {
             a_row: 1,
             a_step: KEYS,
@@ -130,12 +133,12 @@ impl<'a> Product<'a> {
     }
 
     /// With the operands and the place of the result.
-    pub fn of(self, a: *const f32, b: *const f32, c: *mut f32) -> Product<'a> {
+    pub fn of(self, a: *const f32, b: *const B, c: *mut f32) -> Self {
         Product { a, b, c, ..self }
     }
 
     /// With another start and bounds than zeros and everything.
-    pub fn from(self, start: Start, bounds: Bounds<'a>) -> Product<'a> {
+    pub fn from(self, start: Start, bounds: Bounds<'a>) -> Self {
         Product {
             start,
             bounds,
@@ -152,12 +155,14 @@ pub(super) trait Tiles: Simd {
     /// Transposes the square of the first `LANES` vectors.
     unsafe fn transpose(square: &mut [Self; 16]);
     /// Computes a [`Product`] whose pointers are valid; `c` overlaps nothing else.
-    unsafe fn product(product: &Product);
+    unsafe fn product<B: SimdLoad>(product: &Product<B>);
+    /// [`walk`](super::paged::walk), compiled once for each storage.
+    unsafe fn walk<B: SimdLoad>(walk: &Walk<B>, scratch: &mut Scratch);
 }
 
 /// Asks for the cache line at `at` (any address) to be brought to the second-level cache.
 #[inline(always)]
-fn prefetch<E>(at: *const E) {
+pub(super) fn prefetch<E>(at: *const E) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -281,10 +286,10 @@ pub(super) unsafe fn store_row<S: Simd, E: SimdElement>(
 
 /// The whole product.
 #[inline(always)]
-pub(super) unsafe fn product<S: Simd>(p: &Product) {
+pub(super) unsafe fn product<S: Simd, B: SimdLoad>(p: &Product<B>) {
     let Bounds::Columns(seen) = p.bounds else {
         // SAFETY: the caller's promise.
-        return unsafe { panels::<S>(p) };
+        return unsafe { panels::<S, B>(p) };
     };
     for row in (0..p.m).step_by(HEIGHT) {
         let rows = HEIGHT.min(p.m - row);
@@ -292,7 +297,7 @@ pub(super) unsafe fn product<S: Simd>(p: &Product) {
         let (first, end) = (start / S::LANES * S::LANES, end.next_multiple_of(S::LANES));
         // SAFETY: a part of the product.
         unsafe {
-            panels::<S>(&Product {
+            panels::<S, B>(&Product {
                 m: rows,
                 n: end - first,
                 a: p.a.add(row * p.a_row),
@@ -307,7 +312,7 @@ pub(super) unsafe fn product<S: Simd>(p: &Product) {
 
 /// Panels of at most 4 vectors, 2 where there are 16 registers.
 #[inline(always)]
-unsafe fn panels<S: Simd>(p: &Product) {
+unsafe fn panels<S: Simd, B: SimdLoad>(p: &Product<B>) {
     let vectors = p.n / S::LANES;
     let most = if S::LANES == 16 { 4 } else { 2 };
     let panels = vectors.div_ceil(most);
@@ -323,10 +328,10 @@ unsafe fn panels<S: Simd>(p: &Product) {
                 ..*p
             };
             match wide {
-                4 if S::LANES == 16 => panel_of::<S, 4>(&part),
-                3 if S::LANES == 16 => panel_of::<S, 3>(&part),
-                2 => panel_of::<S, 2>(&part),
-                _ => panel_of::<S, 1>(&part),
+                4 if S::LANES == 16 => panel_of::<S, B, 4>(&part),
+                3 if S::LANES == 16 => panel_of::<S, B, 3>(&part),
+                2 => panel_of::<S, B, 2>(&part),
+                _ => panel_of::<S, B, 1>(&part),
             }
         }
         done += wide;
@@ -334,31 +339,31 @@ unsafe fn panels<S: Simd>(p: &Product) {
 }
 
 #[inline(always)]
-unsafe fn panel_of<S: Simd, const N: usize>(p: &Product) {
+unsafe fn panel_of<S: Simd, B: SimdLoad, const N: usize>(p: &Product<B>) {
     let mut row = 0;
     // SAFETY: rows below `m` are valid by the caller's promise.
     unsafe {
         while p.m - row >= HEIGHT {
-            block::<S, HEIGHT, N>(p, row);
+            block::<S, B, HEIGHT, N>(p, row);
             row += HEIGHT;
         }
         if p.m - row >= 4 {
-            block::<S, 4, N>(p, row);
+            block::<S, B, 4, N>(p, row);
             row += 4;
         }
         if p.m - row >= 2 {
-            block::<S, 2, N>(p, row);
+            block::<S, B, 2, N>(p, row);
             row += 2;
         }
         if p.m - row >= 1 {
-            block::<S, 1, N>(p, row);
+            block::<S, B, 1, N>(p, row);
         }
     }
 }
 
 /// `M` rows of `N` vectors, held in registers over the whole inner dimension.
 #[inline(always)]
-unsafe fn block<S: Simd, const M: usize, const N: usize>(p: &Product, row: usize) {
+unsafe fn block<S: Simd, B: SimdLoad, const M: usize, const N: usize>(p: &Product<B>, row: usize) {
     // SAFETY: the block lies in the product by the caller's promise.
     unsafe {
         let c = p.c.add(row * p.c_stride);
@@ -390,7 +395,7 @@ unsafe fn block<S: Simd, const M: usize, const N: usize>(p: &Product, row: usize
         for _ in first..end {
             let mut line = [S::splat(0.0); N];
             for j in 0..N {
-                line[j] = S::load(b.add(j * S::LANES));
+                line[j] = B::load_vector::<S>(b.add(j * S::LANES));
             }
             for i in 0..M {
                 let x = S::splat(*a.add(i * p.a_row));

@@ -42,85 +42,29 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 }
 
-/// Where keys and values lie. The one place that knows: everything else asks for a row number.
+/// Rows of keys and values, row `j` of a segment at `kv_start + j`.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a, E> {
-    keys: Rows<'a, E>,
-    values: Rows<'a, E>,
-    pages: Option<Pages<'a>>,
-}
-
-/// Row `r` of a segment is row `table[r / len] * len + r % len` of the buffers.
-#[derive(Clone, Copy, Debug)]
-struct Pages<'a> {
-    len: usize,
-    table: &'a [u32],
+    /// `[rows, kv_heads * head_dim]`
+    pub keys: Rows<'a, E>,
+    /// `[rows, kv_heads * head_dim]`
+    pub values: Rows<'a, E>,
 }
 
 impl<'a, E: Element> KvView<'a, E> {
-    /// Row `r` is row `r` of the buffers.
-    pub fn contiguous(keys: Rows<'a, E>, values: Rows<'a, E>) -> KvView<'a, E> {
-        KvView {
-            keys,
-            values,
-            pages: None,
-        }
-    }
-
-    /// Row `r` is row `table[r / page_len] * page_len + r % page_len` of the buffers; `kv_start` of a segment is
-    /// `page_len` times the place of its first page in `table`.
-    ///
-    /// # Panics
-    /// If `page_len` is 0.
-    #[track_caller]
-    pub fn paged(
-        keys: Rows<'a, E>,
-        values: Rows<'a, E>,
-        page_len: usize,
-        table: &'a [u32],
-    ) -> KvView<'a, E> {
-        assert!(page_len > 0, "pages of no rows");
-        KvView {
-            keys,
-            values,
-            pages: Some(Pages {
-                len: page_len,
-                table,
-            }),
-        }
-    }
-
-    #[inline]
-    fn row(&self, row: usize) -> usize {
-        match self.pages {
-            None => row,
-            Some(Pages { len, table }) => table[row / len] as usize * len + row % len,
-        }
-    }
-
     pub(super) fn key(&self, row: usize, head: usize, head_dim: usize) -> &'a [E] {
-        self.keys.head(self.row(row), head, head_dim)
+        self.keys.head(row, head, head_dim)
     }
 
     pub(super) fn value(&self, row: usize, head: usize, head_dim: usize) -> &'a [E] {
-        self.values.head(self.row(row), head, head_dim)
+        self.values.head(row, head, head_dim)
     }
 
     #[track_caller]
     pub(super) fn check(&self, shape: &AttentionShape, segments: &[Segment]) {
         let width = shape.kv_heads * shape.head_dim;
-        let rows = match self.pages {
-            None => segments
-                .iter()
-                .map(|s| s.kv_start + s.kv_len)
-                .max()
-                .unwrap_or(0),
-            Some(Pages { len, table }) => {
-                let used = |s: &Segment| s.kv_start / len..(s.kv_start + s.kv_len).div_ceil(len);
-                let pages = segments.iter().flat_map(|s| table[used(s)].iter()).max();
-                pages.map_or(0, |&page| (page as usize + 1) * len)
-            }
-        };
+        let ends = segments.iter().map(|s| s.kv_start + s.kv_len);
+        let rows = ends.max().unwrap_or(0);
         self.keys.check("keys", rows, width);
         self.values.check("values", rows, width);
     }

@@ -2,19 +2,33 @@
 
 use std::arch::x86_64::*;
 
+use super::forward::Scratch;
+use super::paged::{Walk, walk};
 use super::tile::{Product, Tiles, product};
-use crate::simd::{Avx2, Avx512};
+use crate::simd::{Avx2, Avx512, SimdLoad};
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn product_avx2(p: &Product) {
+unsafe fn product_avx2<B: SimdLoad>(p: &Product<B>) {
     // SAFETY: the caller's promise.
-    unsafe { product::<Avx2>(p) }
+    unsafe { product::<Avx2, B>(p) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn walk_avx2<B: SimdLoad>(w: &Walk<B>, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { walk::<Avx2, B>(w, scratch) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn product_avx512(p: &Product) {
+unsafe fn product_avx512<B: SimdLoad>(p: &Product<B>) {
     // SAFETY: the caller's promise.
-    unsafe { product::<Avx512>(p) }
+    unsafe { product::<Avx512, B>(p) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn walk_avx512<B: SimdLoad>(w: &Walk<B>, scratch: &mut Scratch) {
+    // SAFETY: the caller's promise.
+    unsafe { walk::<Avx512, B>(w, scratch) }
 }
 
 impl Tiles for Avx2 {
@@ -47,9 +61,15 @@ impl Tiles for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn product(p: &Product) {
+    unsafe fn product<B: SimdLoad>(p: &Product<B>) {
         // SAFETY: the caller's promise.
         unsafe { product_avx2(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn walk<B: SimdLoad>(w: &Walk<B>, scratch: &mut Scratch) {
+        // SAFETY: the caller's promise.
+        unsafe { walk_avx2(w, scratch) }
     }
 }
 
@@ -91,8 +111,14 @@ impl Tiles for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn product(p: &Product) {
+    unsafe fn product<B: SimdLoad>(p: &Product<B>) {
         // SAFETY: the caller's promise.
         unsafe { product_avx512(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn walk<B: SimdLoad>(w: &Walk<B>, scratch: &mut Scratch) {
+        // SAFETY: the caller's promise.
+        unsafe { walk_avx512(w, scratch) }
     }
 }

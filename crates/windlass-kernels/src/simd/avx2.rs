@@ -154,6 +154,13 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        unsafe {
+            let bytes = _mm_loadl_epi64(from.cast());
+            Avx2(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self {
         unsafe {
             let bytes = _mm_loadl_epi64(from.cast());

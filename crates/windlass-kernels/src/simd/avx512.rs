@@ -114,6 +114,13 @@ impl Simd for Avx512 {
         unsafe { _mm256_mask_storeu_epi16(to.cast(), first(n), rounded_f16(self.0)) }
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self {
         unsafe {
             let bytes = _mm_loadu_si128(from.cast());

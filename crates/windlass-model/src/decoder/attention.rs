@@ -115,12 +115,10 @@ impl Attention {
         let a = match &batch.cache {
             None => tape.attention(&self.shape, &batch.segments, &q, &k, &v),
             Some(cache) => {
-                let (k, v) = cache
-                    .lock()
-                    .expect("cache")
-                    .append(layer, &k.tensor, &v.tensor);
-                let (k, v) = (tape.constant(k), tape.constant(v));
-                tape.attention(&self.shape, &batch.segments, &q, &k, &v)
+                let cpu = tape.cpu().clone();
+                let mut blocks = cache.blocks.lock().expect("no panic while it was held");
+                let kv = blocks.append(&cpu, layer, (&k.tensor, &v.tensor), &cache.slots);
+                tape.attention_paged(&self.shape, &batch.segments, &q, kv, &cache.table)
             }
         };
         self.o.forward(w, &a, residual, tape)

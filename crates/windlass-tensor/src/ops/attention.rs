@@ -4,7 +4,7 @@ use crate::tape::{Backprop, Backward};
 use crate::{AttentionShape, Segment, Tape, Tensor, Var, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::Element;
-use windlass_kernels::attention::{Rows, attention, attention_backward};
+use windlass_kernels::attention::{PagedKv, Rows, attention, attention_backward, attention_paged};
 use windlass_kernels::memory::Category;
 
 impl Tape {
@@ -50,6 +50,38 @@ impl Tape {
             out: saved_out.expect("recording"),
             lse,
         })
+    }
+
+    /// [`Tape::attention`] to keys and values in pages, `kv_start` of a segment being `PAGE` times the place of its first
+    /// page in `table`. It has no backward pass.
+    ///
+    /// # Panics
+    /// As [`attention_paged`], or when a gradient flows through `q`.
+    #[track_caller]
+    pub fn attention_paged(
+        &mut self,
+        shape: &AttentionShape,
+        segments: &[Segment],
+        q: &Var,
+        kv: &PagedKv,
+        table: &[u32],
+    ) -> Var {
+        let cpu = self.cpu().clone();
+        let dtype = q.tensor.dtype();
+        let mut out = Tensor::empty(&cpu, *q.shape(), dtype, Category::Activations);
+        let lse_shape = [shape.heads, q.tensor.rows()];
+        let mut lse = Tensor::empty(&cpu, lse_shape, dtype.accumulator(), Category::Activations);
+        each_dtype!(dtype, E => attention_paged(
+            &cpu.pool,
+            shape,
+            segments,
+            rows::<E>(&q.tensor),
+            kv,
+            table,
+            out.as_mut_slice::<E>(),
+            lse.as_mut_slice::<<E as Element>::Acc>(),
+        ));
+        self.record_opaque("attention to pages", out, &[q])
     }
 }
 

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 use windlass::hub;
 use windlass::infer::{InferError, LoadIn, LoadedModel};
-use windlass::tensor::Cpu;
+use windlass::tensor::kernels::attention::KvType;
 use windlass::tensor::kernels::packed::Layout;
+use windlass::tensor::{Cpu, DType};
 
 /// A model to compute with.
 #[derive(clap::Args, Clone, Debug)]
@@ -24,6 +25,9 @@ pub struct Source {
     /// Pack the weights while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub load_in: Option<Packing>,
+    /// How keys and values are kept [default: as activations, f16 beside packed weights]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub kv_cache_dtype: Option<KvPrecision>,
     #[command(flatten)]
     pub machine: Machine,
 }
@@ -37,6 +41,31 @@ pub enum Packing {
     Q4G128,
     /// 8-bit integers, a scale for each 32
     Q8,
+}
+
+/// How the key-value cache keeps numbers.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvPrecision {
+    /// Single precision
+    F32,
+    /// 16 bits, the range of f32
+    Bf16,
+    /// 16 bits, more digits
+    F16,
+    /// Bytes, with a scale for each token and head
+    Int8,
+}
+
+impl KvPrecision {
+    /// The storage type.
+    pub fn kind(self) -> KvType {
+        match self {
+            KvPrecision::F32 => KvType::Plain(DType::F32),
+            KvPrecision::Bf16 => KvType::Plain(DType::Bf16),
+            KvPrecision::F16 => KvType::Plain(DType::F16),
+            KvPrecision::Int8 => KvType::Int8,
+        }
+    }
 }
 
 impl Packing {
@@ -73,6 +102,9 @@ impl Source {
                 LoadedModel::open_in(cpu, &folder, dtype, LoadIn::Packed(packing.layout()))?
             }
         };
+        if let Some(kind) = self.kv_cache_dtype {
+            model.kv_type = kind.kind();
+        }
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
         }
