@@ -2,6 +2,7 @@
 //!
 //! Nothing here loads, gathers, saves or prints: a model declares its parameters and computes on weights it borrows.
 
+mod adapter;
 mod cache;
 pub mod chat;
 pub mod config;
@@ -15,6 +16,7 @@ mod rope;
 pub mod tokenizer;
 mod tokens;
 
+pub use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, AdapterConfig, Targets};
 pub use cache::{Cached, KvBlocks};
 pub use chat::{ChatError, ChatOptions, ChatTemplate, LocalTime};
 pub use config::ModelError;

@@ -39,6 +39,7 @@ impl<B> Model<B> {
         self.units.push(UnitSpec {
             name: name.into(),
             params,
+            adapters: Default::default(),
         });
         self.units.len() - 1
     }
@@ -60,6 +61,11 @@ impl<B> Model<B> {
     /// The units.
     pub fn units(&self) -> &[UnitSpec] {
         &self.units
+    }
+
+    /// The units, to be changed before anything is allocated.
+    pub(crate) fn units_mut(&mut self) -> &mut [UnitSpec] {
+        &mut self.units
     }
 
     /// The layers in order, each with the index of its unit.

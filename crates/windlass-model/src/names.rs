@@ -93,11 +93,18 @@ impl Naming {
         }
     }
 
-    /// The tensors of a model's files, in the order of the units.
+    /// The tensors of a model's files, in the order of the units; those of adapters are in files of their own.
     pub fn file_tensors<B>(self, model: &Model<B>) -> Vec<FileTensor> {
         let mut tensors: Vec<FileTensor> = Vec::new();
         for (unit, spec) in model.units().iter().enumerate() {
+            let of_adapter = |slot: usize| {
+                let mut links = spec.adapters.iter().map(|(_, lora)| lora);
+                links.any(|l| l.a == slot || l.b == slot || l.magnitude == Some(slot))
+            };
             for (slot, param) in spec.params.iter().enumerate() {
+                if of_adapter(slot) {
+                    continue;
+                }
                 let mut name = param.name.clone();
                 self.rules()
                     .iter()

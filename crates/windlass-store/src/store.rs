@@ -278,7 +278,7 @@ impl Store {
         let params = spec.params.iter().zip(slots).enumerate();
         let weights: Result<Vec<Weight>> = params.map(gather).collect();
         Ok(Gathered {
-            weights: Weights::new(weights?),
+            weights: Weights::new(weights?).with_adapters(&spec.adapters),
             _store: PhantomData,
         })
     }

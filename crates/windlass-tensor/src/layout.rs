@@ -1,6 +1,8 @@
 //! Units and file layouts as plain data: what a model declares, what a store keeps, what a file holds.
 
+use crate::ops::Lora;
 use crate::{ParamSpec, Shape};
+use std::sync::Arc;
 
 /// Parameters that are gathered, reduced and updated together.
 #[derive(Clone, Debug, PartialEq)]
@@ -9,6 +11,8 @@ pub struct UnitSpec {
     pub name: String,
     /// Parameters in slot order.
     pub params: Vec<ParamSpec>,
+    /// Adapters, each with the slot of the weight that it adapts.
+    pub adapters: Arc<[(usize, Lora)]>,
 }
 
 /// A parameter of a model: which unit, which slot.

@@ -80,6 +80,8 @@ pub trait Backward: Send {
 
 enum Mode {
     Inference,
+    /// As training, and nothing is kept.
+    Rehearsal,
     Training,
 }
 
@@ -93,6 +95,10 @@ pub struct Tape {
     nodes: Vec<Option<Box<dyn Backward>>>,
     pub(crate) eager: Option<Eager>,
     pub(crate) watch: Option<Watch>,
+    /// Whether adapters are applied.
+    adapters: bool,
+    /// Where what is left to chance comes from.
+    noise: Option<u64>,
 }
 
 /// Gradients that a loss op may add to while it runs forward, and the gradient of the loss it may assume.
@@ -104,12 +110,18 @@ pub(crate) struct Eager {
 impl Tape {
     /// A tape that records for a backward pass.
     pub fn training(cpu: &Cpu) -> Self {
+        Self::new(cpu, Mode::Training)
+    }
+
+    fn new(cpu: &Cpu, mode: Mode) -> Self {
         Tape {
             cpu: cpu.clone(),
-            mode: Mode::Training,
+            mode,
             nodes: Vec::new(),
             eager: None,
             watch: None,
+            adapters: true,
+            noise: None,
         }
     }
 
@@ -122,15 +134,9 @@ impl Tape {
         }
     }
 
-    /// A tape that keeps nothing: inference, and the first pass under activation checkpointing.
+    /// A tape that keeps nothing and computes as fast as it can: products with packed weights round their input.
     pub fn inference(cpu: &Cpu) -> Self {
-        Tape {
-            cpu: cpu.clone(),
-            mode: Mode::Inference,
-            nodes: Vec::new(),
-            eager: None,
-            watch: None,
-        }
+        Self::new(cpu, Mode::Inference)
     }
 
     /// As [`Tape::inference`], telling `watch` the input of every [`Tape::linear`] and [`Tape::linears`].
@@ -139,6 +145,42 @@ impl Tape {
             watch: Some(watch),
             ..Self::inference(cpu)
         }
+    }
+
+    /// A tape that keeps nothing and computes the bits of a recording one: the first pass under activation checkpointing,
+    /// layers in front of the first trained one, and what is compared with a training pass.
+    pub fn rehearsal(cpu: &Cpu) -> Self {
+        Self::new(cpu, Mode::Rehearsal)
+    }
+
+    /// Leaves adapters out: the model as it was before it got them.
+    #[must_use]
+    pub fn without_adapters(mut self) -> Self {
+        self.adapters = false;
+        self
+    }
+
+    /// Lets ops that leave something to chance (dropout) do so; `seed` decides what happens.
+    #[must_use]
+    pub fn with_noise(mut self, seed: u64) -> Self {
+        self.noise = Some(seed);
+        self
+    }
+
+    /// Whether adapters are applied.
+    pub(crate) fn has_adapters(&self) -> bool {
+        self.adapters
+    }
+
+    /// The seed of an op, on a tape with noise.
+    pub(crate) fn noise(&self, slot: usize) -> Option<u64> {
+        let mut seed = self.noise? ^ (slot as u64) << 32;
+        Some(crate::rng::splitmix64(&mut seed))
+    }
+
+    /// Whether products with packed weights round their input.
+    pub(crate) fn rounds(&self) -> bool {
+        matches!(self.mode, Mode::Inference)
     }
 
     /// The machine on which ops run.

@@ -1,8 +1,10 @@
 //! Weights by representation, borrowed by slot; gradients by slot.
 
+use crate::ops::Lora;
 use crate::packed::Packed;
 use crate::{Cpu, Shape, Tensor, each_dtype};
 use std::ops::Range;
+use std::sync::Arc;
 use windlass_kernels::memory::Category;
 use windlass_kernels::{DType, Element};
 
@@ -48,7 +50,11 @@ impl From<Tensor> for Weight {
 
 /// The weights of one unit, in the order in which the unit declares its parameters.
 #[derive(Clone, Debug, Default)]
-pub struct Weights(Vec<Weight>);
+pub struct Weights {
+    weights: Vec<Weight>,
+    /// Adapters, each with the slot of the weight that it adapts.
+    adapters: Arc<[(usize, Lora)]>,
+}
 
 /// One weight of a unit: its slot, which the tape records, and its bytes, which the tape does not keep.
 #[derive(Clone, Copy)]
@@ -57,46 +63,62 @@ pub struct Param<'w> {
     pub slot: usize,
     /// The weight itself.
     pub weight: &'w Weight,
+    /// Its adapter, and the weights of the unit, among which are the adapter's.
+    pub lora: Option<(&'w Lora, &'w Weights)>,
 }
 
 impl Weights {
     /// Weights in declaration order.
     pub fn new(weights: Vec<Weight>) -> Self {
-        Weights(weights)
+        Weights {
+            weights,
+            adapters: Arc::default(),
+        }
+    }
+
+    /// Gives weights adapters, each with the slot of the weight that it adapts.
+    #[must_use]
+    pub fn with_adapters(self, adapters: &Arc<[(usize, Lora)]>) -> Self {
+        Weights {
+            adapters: adapters.clone(),
+            ..self
+        }
     }
 
     /// The weight in `slot`.
     #[track_caller]
     pub fn at(&self, slot: usize) -> Param<'_> {
         assert!(
-            slot < self.0.len(),
+            slot < self.weights.len(),
             "slot {slot} against {} parameters of the unit",
-            self.0.len()
+            self.weights.len()
         );
+        let adapter = self.adapters.iter().find(|(adapted, _)| *adapted == slot);
         Param {
             slot,
-            weight: &self.0[slot],
+            weight: &self.weights[slot],
+            lora: adapter.map(|(_, lora)| (lora, self)),
         }
     }
 
     /// The weights.
     pub fn iter(&self) -> std::slice::Iter<'_, Weight> {
-        self.0.iter()
+        self.weights.iter()
     }
 
     /// The weights, to be written.
     pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, Weight> {
-        self.0.iter_mut()
+        self.weights.iter_mut()
     }
 
     /// Number of weights.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.weights.len()
     }
 
     /// Whether there are no weights.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.weights.is_empty()
     }
 }
 
@@ -191,6 +213,8 @@ pub enum Init {
     Ones,
     /// Normal around zero with the given standard deviation.
     Normal(f32),
+    /// Even between the negative of a bound and the bound.
+    Uniform(f32),
 }
 
 /// A parameter as a unit declares it: nothing is allocated.
@@ -204,6 +228,8 @@ pub struct ParamSpec {
     pub init: Init,
     /// Whether decoupled weight decay applies (not to biases and norm weights).
     pub decay: bool,
+    /// Whether it is trained.
+    pub trained: bool,
 }
 
 impl ParamSpec {
@@ -214,6 +240,7 @@ impl ParamSpec {
             shape: shape.into(),
             init: Init::Normal(std),
             decay: true,
+            trained: true,
         }
     }
 
@@ -224,6 +251,7 @@ impl ParamSpec {
             shape: shape.into(),
             init,
             decay: false,
+            trained: true,
         }
     }
 
@@ -251,9 +279,14 @@ impl ParamSpec {
             match self.init {
                 Init::Zeros => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(0.0), out),
                 Init::Ones => windlass_kernels::elementwise::fill(&cpu.pool, E::from_f64(1.0), out),
-                Init::Normal(_) if cpu.pool.is_dry() => {}
+                Init::Normal(_) | Init::Uniform(_) if cpu.pool.is_dry() => {}
                 Init::Normal(std) => {
-                    fill_normal(cpu.pool.threads(), seed ^ fnv1a(&self.name), std as f64, range.start, out)
+                    let draw = |rng: &mut crate::Rng| rng.normal() * f64::from(std);
+                    fill_random(cpu.pool.threads(), seed ^ fnv1a(&self.name), draw, range.start, out)
+                }
+                Init::Uniform(bound) => {
+                    let draw = |rng: &mut crate::Rng| (2.0 * rng.uniform_f64() - 1.0) * f64::from(bound);
+                    fill_random(cpu.pool.threads(), seed ^ fnv1a(&self.name), draw, range.start, out)
                 }
             }
         });
@@ -261,9 +294,15 @@ impl ParamSpec {
     }
 }
 
-/// Normal values from element `start` on, a stream for each block of fixed size, so that the values depend neither on
+/// Random values from element `start` on, a stream for each block of fixed size, so that the values depend neither on
 /// the number of threads nor on which part is made.
-fn fill_normal<E: Element>(threads: usize, seed: u64, std: f64, start: usize, out: &mut [E]) {
+fn fill_random<E: Element>(
+    threads: usize,
+    seed: u64,
+    draw: impl Fn(&mut crate::Rng) -> f64 + Copy + Send,
+    start: usize,
+    out: &mut [E],
+) {
     const BLOCK: usize = 1 << 14;
     let fill = move |first: usize, mut values: &mut [E]| {
         let mut at = first;
@@ -271,10 +310,10 @@ fn fill_normal<E: Element>(threads: usize, seed: u64, std: f64, start: usize, ou
             let (block, skip) = (at / BLOCK, at % BLOCK);
             let count = (BLOCK - skip).min(values.len());
             let mut rng = crate::Rng::stream(seed, block as u64);
-            (0..skip).for_each(|_| _ = rng.normal());
+            (0..skip).for_each(|_| _ = draw(&mut rng));
             let (part, rest) = values.split_at_mut(count);
             part.iter_mut()
-                .for_each(|v| *v = E::from_f64(rng.normal() * std));
+                .for_each(|v| *v = E::from_f64(draw(&mut rng)));
             values = rest;
             at += count;
         }

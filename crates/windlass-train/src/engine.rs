@@ -4,7 +4,7 @@ use crate::background::Pending;
 use crate::error::{Error, Result};
 use crate::loss_scale::{LossScale, LossScaler};
 use crate::optimizer::{Optimizer, Step};
-use crate::pass::Pass;
+use crate::pass::{How, Pass};
 use crate::schedule::Rate;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,6 +34,8 @@ pub struct EngineOptions {
     pub min_8bit_size: usize,
     /// The learning rate of each step.
     pub rate: Rate,
+    /// Decides what is left to chance: which elements adapters drop.
+    pub noise: u64,
     /// How losses are scaled so that small gradients survive in `f16`.
     pub loss_scale: Option<LossScale>,
     /// Whether checkpoints are copied into memory and written from there while training goes on. A rank then takes as
@@ -64,6 +66,7 @@ impl Default for EngineOptions {
             moments: Storage::F32,
             min_8bit_size: 4096,
             rate: Rate::Constant(1e-3),
+            noise: 0,
             loss_scale: None,
             async_checkpoints: false,
         }
@@ -77,7 +80,7 @@ pub struct Engine<B> {
     options: EngineOptions,
     steps: u64,
     /// Backward passes since the last step.
-    micro_steps: usize,
+    pub(crate) micro_steps: usize,
     /// Whether gradients of this rank wait to be reduced.
     pub(crate) unreduced: bool,
     scaler: Option<LossScaler>,
@@ -93,6 +96,8 @@ pub struct Loss<B> {
     batch: B,
     /// Whether its gradients stay on this rank for now.
     deferred: bool,
+    /// What is left to chance.
+    noise: u64,
     passes: Vec<Pass>,
     /// Gradient of the last layer's input, which is known already.
     dx: Option<Tensor>,
@@ -135,7 +140,7 @@ pub struct EngineState {
 }
 
 impl<B> Engine<B> {
-    /// An engine over a model and the store of its parameters; all dense parameters are trained.
+    /// An engine over a model and the store of its parameters; all dense parameters are trained that are declared so.
     ///
     /// # Errors
     /// A disk without space for the optimizer's state, where that is its place; moments in 8 bits for an optimizer
@@ -163,7 +168,7 @@ impl<B> Engine<B> {
                 range: "off where parameters or the optimizer rest on a disk: the copy would bring them back into memory",
             });
         }
-        store.train(state, |_| true)?;
+        store.train(state, |param| param.trained)?;
         let engine = Engine {
             model,
             store,
@@ -288,18 +293,21 @@ impl<B> Engine<B> {
             value: 0.0,
             batch,
             deferred,
+            noise: self.noise(),
             passes: Vec::new(),
             dx: None,
             held: BTreeMap::new(),
         };
         let order: Vec<usize> = self.model.layers().map(|(unit, _)| unit).collect();
         let count = order.len();
+        let first = self.first_trained(&order);
         let mut x = start(&cpu);
         for (index, (unit, layer)) in self.model.layers().enumerate() {
             if index + 1 == count {
                 let grads = self.store.grads(unit);
                 let weights = self.store.gather(unit)?;
-                let mut tape = Tape::training_eager(&cpu, grads, scale);
+                let tape = Tape::training_eager(&cpu, grads, scale);
+                let mut tape = tape.with_noise(loss.noise ^ index as u64);
                 let input = tape.input(std::mem::replace(&mut x, start(&cpu)));
                 let y = layer.forward(&weights, input, &loss.batch, &mut tape);
                 let (recorded, grads) = tape.finish(&y);
@@ -313,8 +321,13 @@ impl<B> Engine<B> {
             }
             let weights = self.store.gather(unit)?;
             self.store.prefetch(order[index + 1]);
-            let checkpointing = self.options.activation_checkpointing && index > 0;
-            let how = (checkpointing, index + 2 == count);
+            let how = How {
+                checkpointing: self.options.activation_checkpointing && index > 0,
+                next: index + 2 == count,
+                frozen: index < first,
+                ends: index <= first,
+                noise: loss.noise ^ index as u64,
+            };
             let layer = (layer, &*weights);
             let (y, pass) = Pass::run(&self.store, layer, x, &loss.batch, how)?;
             loss.passes.push(pass);
@@ -331,6 +344,7 @@ impl<B> Engine<B> {
         let Loss {
             batch,
             deferred,
+            noise,
             mut passes,
             mut dx,
             mut held,
@@ -339,6 +353,9 @@ impl<B> Engine<B> {
         self.store.defer_reduction(deferred);
         let layers: Vec<_> = self.model.layers().map(|(unit, _)| unit).collect();
         while let Some(pass) = passes.pop() {
+            if pass.is_frozen() {
+                break;
+            }
             let Some(dy) = dx.take() else { break };
             let index = passes.len();
             let unit = layers[index];
@@ -349,7 +366,8 @@ impl<B> Engine<B> {
                 passes[before].recall(&self.store)?;
             }
             let layer = self.model.layers().nth(index).expect("a layer").1;
-            let recorded = pass.recorded(&self.store, (layer, &*weights), &batch)?;
+            let noise = noise ^ index as u64;
+            let recorded = pass.recorded(&self.store, (layer, &*weights), &batch, noise)?;
             dx = recorded.backward(&weights, dy, &mut grads);
             drop(weights);
             finish_unit(&layers, &mut self.store, &mut held, index, grads)?;

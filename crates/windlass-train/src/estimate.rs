@@ -293,6 +293,7 @@ SW: Model with 2851M total params.
         let unit = |name: &str, params: Vec<ParamSpec>| UnitSpec {
             name: name.into(),
             params,
+            adapters: Default::default(),
         };
         let units = [
             unit("embedding", vec![zeros("embed.weight", &[10, 8])]),

@@ -100,7 +100,7 @@ pub(crate) fn profile(
         let again = checkpointing && !first && !last;
         let clock = Instant::now();
         let mut tape = match (again, last) {
-            (true, _) => Tape::inference(cpu),
+            (true, _) => Tape::rehearsal(cpu),
             (false, true) => Tape::training_eager(cpu, zeros(&weights), scale),
             (false, false) => Tape::training(cpu),
         };

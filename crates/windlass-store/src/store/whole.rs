@@ -1,13 +1,13 @@
 //! Whole parameters, gradients and optimizer state, from the parts of all ranks: for reports, tests and edits.
 
-use super::slot::{Residence, fetch_grad};
+use super::slot::{Residence, Slot, fetch_grad};
 use super::{Shard, Stage, Store};
 use crate::error::Result;
 use half::f16;
 use std::ops::Range;
 use windlass_tensor::kernels::memory::Category;
 use windlass_tensor::kernels::split;
-use windlass_tensor::{DType, ParamId, ParamSpec, Tensor, Weight, bf16, each_dtype};
+use windlass_tensor::{DType, ParamId, ParamSpec, Tensor, Weight, Weights, bf16, each_dtype};
 
 impl Store {
     /// The parameter of a name.
@@ -16,6 +16,27 @@ impl Store {
             let slot = held.spec.params.iter().position(|p| p.name == name)?;
             Some(ParamId { unit, slot })
         })
+    }
+
+    /// The weights of all units, of a store on one rank that keeps them in memory.
+    ///
+    /// # Panics
+    /// When they are partitioned or rest on a disk.
+    #[track_caller]
+    pub fn into_weights(self) -> Vec<Weights> {
+        let whole = |slot: Slot| match slot.residence {
+            Residence::Whole(weight) => weight,
+            _ => panic!("weights of a store that keeps them in parts"),
+        };
+        let units = self.units.into_iter();
+        units
+            .map(|unit| Weights::new(unit.slots.into_iter().map(whole).collect()))
+            .collect()
+    }
+
+    /// The storage type of a dense parameter.
+    pub fn dtype_of(&self, id: ParamId) -> Option<DType> {
+        self.units[id.unit].slots[id.slot].dtype()
     }
 
     /// The parameters in order, each with its declaration.

@@ -123,7 +123,7 @@ impl Tape {
     /// A packed weight as plain elements, where a gradient may ask for the products of just these.
     fn plain_if_recording(&self, weight: &Weight, like: &Tensor) -> Option<Tensor> {
         let packed = matches!(weight, Weight::Packed(_));
-        (packed && self.is_recording()).then(|| plain(self.cpu(), weight, like))
+        (packed && !self.rounds()).then(|| plain(self.cpu(), weight, like))
     }
 }
 

@@ -13,7 +13,8 @@ use windlass_kernels::{DType, Element};
 const PANEL: usize = 512;
 
 impl Tape {
-    /// `y = x Wᵀ (+ bias) (+ residual)`, sums in the accumulator type, rounded once.
+    /// `y = x Wᵀ (+ bias) (+ residual)`, sums in the accumulator type, rounded once; where the weight has an adapter
+    /// ([`Lora`](crate::Lora)), `W` is the adapted weight.
     ///
     /// # Shapes
     /// `x [.., K]`, `W [N, K]`, `bias [N]`, `residual` and `y [.., N]`.
@@ -28,10 +29,9 @@ impl Tape {
         bias: Option<Param<'_>>,
         residual: Option<&Var>,
     ) -> Var {
-        let (n, k) = (w.weight.shape()[0], w.weight.shape()[1]);
         assert_eq!(
             x.tensor.cols(),
-            k,
+            w.weight.shape()[1],
             "columns of x {} against a weight {}",
             x.shape(),
             w.weight.shape()
@@ -39,7 +39,32 @@ impl Tape {
         if let Some(watch) = &self.watch {
             watch(w.slot, &x.tensor);
         }
-        if let (Weight::Packed(packed), false) = (w.weight, self.is_recording()) {
+        match w.lora.filter(|_| self.has_adapters()) {
+            None => self.product(x, w, bias, residual),
+            Some((lora, weights)) => match lora.magnitude {
+                None => {
+                    let y = self.product(x, w, bias, residual);
+                    self.low_rank(x, y, lora, weights)
+                }
+                Some(slot) => {
+                    let y = self.product(x, w, None, None);
+                    let t = self.low_rank(x, y, lora, weights);
+                    self.magnitude(&t, (w, lora, slot), weights, bias, residual)
+                }
+            },
+        }
+    }
+
+    /// [`Tape::linear`] of the weight without its adapter.
+    fn product(
+        &mut self,
+        x: &Var,
+        w: Param<'_>,
+        bias: Option<Param<'_>>,
+        residual: Option<&Var>,
+    ) -> Var {
+        let (n, k) = (w.weight.shape()[0], w.weight.shape()[1]);
+        if let (Weight::Packed(packed), true) = (w.weight, self.rounds()) {
             return self.packed(x, &[(packed, bias)], residual).remove(0);
         }
         let shape = with_cols(x.shape(), n);
@@ -85,13 +110,21 @@ impl Tape {
     /// When shapes or storage types do not fit.
     #[track_caller]
     pub fn linears(&mut self, x: &Var, weights: &[(Param<'_>, Option<Param<'_>>)]) -> Vec<Var> {
+        let adapters = self.has_adapters();
         let packed = weights.iter().map(|(weight, bias)| match weight.weight {
             Weight::Packed(packed) => Some((packed, *bias)),
             Weight::Dense(_) => None,
         });
+        let has_magnitude = |w: &Param<'_>| w.lora.is_some_and(|(l, _)| l.magnitude.is_some());
+        let scaled = adapters && weights.iter().any(|(w, _)| has_magnitude(w));
         match packed.collect::<Option<Vec<_>>>() {
-            Some(packed) if !self.is_recording() && self.watch.is_none() => {
-                self.packed(x, &packed, None)
+            Some(packed) if self.rounds() && !scaled && self.watch.is_none() => {
+                let outputs = self.packed(x, &packed, None).into_iter().zip(weights);
+                let adapted = outputs.map(|(y, (w, _))| match w.lora.filter(|_| adapters) {
+                    Some((lora, weights)) => self.low_rank(x, y, lora, weights),
+                    None => y,
+                });
+                adapted.collect()
             }
             _ => weights
                 .iter()
@@ -149,7 +182,11 @@ fn with_cols(shape: &crate::Shape, cols: usize) -> crate::Shape {
 }
 
 /// Calls `body` with the rows of a weight as plain elements: all at once when dense, in panels when packed.
-fn for_panels<E: Element>(cpu: &Cpu, weight: &Weight, mut body: impl FnMut(Range<usize>, &[E])) {
+pub(super) fn for_panels<E: Element>(
+    cpu: &Cpu,
+    weight: &Weight,
+    mut body: impl FnMut(Range<usize>, &[E]),
+) {
     let n = weight.shape()[0];
     match weight {
         Weight::Dense(tensor) => body(0..n, tensor.as_slice::<E>()),

@@ -6,10 +6,12 @@ mod cross_entropy;
 mod embedding;
 mod glue;
 mod linear;
+mod lora;
 mod moe;
 mod norm;
 mod rope;
 
 pub use cross_entropy::IGNORED;
+pub use lora::{Lora, row_norms};
 pub use moe::{RouterStats, Routing};
 pub use rope::RopeTable;
