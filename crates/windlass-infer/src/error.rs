@@ -104,6 +104,20 @@ pub enum InferError {
         /// Tokens of the reference.
         expected: usize,
     },
+    /// More tokens than there are keys and values for.
+    #[error("the request may come to {tokens} tokens, but there is key-value memory for {capacity}")]
+    NoRoom {
+        /// The most tokens it may have computed.
+        tokens: usize,
+        /// The tokens that all blocks hold.
+        capacity: usize,
+    },
+    /// Too many requests wait already.
+    #[error("{waiting} requests are waiting already")]
+    Busy {
+        /// How many.
+        waiting: usize,
+    },
     /// The model's description.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -139,6 +153,8 @@ impl InferError {
             Self::Unfit { .. } => {
                 "choose another --type; weights that are not finite are damage: fetch the model again"
             }
+            Self::NoRoom { .. } => "ask for fewer tokens, or give the engine more blocks",
+            Self::Busy { .. } => "try again later, or allow a longer queue with --max-queue",
             Self::Model(error) => return error.hint(),
             Self::Tokenizer(error) => return error.hint(),
             Self::Store(error) => return error.hint(),

@@ -3,7 +3,7 @@
 //! The prompt is read in chunks; how it is cut changes nothing in the result. The loop knows no time: the callback
 //! comes once for each token, the first call when the prompt has been read, so the caller can measure both phases.
 
-use crate::sampler::{Sampler, SamplingParams};
+use crate::sampler::{Context, Sampler, SamplingParams, token_logprobs};
 use crate::speculate::{Guess, Guesses, Speculator};
 use crate::stop::{StopReason, StopRules, Stopper};
 use crate::{InferError, LoadedModel, Session};
@@ -214,10 +214,13 @@ impl<'m> Generator<'m> {
         let mut logits = session.next(&prompt[kept..])?;
         let mut ahead = Speculator::new(&mut self.guess, self.model, self.options.draft_tokens);
         let stop = loop {
-            let token = self.sampler.sample(&logits, &ids, &mut rng)?;
+            let token = {
+                let context = Context::split(&ids, prompt.len());
+                self.sampler.sample(&logits, context, &mut rng)?
+            };
             ids.push(token);
             if let Some(logprobs) = &mut logprobs {
-                logprobs.push(log_probability(&logits, token));
+                logprobs.push(token_logprobs(&logits, token, 0).logprob);
             }
             let step = stopper.push(token, &decoder.push(token)?);
             let stop = step
@@ -270,11 +273,4 @@ impl<'m> Generator<'m> {
         }
         self.model.check_ids(prompt)
     }
-}
-
-/// `log softmax(logits)[token]`.
-fn log_probability(logits: &[f32], token: u32) -> f64 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = logits.iter().map(|&l| (l as f64 - largest).exp()).sum();
-    logits[token as usize] as f64 - largest - sum.ln()
 }

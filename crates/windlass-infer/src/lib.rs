@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod divergence;
+pub mod engine;
 mod error;
 pub mod generate;
 mod gguf;

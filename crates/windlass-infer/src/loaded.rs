@@ -292,6 +292,18 @@ impl LoadedModel {
         x
     }
 
+    /// The last layer alone: what the batch's goal asks of the hidden states that [`LoadedModel::run`] gave without it.
+    pub(crate) fn head(&self, hidden: &Tensor, batch: &Tokens) -> Tensor {
+        let (unit, layer) = self.model.layers().next_back().expect("a decoder has a head");
+        let weights = self
+            .store
+            .gather(unit)
+            .expect("weights that lie in memory are gathered without fail");
+        let mut tape = windlass_tensor::Tape::inference(self.store.cpu());
+        let input = tape.input(hidden.clone());
+        layer.forward(&weights, input, batch, &mut tape).tensor
+    }
+
     /// Checks that every id has an embedding.
     pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), InferError> {
         let vocabulary = self.config.vocab_size;

@@ -1,8 +1,13 @@
 //! From one row of logits to one token.
 //!
-//! The transforms compose in the order of Hugging Face transformers: repetition penalty, temperature, top-k,
-//! top-p, min-p. Randomness is an argument: the same logits, settings and generator state give the same token
-//! on every machine. The module neither runs a model nor decides when to stop.
+//! The transforms compose in the order of Hugging Face transformers: bias, repetition penalty, (of OpenAI, as vLLM
+//! places them) frequency and presence penalty, tokens that are not allowed, temperature, top-k, top-p, min-p.
+//! Randomness is an argument: the same logits, settings and generator state give the same token on every machine. The
+//! module neither runs a model nor decides when to stop.
+
+mod logprobs;
+
+pub use logprobs::{TokenLogprobs, token_logprobs};
 
 use std::cmp::Ordering;
 
@@ -21,8 +26,14 @@ pub struct SamplingParams {
     pub top_p: f64,
     /// Keeps tokens at least this many times as likely as the most likely one; 0 is off.
     pub min_p: f64,
-    /// Divides positive and multiplies negative logits of the tokens seen before; 1 is off.
+    /// Divides positive and multiplies negative logits of the tokens seen before, in the prompt too; 1 is off.
     pub repetition_penalty: f64,
+    /// Is subtracted from the logit of a token for each time it was generated; 0 is off.
+    pub frequency_penalty: f64,
+    /// Is subtracted once from the logits of the tokens generated so far; 0 is off.
+    pub presence_penalty: f64,
+    /// Is added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 impl Default for SamplingParams {
@@ -34,6 +45,9 @@ impl Default for SamplingParams {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
         }
     }
 }
@@ -79,6 +93,18 @@ impl SamplingParams {
             let rule = "a number greater than 0";
             return refuse("repetition-penalty", self.repetition_penalty, rule, hint);
         }
+        let biases = self.logit_bias.iter();
+        for (flag, value) in [
+            ("frequency-penalty", self.frequency_penalty),
+            ("presence-penalty", self.presence_penalty),
+        ]
+        .into_iter()
+        .chain(biases.map(|&(_, bias)| ("logit-bias", f64::from(bias))))
+        {
+            if !value.is_finite() {
+                return refuse(flag, value, "a finite number", "0 changes nothing");
+            }
+        }
         Ok(())
     }
 }
@@ -100,13 +126,49 @@ impl Candidate {
     }
 }
 
+/// What a token is chosen after.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Context<'a> {
+    /// The tokens of the prompt.
+    pub prompt: &'a [u32],
+    /// The tokens generated so far.
+    pub generated: &'a [u32],
+    /// Tokens that are not allowed.
+    pub banned: &'a [u32],
+    /// The tokens that are allowed, where not all are: bit `id % 32` of word `id / 32`.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl<'a> Context<'a> {
+    /// After a text whose first `prompt` tokens were given.
+    ///
+    /// # Panics
+    /// When the text is shorter.
+    #[track_caller]
+    pub fn split(ids: &'a [u32], prompt: usize) -> Self {
+        let (prompt, generated) = ids.split_at(prompt);
+        Context {
+            prompt,
+            generated,
+            ..Self::default()
+        }
+    }
+}
+
+/// Space to apply settings in, which serves one row of logits after another.
+#[derive(Debug, Clone, Default)]
+pub struct Scratch {
+    scores: Vec<f32>,
+    order: Vec<f32>,
+    ids: Vec<u32>,
+    candidates: Vec<Candidate>,
+}
+
 /// Checked settings and the scratch space to apply them.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
-    scores: Vec<f32>,
-    order: Vec<f32>,
-    candidates: Vec<Candidate>,
+    scratch: Scratch,
 }
 
 impl Sampler {
@@ -118,9 +180,7 @@ impl Sampler {
         params.validate()?;
         Ok(Self {
             params,
-            scores: Vec::new(),
-            order: Vec::new(),
-            candidates: Vec::new(),
+            scratch: Scratch::default(),
         })
     }
 
@@ -129,27 +189,61 @@ impl Sampler {
         &self.params
     }
 
-    /// Chooses one token, drawing at most one number from `rng` (none when greedy).
-    ///
-    /// `previous` holds the ids that the repetition penalty counts: the prompt and what was generated.
+    /// As [`Scratch::sample`].
     ///
     /// # Errors
     /// [`InferError::BadLogit`] and [`InferError::NoToken`].
     ///
     /// # Panics
-    /// When an id in `previous` has no logit.
+    /// As [`Scratch::sample`].
     #[track_caller]
     pub fn sample(
         &mut self,
         logits: &[f32],
-        previous: &[u32],
+        context: Context<'_>,
         rng: &mut Rng,
     ) -> Result<u32, InferError> {
-        if self.params.temperature == 0.0 {
-            self.penalize(logits, previous);
+        self.scratch.sample(&self.params, logits, context, rng)
+    }
+
+    /// As [`Scratch::distribution`].
+    ///
+    /// # Errors
+    /// [`InferError::BadLogit`] and [`InferError::NoToken`].
+    ///
+    /// # Panics
+    /// As [`Scratch::sample`].
+    #[track_caller]
+    pub fn distribution(
+        &mut self,
+        logits: &[f32],
+        context: Context<'_>,
+    ) -> Result<&[Candidate], InferError> {
+        self.scratch.distribution(&self.params, logits, context)
+    }
+}
+
+impl Scratch {
+    /// Chooses one token by valid settings, drawing at most one number from `rng` (none when greedy).
+    ///
+    /// # Errors
+    /// [`InferError::BadLogit`] and [`InferError::NoToken`].
+    ///
+    /// # Panics
+    /// When an id of the context or of the settings has no logit.
+    #[track_caller]
+    pub fn sample(
+        &mut self,
+        params: &SamplingParams,
+        logits: &[f32],
+        context: Context<'_>,
+        rng: &mut Rng,
+    ) -> Result<u32, InferError> {
+        if params.temperature == 0.0 {
+            self.adjust(params, logits, context);
             return Ok(best(&self.scores)?.0);
         }
-        let candidates = self.distribution(logits, previous)?;
+        let candidates = self.distribution(params, logits, context)?;
         // The cumulative sum ends within rounding of 1: a draw beyond it belongs to the last token.
         let draw = rng.uniform_f64();
         let mut sum = 0.0;
@@ -166,7 +260,7 @@ impl Sampler {
         })
     }
 
-    /// The tokens left by the settings with their probabilities, which sum to 1, in the order of ids.
+    /// The tokens left by valid settings with their probabilities, which sum to 1, in the order of ids.
     ///
     /// Greedy settings leave the most likely token alone.
     ///
@@ -174,43 +268,45 @@ impl Sampler {
     /// [`InferError::BadLogit`] and [`InferError::NoToken`].
     ///
     /// # Panics
-    /// When an id in `previous` has no logit.
+    /// As [`Scratch::sample`].
     ///
     /// # Source
-    /// transformers, `generation/logits_process.py`: the classes `RepetitionPenaltyLogitsProcessor` to
-    /// `MinPLogitsWarper`. Of tokens tied at the border of top-p, whose order is unspecified there, the lower
-    /// ids are kept.
+    /// transformers, `generation/logits_process.py`: the classes `SequenceBiasLogitsProcessor`,
+    /// `RepetitionPenaltyLogitsProcessor`, `MinNewTokensLengthLogitsProcessor` and `TemperatureLogitsWarper` to
+    /// `MinPLogitsWarper`. Of tokens tied at the border of top-p, whose order is unspecified there, the lower ids are
+    /// kept. Frequency and presence penalty: OpenAI, API reference.
     #[track_caller]
     pub fn distribution(
         &mut self,
+        params: &SamplingParams,
         logits: &[f32],
-        previous: &[u32],
+        context: Context<'_>,
     ) -> Result<&[Candidate], InferError> {
-        self.penalize(logits, previous);
+        self.adjust(params, logits, context);
         let (best_id, best_score) = best(&self.scores)?;
         self.candidates.clear();
-        if self.params.temperature == 0.0 {
+        if params.temperature == 0.0 {
             self.candidates.push(Candidate {
                 id: best_id,
                 probability: 1.0,
             });
             return Ok(&self.candidates);
         }
-        let floor = self.top_k_floor();
+        let floor = self.top_k_floor(params.top_k);
         for (id, &score) in self.scores.iter().enumerate() {
             if score >= floor && score > f32::NEG_INFINITY {
                 // Relative to the best score the exponent is at most 0, and the best weight exactly 1.
                 let distance = f64::from(score) - f64::from(best_score);
                 self.candidates.push(Candidate {
                     id: id as u32,
-                    probability: (distance / self.params.temperature).exp(),
+                    probability: (distance / params.temperature).exp(),
                 });
             }
         }
-        if self.params.top_p < 1.0 {
-            keep_top_p(&mut self.candidates, self.params.top_p);
+        if params.top_p < 1.0 {
+            keep_top_p(&mut self.candidates, params.top_p);
         }
-        let min_p = self.params.min_p;
+        let min_p = params.min_p;
         self.candidates.retain(|c| c.probability >= min_p);
         let total: f64 = self.candidates.iter().map(|c| c.probability).sum();
         for candidate in &mut self.candidates {
@@ -219,33 +315,62 @@ impl Sampler {
         Ok(&self.candidates)
     }
 
-    /// Fills `scores` with the logits after the repetition penalty, which counts each previous id once.
+    /// Fills `scores` with the logits after everything that comes before the temperature.
     #[track_caller]
-    fn penalize(&mut self, logits: &[f32], previous: &[u32]) {
-        self.scores.clear();
-        self.scores.extend_from_slice(logits);
-        let penalty = self.params.repetition_penalty as f32;
-        if penalty == 1.0 {
-            return;
+    fn adjust(&mut self, params: &SamplingParams, logits: &[f32], context: Context<'_>) {
+        let scores = &mut self.scores;
+        scores.clear();
+        scores.extend_from_slice(logits);
+        let check = |id: u32| {
+            let vocabulary = logits.len();
+            assert!((id as usize) < vocabulary, "token {id} of a vocabulary of {vocabulary}");
+            id as usize
+        };
+        for &(id, bias) in &params.logit_bias {
+            scores[check(id)] += bias;
         }
-        for &id in previous {
-            assert!(
-                (id as usize) < logits.len(),
-                "previous token {id} of a vocabulary of {}",
-                logits.len()
-            );
-            let logit = logits[id as usize];
-            self.scores[id as usize] = if logit < 0.0 {
-                logit * penalty
-            } else {
-                logit / penalty
-            };
+        let repetition = params.repetition_penalty as f32;
+        if repetition != 1.0 {
+            self.ids.clear();
+            self.ids.extend_from_slice(context.prompt);
+            self.ids.extend_from_slice(context.generated);
+            self.ids.sort_unstable();
+            self.ids.dedup();
+            for &id in &self.ids {
+                let score = &mut scores[check(id)];
+                *score = match *score < 0.0 {
+                    true => *score * repetition,
+                    false => *score / repetition,
+                };
+            }
+        }
+        let (frequency, presence) = (params.frequency_penalty, params.presence_penalty);
+        if frequency != 0.0 || presence != 0.0 {
+            self.ids.clear();
+            self.ids.extend_from_slice(context.generated);
+            self.ids.sort_unstable();
+            for same in self.ids.chunk_by(|a, b| a == b) {
+                let penalty = frequency * same.len() as f64 + presence;
+                scores[check(same[0])] -= penalty as f32;
+            }
+        }
+        for &id in context.banned {
+            scores[check(id)] = f32::NEG_INFINITY;
+        }
+        if let Some(mask) = context.mask {
+            let words = mask.iter().copied().chain(std::iter::repeat(0));
+            for (scores, word) in scores.chunks_mut(32).zip(words) {
+                for (bit, score) in scores.iter_mut().enumerate() {
+                    if word >> bit & 1 == 0 {
+                        *score = f32::NEG_INFINITY;
+                    }
+                }
+            }
         }
     }
 
     /// The score of the k-th best token, or −∞ when top-k keeps all.
-    fn top_k_floor(&mut self) -> f32 {
-        let k = self.params.top_k;
+    fn top_k_floor(&mut self, k: usize) -> f32 {
         if k == 0 || k >= self.scores.len() {
             return f32::NEG_INFINITY;
         }
@@ -313,7 +438,18 @@ mod tests {
     use super::*;
 
     const LOGITS: [f32; 10] = [1.5, -0.5, 2.25, 0.0, -3.0, 2.0, 0.75, -1.25, 3.0, 0.5];
-    const PREVIOUS: [u32; 5] = [8, 1, 8, 3, 4];
+    const PREVIOUS: Context<'static> = Context {
+        prompt: &[8, 1, 8],
+        generated: &[3, 4],
+        banned: &[],
+        mask: None,
+    };
+    const NOTHING: Context<'static> = Context {
+        prompt: &[],
+        generated: &[],
+        banned: &[],
+        mask: None,
+    };
 
     /// Penalty, temperature, top-k, top-p, min-p.
     type Settings = (f64, f64, usize, f64, f64);
@@ -325,6 +461,7 @@ mod tests {
             top_p,
             min_p,
             repetition_penalty: penalty,
+            ..SamplingParams::default()
         })
         .unwrap()
     }
@@ -352,7 +489,7 @@ mod tests {
         for ((penalty, temperature, top_k, top_p, min_p), expected) in cases {
             let mut sampler = params(penalty, temperature, top_k, top_p, min_p);
             let mut full = [0.0; 10];
-            for candidate in sampler.distribution(&LOGITS, &PREVIOUS).unwrap() {
+            for candidate in sampler.distribution(&LOGITS, PREVIOUS).unwrap() {
                 full[candidate.id as usize] = candidate.probability;
             }
             for (id, (got, want)) in full.iter().zip(&expected).enumerate() {
@@ -372,19 +509,19 @@ mod tests {
             (&[0.0, -0.0], 0),
             (&LOGITS, 8),
         ] {
-            assert_eq!(sampler.sample(logits, &[], &mut rng).unwrap(), expected);
-            let alone = sampler.distribution(logits, &[]).unwrap();
+            assert_eq!(sampler.sample(logits, NOTHING, &mut rng).unwrap(), expected);
+            let alone = sampler.distribution(logits, NOTHING).unwrap();
             assert_eq!((alone.len(), alone[0].id), (1, expected));
         }
         assert_eq!(rng, Rng::new(1));
         let mut penalized = params(2.0, 0.0, 0, 1.0, 0.0);
-        assert_eq!(penalized.sample(&LOGITS, &[8, 8], &mut rng).unwrap(), 2);
+        assert_eq!(penalized.sample(&LOGITS, Context::split(&[8, 8], 1), &mut rng).unwrap(), 2);
     }
 
     #[test]
     fn ties_follow_the_stated_rules() {
         let kept = |mut sampler: Sampler, logits: &[f32]| -> Vec<u32> {
-            let candidates = sampler.distribution(logits, &[]).unwrap();
+            let candidates = sampler.distribution(logits, NOTHING).unwrap();
             candidates.iter().map(|c| c.id).collect()
         };
         let tied = [1.0, 2.0, 1.0, 1.0];
@@ -404,7 +541,7 @@ mod tests {
         for (std, top_p) in [(0.05, 0.3), (0.5, 0.5), (3.0, 0.9), (8.0, 0.999)] {
             rng.fill_normal(&mut logits, 0.0, std);
             let mut all = Sampler::new(SamplingParams::default()).unwrap();
-            let mut sorted = all.distribution(&logits, &[]).unwrap().to_vec();
+            let mut sorted = all.distribution(&logits, NOTHING).unwrap().to_vec();
             sorted.sort_by(|a, b| b.preference(a));
             let mut mass = 0.0;
             let keep = sorted.iter().take_while(|c| {
@@ -415,7 +552,7 @@ mod tests {
             let mut expected: Vec<u32> = keep.map(|c| c.id).collect();
             expected.sort_unstable();
             let mut sampler = params(1.0, 1.0, 0, top_p, 0.0);
-            let got = sampler.distribution(&logits, &[]).unwrap();
+            let got = sampler.distribution(&logits, NOTHING).unwrap();
             let got: Vec<u32> = got.iter().map(|c| c.id).collect();
             assert!(got == expected, "deviation {std}, top-p {top_p}");
         }
@@ -435,13 +572,13 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            let candidates = sampler.distribution(&LOGITS, &PREVIOUS).unwrap().to_vec();
+            let candidates = sampler.distribution(&LOGITS, PREVIOUS).unwrap().to_vec();
             let draws = 100_000;
             let mut rng = Rng::stream(11, index as u64);
             let mut again = rng.clone();
             let mut counts = [0u32; 10];
             for _ in 0..draws {
-                let token = sampler.sample(&LOGITS, &PREVIOUS, &mut rng).unwrap();
+                let token = sampler.sample(&LOGITS, PREVIOUS, &mut rng).unwrap();
                 counts[token as usize] += 1;
             }
             let statistic: f64 = candidates
@@ -457,11 +594,64 @@ mod tests {
             assert_eq!(inside, draws, "a dropped token was drawn: {counts:?}");
             let mut repeated = [0u32; 10];
             for _ in 0..draws {
-                let token = sampler.sample(&LOGITS, &PREVIOUS, &mut again).unwrap();
+                let token = sampler.sample(&LOGITS, PREVIOUS, &mut again).unwrap();
                 repeated[token as usize] += 1;
             }
             assert_eq!(counts, repeated);
         }
+    }
+
+    /// Each setting before the temperature, by what it leaves of five logits when greedy or in the distribution.
+    #[test]
+    fn biases_penalties_and_masks_come_in_their_order() {
+        let logits = [1.0, 2.0, -1.0, 0.5, 0.0];
+        type Change = fn(&mut SamplingParams);
+        let context = Context {
+            prompt: &[1, 1],
+            generated: &[0, 3, 3, 2],
+            ..Context::default()
+        };
+        let masked = Context {
+            mask: Some(&[0b10101]),
+            ..context
+        };
+        let banned = Context {
+            banned: &[1, 4],
+            ..context
+        };
+        let none = f32::NEG_INFINITY;
+        let cases: [(Context<'_>, Change, [f32; 5]); 8] = [
+            (context, |_| {}, logits),
+            (context, |p| p.logit_bias = vec![(0, -3.0), (4, 7.5)], [-2.0, 2.0, -1.0, 0.5, 7.5]),
+            (context, |p| p.repetition_penalty = 2.0, [0.5, 1.0, -2.0, 0.25, 0.0]),
+            (context, |p| p.presence_penalty = 0.5, [0.5, 2.0, -1.5, 0.0, 0.0]),
+            (context, |p| p.frequency_penalty = -0.5, [1.5, 2.0, -0.5, 1.5, 0.0]),
+            (
+                context,
+                |p| {
+                    // The bias comes before the division, the other penalties after it.
+                    p.logit_bias = vec![(0, 3.0)];
+                    (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) = (2.0, 0.25, 1.0);
+                },
+                [0.75, 1.0, -3.25, -1.25, 0.0],
+            ),
+            (masked, |p| p.logit_bias = vec![(1, 100.0)], [1.0, none, -1.0, none, 0.0]),
+            (banned, |p| p.presence_penalty = 1.0, [0.0, none, -2.0, -0.5, none]),
+        ];
+        for (context, change, expected) in cases {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            let mut scratch = Scratch::default();
+            scratch.adjust(&params, &logits, context);
+            assert_eq!(scratch.scores, expected, "{params:?} {context:?}");
+        }
+        let short = Context {
+            mask: Some(&[]),
+            ..NOTHING
+        };
+        let mut sampler = Sampler::new(SamplingParams::default()).unwrap();
+        let error = sampler.sample(&logits, short, &mut Rng::new(0)).unwrap_err();
+        assert!(matches!(error, InferError::NoToken { vocabulary: 5 }));
     }
 
     #[test]
@@ -498,12 +688,20 @@ mod tests {
                 flag(|p| p.repetition_penalty = 0.0),
                 "--repetition-penalty 0: must be a number greater than 0",
             ),
+            (
+                flag(|p| p.presence_penalty = f64::NAN),
+                "--presence-penalty NaN: must be a finite number",
+            ),
+            (
+                flag(|p| p.logit_bias = vec![(3, 1.0), (4, f32::NEG_INFINITY)]),
+                "--logit-bias -inf: must be a finite number",
+            ),
         ] {
             assert_eq!(got, expected);
         }
         let mut sampler = params(1.0, 1.0, 2, 0.9, 0.1);
         let mut rng = Rng::new(0);
-        let mut sample = |logits: &[f32]| sampler.sample(logits, &[], &mut rng).unwrap_err();
+        let mut sample = |logits: &[f32]| sampler.sample(logits, NOTHING, &mut rng).unwrap_err();
         let nan = sample(&[0.0, f32::NAN]).to_string();
         assert_eq!(nan, "the model gave the logit NaN to token 1");
         let infinite = sample(&[f32::INFINITY, 0.0]).to_string();

@@ -43,6 +43,11 @@ pub enum Goal {
         /// The rows.
         rows: Arc<[u32]>,
     },
+    /// Hidden states of some rows after the last norm, `[rows, hidden_size]`.
+    Hidden {
+        /// The rows.
+        rows: Arc<[u32]>,
+    },
 }
 
 impl Tokens {

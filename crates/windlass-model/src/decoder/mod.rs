@@ -113,6 +113,10 @@ impl Layer<Tokens> for Head {
                 let h = self.norm.forward(w, &x, tape);
                 tape.logits(&h, head, self.softcap)
             }
+            Goal::Hidden { rows } => {
+                let x = tape.gather_rows(&x, rows);
+                self.norm.forward(w, &x, tape)
+            }
         }
     }
 }

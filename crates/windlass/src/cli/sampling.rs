@@ -62,6 +62,7 @@ impl Sampling {
                 top_p: self.top_p,
                 min_p: self.min_p,
                 repetition_penalty: self.repetition_penalty,
+                ..SamplingParams::default()
             },
         }
     }
