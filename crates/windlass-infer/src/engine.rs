@@ -224,7 +224,8 @@ impl Engine {
         };
         let state = live.samples.get_mut(sample);
         if state.is_some_and(|state| state.take().is_some()) {
-            self.scheduler.cancel(|s| s.request == id && s.sample == sample);
+            self.scheduler
+                .cancel(|s| s.request == id && s.sample == sample);
             live.left -= 1;
             if live.left == 0 {
                 self.live.remove(&id);
@@ -266,7 +267,10 @@ impl Engine {
             events: Vec::new(),
         };
         for &(id, cached_tokens) in &plan.admitted {
-            let live = self.live.get_mut(&id.request).expect("a request that is let in lives");
+            let live = self
+                .live
+                .get_mut(&id.request)
+                .expect("a request that is let in lives");
             if !live.started {
                 live.started = true;
                 live.cached_tokens = cached_tokens;

@@ -105,7 +105,9 @@ pub enum InferError {
         expected: usize,
     },
     /// More tokens than there are keys and values for.
-    #[error("the request may come to {tokens} tokens, but there is key-value memory for {capacity}")]
+    #[error(
+        "the request may come to {tokens} tokens, but there is key-value memory for {capacity}"
+    )]
     NoRoom {
         /// The most tokens it may have computed.
         tokens: usize,

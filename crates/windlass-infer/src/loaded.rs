@@ -294,7 +294,11 @@ impl LoadedModel {
 
     /// The last layer alone: what the batch's goal asks of the hidden states that [`LoadedModel::run`] gave without it.
     pub(crate) fn head(&self, hidden: &Tensor, batch: &Tokens) -> Tensor {
-        let (unit, layer) = self.model.layers().next_back().expect("a decoder has a head");
+        let (unit, layer) = self
+            .model
+            .layers()
+            .next_back()
+            .expect("a decoder has a head");
         let weights = self
             .store
             .gather(unit)

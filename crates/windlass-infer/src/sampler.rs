@@ -323,7 +323,10 @@ impl Scratch {
         scores.extend_from_slice(logits);
         let check = |id: u32| {
             let vocabulary = logits.len();
-            assert!((id as usize) < vocabulary, "token {id} of a vocabulary of {vocabulary}");
+            assert!(
+                (id as usize) < vocabulary,
+                "token {id} of a vocabulary of {vocabulary}"
+            );
             id as usize
         };
         for &(id, bias) in &params.logit_bias {
@@ -515,7 +518,12 @@ mod tests {
         }
         assert_eq!(rng, Rng::new(1));
         let mut penalized = params(2.0, 0.0, 0, 1.0, 0.0);
-        assert_eq!(penalized.sample(&LOGITS, Context::split(&[8, 8], 1), &mut rng).unwrap(), 2);
+        assert_eq!(
+            penalized
+                .sample(&LOGITS, Context::split(&[8, 8], 1), &mut rng)
+                .unwrap(),
+            2
+        );
     }
 
     #[test]
@@ -622,21 +630,49 @@ mod tests {
         let none = f32::NEG_INFINITY;
         let cases: [(Context<'_>, Change, [f32; 5]); 8] = [
             (context, |_| {}, logits),
-            (context, |p| p.logit_bias = vec![(0, -3.0), (4, 7.5)], [-2.0, 2.0, -1.0, 0.5, 7.5]),
-            (context, |p| p.repetition_penalty = 2.0, [0.5, 1.0, -2.0, 0.25, 0.0]),
-            (context, |p| p.presence_penalty = 0.5, [0.5, 2.0, -1.5, 0.0, 0.0]),
-            (context, |p| p.frequency_penalty = -0.5, [1.5, 2.0, -0.5, 1.5, 0.0]),
+            (
+                context,
+                |p| p.logit_bias = vec![(0, -3.0), (4, 7.5)],
+                [-2.0, 2.0, -1.0, 0.5, 7.5],
+            ),
+            (
+                context,
+                |p| p.repetition_penalty = 2.0,
+                [0.5, 1.0, -2.0, 0.25, 0.0],
+            ),
+            (
+                context,
+                |p| p.presence_penalty = 0.5,
+                [0.5, 2.0, -1.5, 0.0, 0.0],
+            ),
+            (
+                context,
+                |p| p.frequency_penalty = -0.5,
+                [1.5, 2.0, -0.5, 1.5, 0.0],
+            ),
             (
                 context,
                 |p| {
                     // The bias comes before the division, the other penalties after it.
                     p.logit_bias = vec![(0, 3.0)];
-                    (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) = (2.0, 0.25, 1.0);
+                    (
+                        p.repetition_penalty,
+                        p.frequency_penalty,
+                        p.presence_penalty,
+                    ) = (2.0, 0.25, 1.0);
                 },
                 [0.75, 1.0, -3.25, -1.25, 0.0],
             ),
-            (masked, |p| p.logit_bias = vec![(1, 100.0)], [1.0, none, -1.0, none, 0.0]),
-            (banned, |p| p.presence_penalty = 1.0, [0.0, none, -2.0, -0.5, none]),
+            (
+                masked,
+                |p| p.logit_bias = vec![(1, 100.0)],
+                [1.0, none, -1.0, none, 0.0],
+            ),
+            (
+                banned,
+                |p| p.presence_penalty = 1.0,
+                [0.0, none, -2.0, -0.5, none],
+            ),
         ];
         for (context, change, expected) in cases {
             let mut params = SamplingParams::default();
@@ -650,7 +686,9 @@ mod tests {
             ..NOTHING
         };
         let mut sampler = Sampler::new(SamplingParams::default()).unwrap();
-        let error = sampler.sample(&logits, short, &mut Rng::new(0)).unwrap_err();
+        let error = sampler
+            .sample(&logits, short, &mut Rng::new(0))
+            .unwrap_err();
         assert!(matches!(error, InferError::NoToken { vocabulary: 5 }));
     }
 

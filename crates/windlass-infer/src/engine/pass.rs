@@ -199,7 +199,10 @@ fn begin_draws(live: &mut Live, work: &Work, first: usize, (readings, rows): Wan
     }
     rows.push((first + work.tokens - 1) as u32);
     if live.samples.is_empty() {
-        live.samples = Sample::begin(&mut live.request).into_iter().map(Some).collect();
+        live.samples = Sample::begin(&mut live.request)
+            .into_iter()
+            .map(Some)
+            .collect();
     }
     for sample in work.id.sample..work.id.sample + work.samples {
         let id = SequenceId { sample, ..work.id };

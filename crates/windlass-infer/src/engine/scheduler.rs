@@ -466,7 +466,8 @@ impl Scheduler {
     pub fn update(&mut self, plan: Plan, results: &[(SequenceId, Next)]) {
         assert!(self.spare.is_none(), "a plan came back twice");
         for work in &plan.work {
-            let at = find(&self.running, work.id).expect("sequences of a plan stay until it is back");
+            let at =
+                find(&self.running, work.id).expect("sequences of a plan stay until it is back");
             self.counts.computed_tokens += work.tokens as u64;
             self.advance(at, work);
         }
@@ -502,7 +503,10 @@ impl Scheduler {
         }
         for sample in 1..work.samples {
             let first = &self.running[at];
-            let table = first.table.iter().map(|block| self.pool.share(block.index()));
+            let table = first
+                .table
+                .iter()
+                .map(|block| self.pool.share(block.index()));
             let sequence = Sequence {
                 id: SequenceId { sample, ..first.id },
                 tokens: first.tokens.clone(),

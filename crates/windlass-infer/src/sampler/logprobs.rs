@@ -74,7 +74,11 @@ mod tests {
                 assert!((got.logprob - expected(token)).abs() < 1e-12);
                 let order: Vec<u32> = got.top.iter().map(|&(id, _)| id).collect();
                 assert_eq!(order, ids[..top.min(ids.len())], "{top} of {count}");
-                assert!(got.top.iter().all(|&(id, p)| (p - expected(id)).abs() < 1e-12));
+                assert!(
+                    got.top
+                        .iter()
+                        .all(|&(id, p)| (p - expected(id)).abs() < 1e-12)
+                );
             }
         }
     }
