@@ -9,6 +9,7 @@
 mod blocks;
 mod draw;
 mod pass;
+mod plan;
 mod request;
 pub mod scheduler;
 
