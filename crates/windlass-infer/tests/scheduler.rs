@@ -54,7 +54,7 @@ fn check(name: &str, limits: Limits, prompts: &[usize], passes: &[Pass<'_>]) {
     }
     for (index, (work, preempted, finished)) in passes.iter().enumerate() {
         let plan = scheduler.schedule();
-        let got: Vec<_> = plan.work.iter();
+        let got = plan.work.iter();
         let got = got.map(|w| (w.id.request.0, w.tokens, plan.blocks(w).len()));
         assert_eq!(got.collect::<Vec<_>>(), *work, "{name}, pass {index}");
         let lost: Vec<u64> = plan.preempted.iter().map(|id| id.request.0).collect();
