@@ -306,9 +306,8 @@ pub fn write_hugging_face(
     mut progress: impl FnMut(&str, usize),
 ) -> Result<Vec<String>, InferError> {
     let (config, mut notes) = config(file, file.path())?;
-    let tokenizer = tokenizer(file.metadata())?;
+    let tokenizer = tokenizer(file.metadata(), &config)?;
     if let Some(tokenizer) = &tokenizer {
-        tokenizer.check_vocabulary(config.vocab_size)?;
         notes.extend(tokenizer.notes().iter().cloned());
     }
     let model = decoder(&config);

@@ -43,7 +43,7 @@ pub enum InferError {
         hint: String,
     },
     /// The file has biases that the configuration does not know: the model would compute something else.
-    #[error("{}: config.json asks for no bias where the file has one: {}", path.display(), names.join(", "))]
+    #[error("{}: the configuration asks for no bias where the file has one: {}", path.display(), names.join(", "))]
     UnknownBias {
         /// The folder.
         path: PathBuf,

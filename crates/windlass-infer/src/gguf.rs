@@ -1,14 +1,14 @@
 //! Models in GGUF files: the configuration from metadata, blocks straight into packed matrices.
 
-use crate::loaded::LoadedModel;
+use crate::loaded::{LoadedModel, sort_out_unused};
 use crate::{InferError, LoadIn, vocabulary};
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::path::Path;
 use windlass_model::gguf::{Place, config_json, place};
 use windlass_model::{DecoderConfig, Tokenizer, decoder};
-use windlass_store::Store;
 use windlass_store::gguf::{self, File, TensorInfo};
-use windlass_tensor::kernels::blocks::{BlockType, dequantize, first_bad_block};
+use windlass_tensor::kernels::blocks::{BlockType, dequantize, first_bad_block_of_all};
 use windlass_tensor::kernels::packed::{Layout, PackedMatrix};
 use windlass_tensor::{
     Category, Cpu, DType, Packed, ParamSpec, Shape, Tensor, Weight, Weights, each_dtype,
@@ -30,10 +30,7 @@ impl LoadedModel {
     ) -> Result<Self, InferError> {
         let file = File::open(path)?;
         let (config, mut notes) = config(&file, path)?;
-        let tokenizer = tokenizer(file.metadata())?;
-        if let Some(tokenizer) = &tokenizer {
-            tokenizer.check_vocabulary(config.vocab_size)?;
-        }
+        let tokenizer = tokenizer(file.metadata(), &config)?;
         let model = decoder(&config);
         let dtype = dtype.unwrap_or_else(|| plain_dtype(&file));
         let mut reader = Reader {
@@ -44,6 +41,7 @@ impl LoadedModel {
             dtype,
             load_in,
             rounded: Vec::new(),
+            used: BTreeSet::new(),
         };
         let mut weights = Vec::new();
         for unit in model.units() {
@@ -57,27 +55,27 @@ impl LoadedModel {
                 "{kinds} has no kernels of its own: these tensors are rounded to q8"
             ));
         }
-        let kv_type = crate::loaded::kv_type(dtype, &weights);
-        let store = Store::new(cpu, model.units(), weights);
-        Ok(LoadedModel {
-            config,
-            model,
-            store,
-            tokenizer,
-            dtype,
-            kv_type,
-            notes,
-            folder: path.to_owned(),
-        })
+        let unused = reader.unused()?;
+        sort_out_unused(path, &config, unused, &mut notes)?;
+        Ok(Self::assemble(
+            cpu, config, model, weights, tokenizer, dtype, notes, path,
+        ))
     }
 }
 
-/// The tokenizer of the metadata, where they have one.
-pub(crate) fn tokenizer(metadata: &gguf::Metadata) -> Result<Option<Tokenizer>, InferError> {
+/// The tokenizer of the metadata, where they have one, which must not have more tokens than the model.
+pub(crate) fn tokenizer(
+    metadata: &gguf::Metadata,
+    config: &DecoderConfig,
+) -> Result<Option<Tokenizer>, InferError> {
     // "none" and "no_vocab" stand for a model without one.
     match metadata.get_str("tokenizer.ggml.model")? {
         None | Some("none" | "no_vocab") => Ok(None),
-        Some(_) => Ok(Some(Tokenizer::from_gguf(&vocabulary::read(metadata)?)?)),
+        Some(_) => {
+            let tokenizer = Tokenizer::from_gguf(&vocabulary::read(metadata)?)?;
+            tokenizer.check_vocabulary(config.vocab_size)?;
+            Ok(Some(tokenizer))
+        }
     }
 }
 
@@ -143,14 +141,46 @@ struct Reader<'a> {
     load_in: LoadIn,
     /// Names of types that were rounded, for a note.
     rounded: Vec<&'static str>,
+    /// Tensors that were read.
+    used: BTreeSet<String>,
 }
+
+/// Tensors of files that the configuration is made of, or that need no reading: what they say follows from the metadata.
+const KNOWN: [&str; 4] = [
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+    ".attn_rot_embd.weight",
+];
 
 impl Reader<'_> {
     /// A parameter, whose bytes in the file are not needed any more.
     fn take(&mut self, param: &ParamSpec) -> Result<Weight, InferError> {
         let (weight, tensor) = self.read(param)?;
         self.file.release(&tensor)?;
+        self.used.insert(tensor);
         Ok(weight)
+    }
+
+    /// The tensors that no parameter was made of, but for the known ones, biases of zeros, and a tied model's output.
+    fn unused(&self) -> Result<BTreeSet<String>, InferError> {
+        let mut unused = BTreeSet::new();
+        for info in self.file.tensors() {
+            let known = KNOWN.iter().any(|known| info.name.ends_with(known))
+                || self.config.tie_word_embeddings && info.name == "output.weight";
+            if known || self.used.contains(&info.name) {
+                continue;
+            }
+            if info.name.ends_with(".bias") && info.block_type.is_readable() {
+                let mut values = vec![0f32; info.elements()];
+                dequantize(info.block_type, self.file.bytes(&info.name)?, &mut values);
+                if values.iter().all(|&value| value == 0.0) {
+                    continue;
+                }
+            }
+            unused.insert(info.name.clone());
+        }
+        Ok(unused)
     }
 
     /// A parameter, and the name of its tensor.
@@ -224,7 +254,7 @@ impl Reader<'_> {
                 "take a file of another type: Q4_K_M, IQ4_XS, Q8_0, …",
             );
         }
-        match first_bad_block(info.block_type, bytes) {
+        match first_bad_block_of_all(&self.cpu.pool, info.block_type, bytes) {
             Some(block) => {
                 let problem = format!("block {block} has a scale that is no finite number");
                 refuse(problem, "the file is damaged: download it again")

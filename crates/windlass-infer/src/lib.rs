@@ -13,6 +13,7 @@ pub mod inputs;
 pub mod loaded;
 pub mod quantized;
 pub mod sampler;
+mod saved;
 pub mod saved_logits;
 pub mod score;
 mod session;

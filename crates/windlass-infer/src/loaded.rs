@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use windlass_model::{DecoderConfig, Goal, Model, Tokenizer, TokenizerError, Tokens, decoder};
 use windlass_store::checkpoint::Checkpoints;
+use windlass_store::gguf::is_gguf;
+use windlass_store::packed as packed_file;
 use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_store::{Loader, Store};
 use windlass_tensor::kernels::attention::KvType;
@@ -33,13 +35,13 @@ pub struct LoadedModel {
     pub kv_type: KvType,
     /// What the user should know: settings without effect, tensors without use.
     pub notes: Vec<String>,
-    /// The folder that holds `config.json`.
+    /// The folder that holds `config.json`, or the GGUF file.
     pub folder: PathBuf,
 }
 
 /// How keys and values are kept unless the caller decides: weights of few bits leave `f32` activations, whose keys and
 /// values would outweigh them in a long context.
-pub(crate) fn kv_type(dtype: DType, weights: &[Weights]) -> KvType {
+fn kv_type(dtype: DType, weights: &[Weights]) -> KvType {
     let packed = |weight: &Weight| matches!(weight, Weight::Packed(_));
     match weights.iter().flat_map(Weights::iter).any(packed) {
         true => KvType::Plain(DType::F16),
@@ -58,7 +60,8 @@ pub enum LoadIn {
 }
 
 impl LoadedModel {
-    /// Opens a Hugging Face folder, a checkpoint, a folder of checkpoints (its latest one), or a GGUF file.
+    /// Opens a Hugging Face folder, a checkpoint, a folder of checkpoints (its latest one), a folder of
+    /// [`LoadedModel::save_packed`], or a GGUF file.
     ///
     /// Without a `dtype` it is the file's own: `f32`, or `bf16` for files in 16 bits; `f32` beside packed matrices.
     ///
@@ -79,22 +82,18 @@ impl LoadedModel {
         dtype: Option<DType>,
         load_in: LoadIn,
     ) -> Result<Self, InferError> {
-        if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
+        if is_gguf(path) {
             return Self::open_gguf(cpu, path, dtype, load_in);
         }
         let mut notes = Vec::new();
         let folder = find_folder(path, &mut notes)?;
+        if folder.join(packed_file::FILE_NAME).is_file() {
+            return Self::open_packed(cpu, &folder, dtype, load_in, notes);
+        }
         let (config, quantization) = DecoderConfig::load_quantized(&folder)?;
         let quantization = Quantization::of_folder(&folder, quantization.as_ref())?;
         notes.extend(config.notes.iter().cloned());
-        let tokenizer = match Tokenizer::load(&folder) {
-            Ok(tokenizer) => Some(tokenizer),
-            Err(TokenizerError::Missing { .. }) => None,
-            Err(error) => return Err(error.into()),
-        };
-        if let Some(tokenizer) = &tokenizer {
-            tokenizer.check_vocabulary(config.vocab_size)?;
-        }
+        let tokenizer = tokenizer_of(&folder, &config)?;
         let tensors = Tensors::open(&folder)?;
         let model = decoder(&config);
         let dtype = match dtype {
@@ -116,9 +115,26 @@ impl LoadedModel {
         };
         let (weights, unused) = reader.read(&model)?;
         sort_out_unused(&folder, &config, unused, &mut notes)?;
+        Ok(Self::assemble(
+            cpu, config, model, weights, tokenizer, dtype, notes, &folder,
+        ))
+    }
+
+    /// A model of its parts.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a model, once each")]
+    pub(crate) fn assemble(
+        cpu: &Cpu,
+        config: DecoderConfig,
+        model: Model<Tokens>,
+        weights: Vec<Weights>,
+        tokenizer: Option<Tokenizer>,
+        dtype: DType,
+        notes: Vec<String>,
+        folder: &Path,
+    ) -> Self {
         let kv_type = kv_type(dtype, &weights);
         let store = Store::new(cpu, model.units(), weights);
-        Ok(LoadedModel {
+        LoadedModel {
             config,
             model,
             store,
@@ -126,8 +142,8 @@ impl LoadedModel {
             dtype,
             kv_type,
             notes,
-            folder,
-        })
+            folder: folder.to_owned(),
+        }
     }
 
     /// The tokenizer.
@@ -315,6 +331,21 @@ impl LoadedModel {
             Some(&id) => Err(InferError::UnknownToken { id, vocabulary }),
             None => Ok(()),
         }
+    }
+}
+
+/// The tokenizer of a folder, where it has one, which must not have more tokens than the model.
+pub(crate) fn tokenizer_of(
+    folder: &Path,
+    config: &DecoderConfig,
+) -> Result<Option<Tokenizer>, InferError> {
+    match Tokenizer::load(folder) {
+        Ok(tokenizer) => {
+            tokenizer.check_vocabulary(config.vocab_size)?;
+            Ok(Some(tokenizer))
+        }
+        Err(TokenizerError::Missing { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::loaded::find_folder;
 use std::path::Path;
 use windlass_model::tokenizer::{GgufVocabulary, TokenType};
 use windlass_model::{Tokenizer, TokenizerError};
-use windlass_store::gguf::{Array, File, Metadata, Value};
+use windlass_store::gguf::{Array, File, Metadata, Value, is_gguf};
 
 const PREFIX: &str = "tokenizer.ggml.";
 
@@ -16,7 +16,7 @@ const PREFIX: &str = "tokenizer.ggml.";
 /// # Errors
 /// A path without a tokenizer, or with one that is damaged.
 pub fn open_tokenizer(path: &Path) -> Result<Tokenizer, InferError> {
-    if path.is_file() && path.extension().is_some_and(|end| end == "gguf") {
+    if is_gguf(path) {
         let file = File::open(path)?;
         return Ok(Tokenizer::from_gguf(&read(file.metadata())?)?);
     }

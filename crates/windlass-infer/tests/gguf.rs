@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use windlass_infer::{GenerateOptions, Generator, LoadIn, LoadedModel, SamplingParams};
+use windlass_store::atomic::RealDisk;
+use windlass_store::gguf::{BlockType, File, TensorInfo, Writer};
 use windlass_store::safetensors::Tensors;
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Cpu, DType};
@@ -222,5 +224,48 @@ fn damaged_scales_are_refused_by_tensor() {
             "{message}"
         );
         assert!(error.hint().is_some());
+    }
+}
+
+/// Tensors without use are told, those that would change the model are refused.
+#[test]
+fn tensors_without_use_are_told() {
+    let Some(data) = data() else { return };
+    let cpu = Cpu::new(1);
+    let file = File::open(&data.join("gguf-v3/stories260K-Q8_0.gguf")).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("more");
+    for (name, value, note, refused) in [
+        ("rope_freqs.weight", 1.0f32, "", false),
+        ("blk.0.attn_norm.bias", 0.0, "", false),
+        ("blk.0.attn_norm.bias", 0.5, "", true),
+        (
+            "blk.0.attn_q_norm.weight",
+            1.0,
+            "1 tensors of the file are not used",
+            false,
+        ),
+    ] {
+        let mut infos: Vec<TensorInfo> = file.tensors().cloned().collect();
+        infos.push(TensorInfo::new(name, [32], BlockType::F32));
+        let mut writer = Writer::create(&RealDisk, &path, file.metadata(), &infos).unwrap();
+        for info in file.tensors() {
+            writer
+                .write(&info.name, file.bytes(&info.name).unwrap())
+                .unwrap();
+        }
+        writer.write(name, &value.to_le_bytes().repeat(32)).unwrap();
+        writer.finish().unwrap();
+        match LoadedModel::open(&cpu, &path, None) {
+            Ok(model) => {
+                assert!(!refused, "{name} {value}");
+                let notes = model.notes.concat();
+                assert!(
+                    notes.contains(note) && note.is_empty() == notes.is_empty(),
+                    "{notes}"
+                );
+            }
+            Err(error) => assert!(refused && error.to_string().contains(name), "{error}"),
+        }
     }
 }

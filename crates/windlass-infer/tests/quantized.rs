@@ -451,6 +451,12 @@ fn compare(name: &str, cpu: &Cpu, quantized: &Path, plain: &Path, ids: &[u32]) -
     println!("{name}: divergence {divergence:.1e}");
     assert!(divergence < 1e-3, "{name}: divergence {divergence}");
     assert_ne!(p, q, "{name}: activations are rounded");
+    let kept = tempfile::tempdir().unwrap();
+    let kept = kept.path().join("packed");
+    got.save_packed(&RealDisk, &kept).unwrap();
+    let kept = LoadedModel::open(cpu, &kept, None).unwrap();
+    let again = kept.logits(ids).unwrap().to_f32();
+    assert_eq!(q, again, "{name}: packed weights were kept");
     count
 }
 

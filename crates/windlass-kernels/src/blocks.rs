@@ -16,6 +16,6 @@ mod search;
 mod super_block;
 
 pub use codes::{Codes, FLOAT4, Levels, MAX_ELEMENTS, SIGN, UNEVEN, codes};
-pub use dequantize::{dequantize, dequantize_all, first_bad_block};
+pub use dequantize::{dequantize, dequantize_all, first_bad_block, first_bad_block_of_all};
 pub use kind::{BlockType, UnknownType};
 pub use quantize::{quantize, quantize_all};

@@ -19,7 +19,7 @@ mod writer;
 
 pub use header::{Header, Problem, TensorInfo};
 pub use metadata::Metadata;
-pub use reader::File;
+pub use reader::{File, is_gguf};
 pub use value::{Array, FromValue, Kind, Value};
 pub use windlass_tensor::kernels::blocks::BlockType;
 pub use writer::{MAX_NAME_BYTES, Writer};

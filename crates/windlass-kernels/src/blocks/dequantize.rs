@@ -1,5 +1,7 @@
 //! Stored bytes to `f32`, exactly as the format's reference does it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::{bf16, f16};
 
 use super::{BlockType, Codes};
@@ -100,6 +102,30 @@ pub fn first_bad_block(block_type: BlockType, bytes: &[u8]) -> Option<usize> {
     // All bits of the exponent are set.
     let bad = |block: &[u8]| offsets.iter().any(|at| block[at + 1] & 0x7c == 0x7c);
     bytes.chunks_exact(width).position(bad)
+}
+
+/// [`first_bad_block`] by all threads of a pool.
+///
+/// # Panics
+/// As [`first_bad_block`].
+#[track_caller]
+pub fn first_bad_block_of_all(pool: &Pool, block_type: BlockType, bytes: &[u8]) -> Option<usize> {
+    let width = block_type.bytes();
+    assert!(
+        bytes.len().is_multiple_of(width),
+        "{} bytes of {block_type}",
+        bytes.len()
+    );
+    let tasks = Tasks::rows(bytes.len() / width, width);
+    let first = AtomicUsize::new(usize::MAX);
+    pool.run(tasks.count(), |task, _| {
+        let blocks = tasks.part(task);
+        let bytes = &bytes[blocks.start * width..blocks.end * width];
+        if let Some(bad) = first_bad_block(block_type, bytes) {
+            first.fetch_min(blocks.start + bad, Ordering::Relaxed);
+        }
+    });
+    Some(first.into_inner()).filter(|&first| first != usize::MAX)
 }
 
 fn first_bad_number(block_type: BlockType, bytes: &[u8]) -> Option<usize> {

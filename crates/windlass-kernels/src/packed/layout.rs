@@ -74,6 +74,10 @@ pub enum Min {
     Super,
 }
 
+/// What the bytes of packed matrices mean: raised whenever a layout puts something elsewhere, so that files which hold them
+/// are told apart.
+pub const LAYOUT_VERSION: u32 = 1;
+
 /// How a matrix is stored: `w = scale * (code - offset) + min`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
@@ -149,41 +153,47 @@ impl Layout {
         8.0 * unit.bytes as f64 / (PANEL * UNIT) as f64
     }
 
+    /// Why there are no such matrices: a group or sub-block of another size, codes that have no kernel with their scales,
+    /// minimums of another kind than the scales. `None` for a layout that can be packed.
+    pub fn problem(&self) -> Option<String> {
+        let (codes, min) = (self.codes, self.min);
+        match self.scale {
+            _ if codes == Codes::U6 && !matches!(self.scale, Scale::Super { sub: 16 }) => {
+                Some("6 bits have a kernel for scales of 16 columns only".into())
+            }
+            Scale::Super { sub } if sub != 16 && sub != 32 => {
+                Some(format!("a sub-scale for {sub} columns, not 16 or 32"))
+            }
+            Scale::Super { sub: 16 } if !matches!(codes, Codes::U2 | Codes::U3 | Codes::U6) => {
+                Some(format!(
+                    "{codes:?} have no kernel for a scale of 16 columns"
+                ))
+            }
+            Scale::Half { group } if ![32, 64, 128, 256].contains(&group) => Some(format!(
+                "a scale for {group} columns, not 32, 64, 128 or 256"
+            )),
+            Scale::Super { .. } if matches!(min, Min::Half | Min::Zero) => {
+                Some(format!("minimums of the kind {min:?} beside sub-scales"))
+            }
+            Scale::Half { .. } | Scale::Exponent if min == Min::Super => {
+                Some("sub-minimums without sub-scales".into())
+            }
+            _ => None,
+        }
+    }
+
     /// Where the pieces of a unit of `steps` steps lie.
     ///
     /// # Panics
-    /// On a group that is not 32, 64, 128 or 256, a sub-block that is not 16 or 32, and codes that have no kernel with it.
+    /// On a layout with a [`Layout::problem`].
     #[track_caller]
     pub(super) fn unit(&self, steps: usize) -> Unit {
-        assert!(
-            self.codes != Codes::U6 || matches!(self.scale, Scale::Super { sub: 16 }),
-            "6 bits have a kernel for scales of 16 columns only"
-        );
+        if let Some(problem) = self.problem() {
+            panic!("{problem}");
+        }
         let group_steps = match self.scale {
-            Scale::Super { sub } => {
-                assert!(
-                    sub == 16 || sub == 32,
-                    "a sub-scale for {sub} columns, not 16 or 32"
-                );
-                let halves = match self.codes {
-                    Codes::U2 | Codes::U3 => sub == 16 || sub == 32,
-                    Codes::U6 => sub == 16,
-                    _ => sub == 32,
-                };
-                assert!(
-                    halves,
-                    "{:?} have no kernel for a scale of {sub} columns",
-                    self.codes
-                );
-                UNIT_STEPS
-            }
-            Scale::Half { group } => {
-                assert!(
-                    [32, 64, 128, 256].contains(&group),
-                    "a scale for {group} columns, not 32, 64, 128 or 256"
-                );
-                group / STEP
-            }
+            Scale::Super { .. } => UNIT_STEPS,
+            Scale::Half { group } => group / STEP,
             Scale::Exponent => 1,
         };
         let heads = steps.div_ceil(group_steps);

@@ -25,7 +25,7 @@ mod tests;
 mod unit;
 
 pub use activations::Activations;
-pub use layout::{Codes, Layout, Min, Scale};
+pub use layout::{Codes, LAYOUT_VERSION, Layout, Min, Scale};
 pub use matrix::PackedMatrix;
 pub use product::{Product, multiply};
 pub use unit::{RowUnit, UnitMut};

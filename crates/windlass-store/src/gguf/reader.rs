@@ -1,9 +1,12 @@
 //! Reading: one file, or the files of a split model, as one table of tensors.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::MAGIC;
 use super::header::{Header, Problem, TensorInfo};
 use super::metadata::Metadata;
 use super::split;
@@ -155,6 +158,15 @@ impl File {
             nearest: nearest(name, self.index.keys().map(String::as_str)),
         })
     }
+}
+
+/// Whether a path is a file that begins as a GGUF file does, or is named as one.
+pub fn is_gguf(path: &Path) -> bool {
+    let mut magic = [0; MAGIC.len()];
+    let begins = |mut file: fs::File| file.read_exact(&mut magic).is_ok() && magic == MAGIC;
+    path.is_file()
+        && (path.extension().is_some_and(|end| end == "gguf")
+            || fs::File::open(path).is_ok_and(begins))
 }
 
 fn read(path: &Path) -> Result<(Mapped, Header)> {

@@ -10,7 +10,7 @@ use windlass::hub;
 use windlass::infer::convert::{Folder, folder_dtype, write_hugging_face};
 use windlass::progress::Progress;
 use windlass::store::atomic::RealDisk;
-use windlass::store::gguf::{BlockType, File, TensorInfo};
+use windlass::store::gguf::{BlockType, File, TensorInfo, is_gguf};
 use windlass::store::safetensors::Dtype;
 
 /// Flags of the verb.
@@ -34,7 +34,7 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     let input = hub::resolve(&args.input)?;
-    match input.is_file() && input.extension().is_some_and(|end| end == "gguf") {
+    match is_gguf(&input) {
         true => to_folder(&args, &input),
         false => to_file(&args, &input),
     }

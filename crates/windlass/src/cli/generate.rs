@@ -118,6 +118,7 @@ pub fn run(args: Args) -> Result<()> {
             let source = Source {
                 model: path.clone(),
                 tokenizer: None,
+                save_packed: None,
                 ..args.source.clone()
             };
             Some(source.open_on(model.store.cpu())?)

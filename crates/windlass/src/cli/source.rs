@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 use windlass::hub;
 use windlass::infer::{InferError, LoadIn, LoadedModel};
+use windlass::store::atomic::RealDisk;
 use windlass::tensor::kernels::attention::KvType;
 use windlass::tensor::kernels::packed::Layout;
 use windlass::tensor::{Cpu, DType};
@@ -13,7 +14,7 @@ use windlass::tensor::{Cpu, DType};
 /// A model to compute with.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Source {
-    /// Hugging Face folder, checkpoint, or hub id such as org/name[@revision]
+    /// Hugging Face folder, checkpoint, GGUF file, folder of --save-packed, or hub id such as org/name[@revision]
     #[arg(long, short, value_name = "PATH|ID")]
     pub model: String,
     /// Tokenizer instead of the model's own: a tokenizer.json or its folder
@@ -28,6 +29,9 @@ pub struct Source {
     /// How keys and values are kept [default: as activations, f16 beside packed weights]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub kv_cache_dtype: Option<KvPrecision>,
+    /// Keep the model in a folder as it is in memory: it opens at once
+    #[arg(long, value_name = "FOLDER")]
+    pub save_packed: Option<PathBuf>,
     #[command(flatten)]
     pub machine: Machine,
 }
@@ -124,6 +128,10 @@ impl Source {
             cpu.pool.threads(),
             start.elapsed().as_secs_f64(),
         );
+        if let Some(folder) = &self.save_packed {
+            model.save_packed(&RealDisk, folder)?;
+            eprintln!("saved {}", folder.display());
+        }
         Ok(model)
     }
 }
