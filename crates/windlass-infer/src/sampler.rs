@@ -6,8 +6,10 @@
 //! module neither runs a model nor decides when to stop.
 
 mod logprobs;
+mod weights;
 
 pub use logprobs::{TokenLogprobs, token_logprobs};
+use weights::{best, sum, weigh};
 
 use std::cmp::Ordering;
 
@@ -159,9 +161,11 @@ impl<'a> Context<'a> {
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     scores: Vec<f32>,
+    weights: Vec<f32>,
     order: Vec<f32>,
     ids: Vec<u32>,
     candidates: Vec<Candidate>,
+    ranked: Vec<Candidate>,
 }
 
 /// Checked settings and the scratch space to apply them.
@@ -243,21 +247,21 @@ impl Scratch {
             self.adjust(params, logits, context);
             return Ok(best(&self.scores)?.0);
         }
-        let candidates = self.distribution(params, logits, context)?;
-        // The cumulative sum ends within rounding of 1: a draw beyond it belongs to the last token.
-        let draw = rng.uniform_f64();
-        let mut sum = 0.0;
-        let mut chosen = None;
-        for candidate in candidates.iter().filter(|c| c.probability > 0.0) {
-            chosen = Some(candidate.id);
-            sum += candidate.probability;
-            if sum > draw {
-                break;
-            }
+        let all = params.top_k == 0 && params.top_p >= 1.0 && params.min_p == 0.0;
+        if all {
+            self.adjust(params, logits, context);
+            let (_, most) = best(&self.scores)?;
+            weigh(&self.scores, most, sharpness(params), &mut self.weights);
+            let ids = 0..self.weights.len() as u32;
+            let draw = rng.uniform_f64() * sum(&self.weights);
+            return Ok(pick(
+                ids.zip(self.weights.iter().map(|&w| f64::from(w))),
+                draw,
+            ));
         }
-        chosen.ok_or(InferError::NoToken {
-            vocabulary: logits.len(),
-        })
+        let candidates = self.distribution(params, logits, context)?;
+        let weights = candidates.iter().map(|c| (c.id, c.probability));
+        Ok(pick(weights, rng.uniform_f64()))
     }
 
     /// The tokens left by valid settings with their probabilities, which sum to 1, in the order of ids.
@@ -292,19 +296,39 @@ impl Scratch {
             });
             return Ok(&self.candidates);
         }
+        weigh(
+            &self.scores,
+            best_score,
+            sharpness(params),
+            &mut self.weights,
+        );
         let floor = self.top_k_floor(params.top_k);
-        for (id, &score) in self.scores.iter().enumerate() {
-            if score >= floor && score > f32::NEG_INFINITY {
-                // Relative to the best score the exponent is at most 0, and the best weight exactly 1.
-                let distance = f64::from(score) - f64::from(best_score);
+        if floor > f32::NEG_INFINITY {
+            for (weight, &score) in self.weights.iter_mut().zip(&self.scores) {
+                *weight = if score < floor { 0.0 } else { *weight };
+            }
+        }
+        // All weights below this together are within what top-p drops, so they go without being ranked: of a large
+        // vocabulary that leaves a few hundred. Their sum still counts.
+        let budget = (1.0 - params.top_p) * sum(&self.weights);
+        let surely_dropped = (budget / self.weights.len() as f64) as f32;
+        let mut dropped = 0.0;
+        for (id, &weight) in self.weights.iter().enumerate() {
+            if weight > 0.0 && weight >= surely_dropped {
                 self.candidates.push(Candidate {
                     id: id as u32,
-                    probability: (distance / params.temperature).exp(),
+                    probability: f64::from(weight),
                 });
+            } else {
+                dropped += f64::from(weight);
             }
         }
         if params.top_p < 1.0 {
-            keep_top_p(&mut self.candidates, params.top_p);
+            self.ranked.clone_from(&self.candidates);
+            if let Some(lowest) = lowest_kept(&mut self.ranked, budget - dropped) {
+                self.candidates
+                    .retain(|c| c.preference(&lowest) != Ordering::Less);
+            }
         }
         let min_p = params.min_p;
         self.candidates.retain(|c| c.probability >= min_p);
@@ -386,54 +410,42 @@ impl Scratch {
     }
 }
 
-/// The lowest id with the greatest score, and that score.
-fn best(scores: &[f32]) -> Result<(u32, f32), InferError> {
-    let mut found = (0, f32::NEG_INFINITY);
-    for (id, &score) in scores.iter().enumerate() {
-        if score.is_nan() || score == f32::INFINITY {
-            return Err(InferError::BadLogit {
-                token: id as u32,
-                value: score,
-            });
-        }
-        if score > found.1 {
-            found = (id as u32, score);
-        }
-    }
-    if found.1 == f32::NEG_INFINITY {
-        return Err(InferError::NoToken {
-            vocabulary: scores.len(),
-        });
-    }
-    Ok(found)
+/// The factor of the scores: finite, so that a distance of 0 stays 0.
+fn sharpness(params: &SamplingParams) -> f64 {
+    (1.0 / params.temperature).min(f64::MAX)
 }
 
-/// Drops the least likely candidates while their probabilities sum to at most 1 − `top_p`.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64) {
-    let total: f64 = candidates.iter().map(|c| c.probability).sum();
-    let budget = (1.0 - top_p) * total;
-    // All candidates below this together weigh less than the budget, so they go without being sorted:
-    // of a large vocabulary that leaves a few hundred. Their weight still counts.
-    let surely_dropped = budget / candidates.len() as f64;
-    let mut dropped = 0.0;
-    candidates.retain(|c| {
-        let keep = c.probability >= surely_dropped;
-        if !keep {
-            dropped += c.probability;
+/// The token at which the sum of weights goes beyond `draw`. The sum ends within rounding of what was drawn from: a draw
+/// beyond it belongs to the last token with a weight. There is one: the best token's weight is the greatest.
+fn pick(weights: impl Iterator<Item = (u32, f64)>, draw: f64) -> u32 {
+    let mut sum = 0.0;
+    let mut chosen = 0;
+    for (id, weight) in weights.filter(|(_, weight)| *weight > 0.0) {
+        chosen = id;
+        sum += weight;
+        if sum > draw {
+            break;
         }
-        keep
-    });
-    let mut ascending = candidates.clone();
-    ascending.sort_unstable_by(Candidate::preference);
-    let Some((&last, rest)) = ascending.split_last() else {
-        return;
-    };
-    let lowest_kept = rest.iter().find(|c| {
-        dropped += c.probability;
-        dropped > budget
-    });
-    let lowest_kept = *lowest_kept.unwrap_or(&last);
-    candidates.retain(|c| c.preference(&lowest_kept) != Ordering::Less);
+    }
+    chosen
+}
+
+/// The last candidate in the order of preference that stays when the least likely ones are dropped while their
+/// probabilities sum to at most `budget`. Halves are ranked against each other, never all candidates.
+fn lowest_kept(mut candidates: &mut [Candidate], mut budget: f64) -> Option<Candidate> {
+    while candidates.len() > 1 {
+        let middle = candidates.len() / 2;
+        candidates.select_nth_unstable_by(middle, Candidate::preference);
+        let (lower, upper) = candidates.split_at_mut(middle);
+        let weight: f64 = lower.iter().map(|c| c.probability).sum();
+        if weight <= budget {
+            budget -= weight;
+            candidates = upper;
+        } else {
+            candidates = lower;
+        }
+    }
+    candidates.first().copied()
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use windlass_infer::{
 use windlass_model::{Goal, Tokens};
 use windlass_store::atomic::RealDisk;
 use windlass_store::llama2c::convert;
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Category, Cpu, DType, Rng, Tape, Tensor};
 
@@ -225,17 +226,21 @@ fn a_request_gets_what_it_gets_alone() {
     let Some(stories) = Stories::new() else {
         return;
     };
-    for (weights, load_in) in [
-        ("f32", LoadIn::AsStored),
-        ("q8", LoadIn::Packed(Layout::q8())),
+    let packed = LoadIn::Packed(Layout::q8());
+    let most = usize::MAX;
+    for (weights, load_in, kv_type, budgets) in [
+        ("f32", LoadIn::AsStored, None, &[1, 3, 7, 64, most][..]),
+        ("q8", packed, None, &[5, most]),
+        ("q8, int8 keys and values", packed, Some(KvType::Int8), &[9]),
     ] {
         let mut model = stories.open(load_in);
+        model.kv_type = kv_type.unwrap_or(model.kv_type);
         let known = requests(&stories, &model, 24);
         let longest = known.iter().map(|k| k.prompt.len() + k.max_new_tokens);
         let longest = longest.max().unwrap();
         let mut rng = Rng::new(3);
         let (mut preempted, mut hits) = (0, 0);
-        for token_budget in [1, 3, 7, 64, usize::MAX] {
+        for &token_budget in budgets {
             for prefix_cache in [false, true] {
                 for kv_tokens in [longest, 2 * longest, 100_000] {
                     let name = format!("{weights}, {token_budget}, {prefix_cache}, {kv_tokens}");
@@ -257,7 +262,7 @@ fn a_request_gets_what_it_gets_alone() {
             }
         }
         println!("{weights}: {preempted} preemptions, {hits} tokens from the cache");
-        assert!(preempted > 50 && hits > 1000);
+        assert!(preempted > 10 && hits > 1000);
     }
 }
 
