@@ -11,6 +11,7 @@ pub mod generate;
 mod gguf;
 pub mod inputs;
 pub mod loaded;
+mod passes;
 pub mod quantized;
 pub mod sampler;
 mod saved;

@@ -326,11 +326,12 @@ impl Memory {
         let slot = |blocks: &[u32], at: usize| blocks[at / len] as usize * len + at % len;
         for work in &plan.work {
             let (blocks, tokens) = (plan.blocks(work), scheduler.tokens(work.id).unwrap());
-            for at in work.start..work.start + work.tokens {
+            let new = tokens.iter().enumerate().skip(work.start).take(work.tokens);
+            for (at, &token) in new {
                 let before = at
                     .checked_sub(1)
                     .map_or(0, |at| self.rows[slot(blocks, at)]);
-                self.rows[slot(blocks, at)] = mix(before, tokens[at]);
+                self.rows[slot(blocks, at)] = mix(before, token);
             }
         }
         let states = plan.work.iter().map(|work| {
