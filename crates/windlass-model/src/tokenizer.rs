@@ -15,6 +15,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper};
 
+mod bytes;
 mod charsmap;
 mod definition;
 mod error;

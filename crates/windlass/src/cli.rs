@@ -30,6 +30,7 @@ pub mod quantize;
 pub mod quickstart;
 pub mod recipe;
 mod sampling;
+pub mod serve;
 mod settings;
 pub mod source;
 pub mod tokenize;
@@ -112,6 +113,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
             .downcast_ref::<windlass::train::Error>()
             .and_then(windlass::train::Error::hint),
         cause.downcast_ref::<HubError>().and_then(HubError::hint),
+        cause
+            .downcast_ref::<windlass::serve::ServeError>()
+            .and_then(windlass::serve::ServeError::hint),
     ];
     hints.into_iter().flatten().next()
 }

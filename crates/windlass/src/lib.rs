@@ -8,6 +8,6 @@ pub mod progress;
 pub use windlass_train::{initialize, initialize_on};
 pub use {
     windlass_comm as comm, windlass_compress as compress, windlass_infer as infer,
-    windlass_model as model, windlass_store as store,
+    windlass_model as model, windlass_serve as serve, windlass_store as store,
 };
 pub use {windlass_tensor as tensor, windlass_train as train};

@@ -28,6 +28,8 @@ enum Command {
     Generate(cli::generate::Args),
     /// Talk with a model through its chat template
     Chat(Box<cli::chat::Args>),
+    /// Serve a model over HTTP, as OpenAI's API has it
+    Serve(Box<cli::serve::Args>),
     /// Show the tokens of a text or of a conversation
     Tokenize(cli::tokenize::Args),
     /// Measure a model: perplexity of a text, or multiple-choice questions
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Checkpoint(verb) => cli::checkpoint::run(verb),
         Command::Generate(args) => cli::generate::run(args),
         Command::Chat(args) => cli::chat::run(&args),
+        Command::Serve(args) => cli::serve::run(*args),
         Command::Tokenize(args) => cli::tokenize::run(args),
         Command::Eval(args) => cli::eval::run(args),
         Command::Inspect(args) => cli::inspect::run(args),
