@@ -66,19 +66,6 @@ pub(crate) struct Columns {
 }
 
 impl Columns {
-    /// Columns that begin after so many characters of text.
-    pub fn at(offset: usize) -> Self {
-        Columns {
-            offset,
-            ..Columns::default()
-        }
-    }
-
-    /// Where the next token's text begins, in characters.
-    pub fn offset(&self) -> usize {
-        self.offset
-    }
-
     /// A token without a probability: the first one of a text.
     pub fn first(&mut self, model: &Model, token: u32) {
         self.token(model, token);

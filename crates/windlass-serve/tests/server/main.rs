@@ -1,0 +1,9 @@
+//! The server from outside, over real connections, with a tiny model of random weights.
+
+mod client;
+mod faults;
+mod house;
+mod malformed;
+mod shapes;
+mod text;
+mod tools;
