@@ -27,6 +27,9 @@ const PYTHON_PACKAGES: [&str; 5] = [
     "tokenizers",
 ];
 
+/// What asks the server.
+const CLIENT_PACKAGES: [&str; 4] = ["anthropic", "openai", "prometheus-client", "pydantic"];
+
 /// What a step came to.
 enum Outcome {
     Passed(String),
@@ -75,6 +78,7 @@ pub fn run(root: &Path, only: &[&str]) -> anyhow::Result<bool> {
     step("fuzzing", &mut || fuzz(root));
     step("quickstart", &mut || quickstart(root));
     step("python", &mut || python(root));
+    step("clients", &mut || clients(root));
 
     println!();
     // A name that no step has must not pass for one that did.
@@ -276,8 +280,44 @@ fn quickstart(root: &Path) -> anyhow::Result<Outcome> {
 
 /// Reads the files of the quickstart with Python's own tools, where Python and a package index are at hand.
 fn python(root: &Path) -> anyhow::Result<Outcome> {
+    with_python(root, "python", &PYTHON_PACKAGES, |interpreter| {
+        let mut script = Command::new(interpreter);
+        script.arg(root.join("xtask/python/read_quickstart.py"));
+        script.arg(quickstart_folder(root));
+        status(&mut script)
+    })
+}
+
+/// Serves the model of the quickstart to the clients that people have.
+fn clients(root: &Path) -> anyhow::Result<Outcome> {
+    let model = quickstart_folder(root).join("quickstart/model");
+    if !model.join("config.json").is_file() {
+        let reason = "the step quickstart leaves the model that is served";
+        return Ok(Outcome::Failed(reason.to_owned()));
+    }
+    let build = ["build", "--release", "--package", "windlass"];
+    if let Outcome::Failed(detail) = cargo(root, &build)? {
+        return Ok(Outcome::Failed(format!("the build: {detail}")));
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| root.join("target"), PathBuf::from);
+    with_python(root, "clients", &CLIENT_PACKAGES, |interpreter| {
+        let mut script = Command::new(interpreter);
+        script.arg(root.join("tests/clients/clients.py"));
+        script.arg(target.join("release/windlass")).arg(&model);
+        status(&mut script)
+    })
+}
+
+/// Does something with a Python that has packages, in an environment of its own; skipped where that cannot be.
+fn with_python(
+    root: &Path,
+    name: &str,
+    packages: &[&str],
+    work: impl FnOnce(&Path) -> anyhow::Result<Outcome>,
+) -> anyhow::Result<Outcome> {
     let skipped = |reason: &str| Ok(Outcome::Skipped(reason.to_owned()));
-    let venv = root.join("target/python");
+    let venv = root.join("target").join(name);
     let interpreter = venv.join("bin/python");
     if !interpreter.exists() {
         let mut create = Command::new("python3");
@@ -294,16 +334,11 @@ fn python(root: &Path) -> anyhow::Result<Outcome> {
         "--quiet",
         "--disable-pip-version-check",
     ]);
-    install.args(PYTHON_PACKAGES);
+    install.args(packages);
     if let Outcome::Failed(_) = status(&mut install)? {
         return skipped("pip cannot install the packages");
     }
-    let script = root.join("xtask/python/read_quickstart.py");
-    status(
-        Command::new(&interpreter)
-            .arg(script)
-            .arg(quickstart_folder(root)),
-    )
+    work(&interpreter)
 }
 
 #[cfg(test)]

@@ -102,6 +102,11 @@ impl App {
         model.inspect(|model| model.engine.end()).is_some()
     }
 
+    /// The model's name, once it is loaded.
+    pub fn model_name(&self) -> &str {
+        self.model.get().map_or("", |model| &model.name)
+    }
+
     /// The model, if it can be asked now.
     pub fn model(&self) -> Result<&Arc<Model>, Refusal> {
         match (self.phase(), self.model.get()) {

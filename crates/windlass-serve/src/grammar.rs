@@ -9,8 +9,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use windlass_infer::engine::Constraint;
 
-/// White space between the tokens of JSON: enough for lines that are indented, not for an endless row.
-const WHITE_SPACE: &str = r"[ \n]{0,24}";
+/// White space between the tokens of JSON: a space, or a line that is indented; no endless row.
+const WHITE_SPACE: &str = r" |\n {0,20}";
 
 /// Compiles grammars for one vocabulary.
 pub(crate) struct Grammars {

@@ -132,12 +132,11 @@ async fn version() -> Response {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let name = app.model().map(|model| model.name.clone());
     let head = [(
         header::CONTENT_TYPE,
         "text/plain; version=0.0.4; charset=utf-8",
     )];
-    (head, app.metrics.text(&name.unwrap_or_default())).into_response()
+    (head, app.metrics.text(app.model_name())).into_response()
 }
 
 fn card(app: &App, model: &crate::app::Model) -> Value {

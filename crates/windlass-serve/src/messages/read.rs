@@ -1,6 +1,6 @@
 //! Anthropic's messages as conversations.
 
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, Format};
 use crate::fields::{Fields, kind};
 use crate::refusal::Refusal;
 use crate::tools::{Tool, ToolChoice, Tools};
@@ -36,8 +36,22 @@ pub(super) fn conversation(fields: &mut Fields) -> Result<Conversation, Refusal>
         )?;
         thinking.finish()?;
     }
+    let mut format = Format::Text;
+    if let Some(mut config) = fields.object("output_config")? {
+        if let Some(mut wanted) = config.object("format")? {
+            wanted.only("type", &["json_schema".into()], "must be json_schema")?;
+            let Some(schema) = wanted.take("schema") else {
+                return Err(wanted.refuse("schema", "is missing"));
+            };
+            wanted.finish()?;
+            format = Format::Json(schema, "output_config.format.schema");
+        }
+        config.finish()?;
+    }
+    fields.take("cache_control");
     Ok(Conversation {
         messages,
+        format,
         tools: tools(fields)?,
         prefill,
         ..Conversation::default()

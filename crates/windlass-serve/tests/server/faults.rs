@@ -3,7 +3,7 @@
 use crate::client::read_answer;
 use crate::house::{House, NAME};
 use serde_json::json;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::time::{Duration, Instant};
 use windlass_infer::engine::EngineOptions;
 use windlass_serve::ServerOptions;
@@ -149,17 +149,16 @@ fn too_many_requests_are_refused_at_once() {
 fn running_answers_are_finished_at_the_end() {
     let house = House::new();
     let client = house.client();
-    let mut connections: Vec<_> = (0..3).map(|_| client.connect()).collect();
-    for connection in &mut connections {
-        connection
-            .write_all(
-                client
-                    .request("POST", "/v1/completions", &long(true))
-                    .as_bytes(),
-            )
-            .unwrap();
+    let mut connections = Vec::new();
+    for _ in 0..3 {
+        let mut connection = client.connect();
+        let request = client.request("POST", "/v1/completions", &long(true));
+        connection.write_all(request.as_bytes()).unwrap();
+        let mut reader = BufReader::new(connection);
+        // The answer begins when the engine has taken the request.
+        assert!(reader.fill_buf().unwrap().starts_with(b"HTTP/1.1 200"));
+        connections.push(reader);
     }
-    house.until("num_requests_running", 3.0);
     house.drain();
     let address = house.address;
     for connection in connections {

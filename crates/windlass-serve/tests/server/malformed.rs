@@ -125,7 +125,12 @@ fn value() -> impl Strategy<Value = Value> {
 
 #[test]
 fn what_is_malformed_is_the_clients_fault() {
-    let house = House::new();
+    let engine = EngineOptions {
+        // Some requests are answered.
+        context: Some(48),
+        ..EngineOptions::default()
+    };
+    let house = House::with(ServerOptions::default(), engine);
     let fields = prop::collection::vec((prop::sample::select(&NAMES[..]), value()), 0..6);
     let strategy = (prop::sample::select(&PATHS[..]), any::<bool>(), fields);
     let config = Config {
