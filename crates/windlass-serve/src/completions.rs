@@ -32,6 +32,8 @@ struct Ask {
     /// How many of the choices are given out, those with the likeliest tokens.
     best: usize,
     echo: bool,
+    /// Whether log-probabilities are given out.
+    logprobs: bool,
     stream: Stream,
 }
 
@@ -91,6 +93,7 @@ impl Ask {
             },
             best,
             echo,
+            logprobs: logprobs.is_some(),
             stream,
         })
     }
@@ -259,8 +262,7 @@ pub(crate) async fn create(
         id: app.new_id("cmpl-"),
         created: unix_now(),
         echo: ask.echo,
-        logprobs: ask.job.logprobs.is_some()
-            && (ask.job.choices == ask.best || ask.job.logprobs != Some(0)),
+        logprobs: ask.logprobs,
         model,
     };
     match ask.stream.wanted {

@@ -15,7 +15,7 @@ use windlass_tensor::{Cpu, DType, ParamId};
 
 const TEMPLATE: &str = "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}\
 {% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>\
-{{ c.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}{% if mood %}({{ mood }}){% endif %}\
+{{ c.function | tojson }}</tool_call>{% endfor %}{{ '\n' }}{% endfor %}{% if mood %}({{ mood }}){% endif %}\
 {% if add_generation_prompt %}<assistant>{% endif %}";
 const TEXT: &str = "the cat sat on the mat and the dog sat on the log while the rat ran. ";
 
