@@ -5,7 +5,7 @@
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use windlass_infer::InferError;
 
 /// A request that is not served, and why.
@@ -23,8 +23,8 @@ pub(crate) struct Refusal {
     pub code: Option<&'static str>,
     /// Seconds after which trying again makes sense.
     pub retry_after: Option<u32>,
-    /// Fields of the error beside the usual ones.
-    pub more: Map<String, Value>,
+    /// Tokens of the prompt and of the context, where the one is too long for the other.
+    pub tokens: Option<(usize, usize)>,
 }
 
 impl Refusal {
@@ -36,7 +36,7 @@ impl Refusal {
             param: None,
             code: None,
             retry_after: None,
-            more: Map::new(),
+            tokens: None,
         }
     }
 
@@ -119,8 +119,7 @@ impl Refusal {
             ),
         );
         refusal.code = Some("context_length_exceeded");
-        refusal.more.insert("n_prompt_tokens".into(), prompt.into());
-        refusal.more.insert("n_ctx".into(), context.into());
+        refusal.tokens = Some((prompt, context));
         refusal
     }
 
@@ -148,8 +147,9 @@ impl Refusal {
             "param": self.param,
             "code": self.code,
         });
-        for (name, value) in &self.more {
-            error[name] = value.clone();
+        if let Some((prompt, context)) = self.tokens {
+            error["n_prompt_tokens"] = prompt.into();
+            error["n_ctx"] = context.into();
         }
         json!({ "error": error })
     }
