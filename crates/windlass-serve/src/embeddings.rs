@@ -1,6 +1,6 @@
 //! `POST /v1/embeddings`: the mean of the last hidden states of a text, at length 1.
 
-use crate::app::App;
+use crate::app::{App, Model};
 use crate::body;
 use crate::completions::texts;
 use crate::refusal::Refusal;
@@ -46,6 +46,32 @@ pub(crate) async fn create(
         return Err(Refusal::too_long(input.len(), model.context));
     }
     let tokens: usize = inputs.iter().map(Vec::len).sum();
+    let vectors = compute(&app, &model, inputs).await?;
+    let data = vectors.into_iter().enumerate().map(|(index, vector)| {
+        let vector = shortened(vector, dimensions);
+        let embedding: Value = match base64 {
+            true => {
+                let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
+                BASE64_STANDARD.encode(bytes).into()
+            }
+            false => vector.into(),
+        };
+        json!({ "object": "embedding", "index": index, "embedding": embedding })
+    });
+    Ok(body::json(&json!({
+        "object": "list",
+        "data": data.collect::<Vec<_>>(),
+        "model": model.name,
+        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
+    })))
+}
+
+/// The vectors of texts, in their order.
+async fn compute(
+    app: &App,
+    model: &Model,
+    inputs: Vec<Vec<u32>>,
+) -> Result<Vec<Vec<f32>>, Refusal> {
     let mut vectors: Vec<Option<Vec<f32>>> = vec![None; inputs.len()];
     let requests = inputs.into_iter().map(|input| engine::Request {
         goal: RequestGoal::Embed(Pooling::Mean),
@@ -65,27 +91,7 @@ pub(crate) async fn create(
             _ => {}
         }
     }
-    let data = vectors
-        .into_iter()
-        .flatten()
-        .enumerate()
-        .map(|(index, vector)| {
-            let vector = shortened(vector, dimensions);
-            let embedding: Value = match base64 {
-                true => {
-                    let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
-                    BASE64_STANDARD.encode(bytes).into()
-                }
-                false => vector.into(),
-            };
-            json!({ "object": "embedding", "index": index, "embedding": embedding })
-        });
-    Ok(body::json(&json!({
-        "object": "list",
-        "data": data.collect::<Vec<_>>(),
-        "model": model.name,
-        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
-    })))
+    Ok(vectors.into_iter().flatten().collect())
 }
 
 /// The first `dimensions` of a vector, at length 1.

@@ -328,7 +328,14 @@ impl Counts {
                 "windlass:request_success_total{{{labels},finished_reason=\"{reason}\"}} {count}"
             );
         }
-        for (name, help, histogram) in [
+        for (name, help, histogram) in self.times().into_iter().chain(self.sizes()) {
+            page.histogram(name, help, histogram);
+        }
+    }
+
+    /// Histograms of times of requests: name, meaning, values.
+    fn times(&self) -> [(&'static str, &'static str, &Histogram); 8] {
+        [
             (
                 "time_to_first_token_seconds",
                 "From arrival to the first token.",
@@ -369,6 +376,12 @@ impl Counts {
                 "From the first token to the last.",
                 &self.decode,
             ),
+        ]
+    }
+
+    /// Histograms of steps, and of sizes.
+    fn sizes(&self) -> [(&'static str, &'static str, &Histogram); 7] {
+        [
             (
                 "iteration_tokens_total",
                 "Tokens computed in a step.",
@@ -396,9 +409,7 @@ impl Counts {
                 "Choices that a request wants.",
                 &self.choices,
             ),
-        ] {
-            page.histogram(name, help, histogram);
-        }
+        ]
     }
 }
 

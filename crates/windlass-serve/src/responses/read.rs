@@ -37,9 +37,8 @@ fn echoed(fields: &Fields) -> Map<String, Value> {
     echo
 }
 
-/// Reads a request.
-pub(super) fn ask(mut fields: Fields, model: &Model) -> Result<Ask, Refusal> {
-    let echo = echoed(&fields);
+/// Refuses what needs something that is not here.
+fn refuse_others(fields: &mut Fields) -> Result<(), Refusal> {
     for (name, accepted, reason) in [
         (
             "previous_response_id",
@@ -81,6 +80,13 @@ pub(super) fn ask(mut fields: Fields, model: &Model) -> Result<Ask, Refusal> {
         options.only("include_obfuscation", &[false.into()], "is not supported")?;
         options.finish()?;
     }
+    Ok(())
+}
+
+/// Reads a request.
+pub(super) fn ask(mut fields: Fields, model: &Model) -> Result<Ask, Refusal> {
+    let echo = echoed(&fields);
+    refuse_others(&mut fields)?;
     let mut messages = Vec::new();
     if let Some(text) = fields.text("instructions")? {
         messages.push(json!({ "role": "system", "content": text }));
