@@ -710,7 +710,6 @@ const HELP: &[&[&str]] = &[
     &["bench", "kernels"],
     &["generate"],
     &["chat"],
-    &["serve"],
     &["tokenize"],
     &["eval"],
     &["eval", "perplexity"],
