@@ -22,15 +22,13 @@ pub enum Error {
         /// Its type.
         found: BlockType,
     },
-    /// A type cannot be the source or the result.
-    #[error("tensor '{name}': {block_type} is not {action}")]
+    /// A type cannot be the result.
+    #[error("tensor '{name}': {block_type} is not written")]
     Unsupported {
         /// The tensor.
         name: String,
         /// The type.
         block_type: BlockType,
-        /// "read" or "written".
-        action: &'static str,
     },
     /// A weight is infinite or no number.
     #[error("tensor '{name}', row {row}: a weight is {value}")]
@@ -94,10 +92,7 @@ impl Error {
             Error::Requantize { .. } => {
                 "start from the F32, F16 or BF16 file, or allow it with --allow-requantize"
             }
-            Error::Unsupported {
-                action: "written", ..
-            } => "choose another type",
-            Error::Unsupported { .. } => "start from the F32, F16 or BF16 file of the model",
+            Error::Unsupported { .. } => "choose another type",
             Error::NotFinite { .. } => {
                 "the model is damaged: fetch or convert it again, and look at the tensor with `windlass inspect`"
             }

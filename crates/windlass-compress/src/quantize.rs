@@ -137,18 +137,10 @@ fn check(planned: &[Planned], options: &Options) -> Result<Vec<String>> {
             continue;
         }
         let name = info.name.clone();
-        if !info.block_type.is_readable() {
-            return Err(Error::Unsupported {
-                name,
-                block_type: info.block_type,
-                action: "read",
-            });
-        }
         if !target.is_writable() {
             return Err(Error::Unsupported {
                 name,
                 block_type: *target,
-                action: "written",
             });
         }
         if info.block_type.elements() > 1 && !options.allow_requantize {

@@ -2,28 +2,36 @@
 //!
 //! The types of a file's tensors are the caller's choice; this module knows what a tensor is made of.
 
+mod weights;
+
+pub(crate) use weights::of_unit;
+
 use crate::gguf::{check, config, tokenizer};
-use crate::loaded::{find_folder, sort_out_unused};
+use crate::loaded::{find_folder, sort_out_unused, tokenizer_of};
+use crate::quantized::Quantization;
 use crate::{InferError, vocabulary};
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
+use weights::{Weights, encode, exact_blocks, exact_type};
 use windlass_model::gguf::{Key, Place, folder_config, metadata, place};
-use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
+use windlass_model::{DecoderConfig, Model, Tokenizer, Tokens, decoder};
+use windlass_store::Error as StoreError;
 use windlass_store::atomic::{Disk, write_atomic};
 use windlass_store::gguf::{BlockType, File, Metadata, TensorInfo, Value, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
-use windlass_store::{Error as StoreError, Loader};
-use windlass_tensor::kernels::blocks::{dequantize, first_bad_block, quantize_all};
-use windlass_tensor::{Cpu, DType, FileTensor, ParamId, ParamSpec};
+use windlass_tensor::kernels::blocks::dequantize;
+use windlass_tensor::{Cpu, FileTensor, ParamId, ParamSpec};
 
 /// The version of the block types, as llama.cpp counts them.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// A Hugging Face folder, described as a GGUF file.
+/// A Hugging Face folder, described as a GGUF file. The weights may be those of a quantized checkpoint.
 pub struct Folder {
+    path: PathBuf,
     config: DecoderConfig,
     model: Model<Tokens>,
     tensors: Tensors,
+    quantization: Option<Quantization>,
     metadata: Metadata,
     plan: Vec<Made>,
     infos: Vec<TensorInfo>,
@@ -44,7 +52,8 @@ impl Folder {
     pub fn open(path: &Path) -> Result<Self, InferError> {
         let mut notes = Vec::new();
         let folder = find_folder(path, &mut notes)?;
-        let config = DecoderConfig::load(&folder)?;
+        let (config, quantization) = DecoderConfig::load_quantized(&folder)?;
+        let quantization = Quantization::of_folder(&folder, quantization.as_ref())?;
         let description = metadata(&config)?;
         notes.extend(description.notes.iter().cloned());
         let mut keys = Metadata::new();
@@ -54,17 +63,16 @@ impl Folder {
         for (key, value) in description.keys {
             keys.insert(key, value_of(value));
         }
-        match Tokenizer::load(&folder) {
-            Ok(tokenizer) => {
+        match tokenizer_of(&folder, &config)? {
+            Some(tokenizer) => {
                 let (words, more) = tokenizer.to_gguf(config.vocab_size)?;
                 vocabulary::write(&words, &mut keys);
                 notes.extend(more);
             }
-            Err(TokenizerError::Missing { .. }) => {
+            None => {
                 keys.insert("tokenizer.ggml.model", "no_vocab");
                 notes.push("the folder has no tokenizer, so the file has none".into());
             }
-            Err(error) => return Err(error.into()),
         }
         let model = decoder(&config);
         let (mut infos, mut plan) = layout(&config, &model, description.own_output);
@@ -74,9 +82,11 @@ impl Folder {
         }
         let tensors = Tensors::open(&folder)?;
         let all = Folder {
+            path: folder.clone(),
             config,
             model,
             tensors,
+            quantization,
             metadata: keys,
             plan,
             infos,
@@ -87,22 +97,49 @@ impl Folder {
 
     /// Checks that the weights are all there, in the shapes that are asked for.
     fn checked(mut self, folder: &Path) -> Result<Self, InferError> {
-        let cpu = Cpu::new(1);
-        let map = self.map();
-        let naming = self.config.naming;
-        let mut loader = Loader::new(&cpu, &self.tensors, self.model.units(), &map, |name| {
-            naming.bare_name(name)
-        });
-        for file in &map {
-            loader.read(file.parts[0], 0..0, DType::F32)?;
-        }
-        let unused = loader.unused().into_iter().collect();
+        let (cpu, map) = (Cpu::new(1), self.map());
+        let unused = self.weights(&cpu, &map).check()?;
         sort_out_unused(folder, &self.config, unused, &mut self.notes)?;
         Ok(self)
     }
 
     fn map(&self) -> Vec<FileTensor> {
         self.config.naming.file_tensors(&self.model)
+    }
+
+    fn weights<'a>(&'a self, cpu: &'a Cpu, map: &'a [FileTensor]) -> Weights<'a> {
+        let (units, naming) = (self.model.units(), self.config.naming);
+        let quantization = self.quantization.as_ref();
+        Weights::new(cpu, &self.tensors, units, map, naming, quantization)
+    }
+
+    /// Whether the folder is a quantized checkpoint.
+    pub fn is_quantized(&self) -> bool {
+        self.quantization.is_some()
+    }
+
+    /// The types that hold the folder's quantized matrices to the bit, in the order of [`Folder::tensors`]; `None` for
+    /// tensors that are plain, and for those that no type holds: with zeros of their own, or groups of scattered inputs.
+    ///
+    /// # Errors
+    /// Damaged tensors.
+    pub fn exact_types(&self, cpu: &Cpu) -> Result<Vec<Option<BlockType>>, InferError> {
+        let map = self.map();
+        let mut weights = self.weights(cpu, &map);
+        let mut types = Vec::new();
+        for made in &self.plan {
+            let Made::Of(parts) = made else {
+                types.push(None);
+                continue;
+            };
+            let mut kinds = Vec::new();
+            for (id, _) in parts {
+                kinds.push(weights.packed(*id)?.as_ref().and_then(exact_type));
+            }
+            // Parts of one tensor have one type.
+            types.push(kinds[0].filter(|kind| kinds.iter().all(|other| *other == Some(*kind))));
+        }
+        Ok(types)
     }
 
     /// The keys of the file, but for those of its types.
@@ -120,7 +157,7 @@ impl Folder {
         &self.notes
     }
 
-    /// The type of the folder's largest tensor.
+    /// The type of the folder's largest tensor of floating-point numbers.
     ///
     /// # Errors
     /// A damaged file.
@@ -128,7 +165,8 @@ impl Folder {
         let mut largest = (0, Dtype::F32);
         for name in self.tensors.names() {
             let view = self.tensors.get(name)?;
-            if view.elements() > largest.0 {
+            let floating = matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+            if floating && view.elements() > largest.0 {
                 largest = (view.elements(), view.dtype);
             }
         }
@@ -157,33 +195,100 @@ impl Folder {
         keys.insert("general.quantization_version", QUANTIZATION_VERSION);
         let infos: Vec<TensorInfo> = self.infos.iter().zip(types).map(retyped).collect();
         let map = self.map();
-        let naming = self.config.naming;
-        let mut loader = Loader::new(cpu, &self.tensors, self.model.units(), &map, |name| {
-            naming.bare_name(name)
-        });
+        let mut weights = self.weights(cpu, &map);
         let mut writer = Writer::create(disk, out, &keys, &infos)?;
         let mut done = 0;
         for (info, made) in infos.iter().zip(&self.plan) {
-            let mut put = |values: &[f32]| {
-                let bytes = encode(cpu, info, values)?;
-                writer.write(&info.name, &bytes)?;
-                done += values.len();
+            let mut put = |bytes: &[u8], count: usize| {
+                writer.write(&info.name, bytes)?;
+                done += count;
                 progress(info, done);
                 Ok::<(), InferError>(())
             };
             match made {
-                Made::Numbers(values) => put(values)?,
+                Made::Numbers(values) => put(&encode(cpu, info, values)?, values.len())?,
                 Made::Of(parts) => {
                     for (id, place) in parts {
                         let spec = &self.model.units()[id.unit].params[id.slot];
-                        let values = loader.read(*id, 0..spec.shape.len(), DType::F32)?;
-                        put(&arranged(&values.to_f32(), spec, place))?;
+                        let packed = weights.packed(*id)?;
+                        let bytes = match packed.filter(|p| exact_type(p) == Some(info.block_type))
+                        {
+                            Some(packed) => {
+                                let rows = spec.shape[0];
+                                let start = place.rows.as_ref().map_or(0, |rows| rows.start);
+                                exact_blocks(&packed, info.block_type, |row| {
+                                    place.row(row, rows) - start
+                                })
+                            }
+                            None => {
+                                let values = weights.values(*id)?;
+                                encode(cpu, info, &arranged(&values, spec, place))?
+                            }
+                        };
+                        put(&bytes, spec.shape.len())?;
                     }
                 }
             }
         }
         Ok(writer.finish()?)
     }
+
+    /// Writes the folder anew with plain weights in `dtype`: what quantized matrices stand for. `progress` is told the tensor
+    /// and how many elements are done.
+    ///
+    /// # Errors
+    /// Damaged tensors; whatever hinders writing.
+    pub fn write_plain(
+        &self,
+        cpu: &Cpu,
+        disk: &dyn Disk,
+        out: &Path,
+        dtype: Dtype,
+        mut progress: impl FnMut(&str, usize),
+    ) -> Result<(), InferError> {
+        let map = self.map();
+        let mut weights = self.weights(cpu, &map);
+        let tokenizer = tokenizer_of(&self.path, &self.config)?;
+        let specs = specs_of(&map, dtype);
+        let (mut done, mut failed) = (0, None);
+        let written = write_folder(disk, out, &specs, &Options::default(), |index, writer| {
+            let tensor = &map[index];
+            let values = tensor.parts.iter().map(|id| weights.values(*id));
+            let values: Vec<Vec<f32>> = match values.collect() {
+                Ok(values) => values,
+                Err(InferError::Store(error)) => return Err(error),
+                Err(error) => {
+                    failed = Some(error);
+                    let problem = "a quantized matrix cannot be read".to_owned();
+                    let path = self.path.clone();
+                    return Err(StoreError::Corrupt { path, problem });
+                }
+            };
+            let parts: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+            let rows = |id: &ParamId| self.model.units()[id.unit].params[id.slot].shape[0];
+            let rows: Vec<usize> = tensor.parts.iter().map(rows).collect();
+            done += tensor.shape.len();
+            progress(&tensor.name, done);
+            writer.values(&tensor.join(&parts, &rows))
+        });
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        written?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.save(out)?;
+        }
+        let mut json = self.config.json.clone();
+        json["torch_dtype"] = dtype_name(dtype).into();
+        let text = serde_json::to_vec_pretty(&json).expect("a JSON value");
+        Ok(write_atomic(disk, &config_path(out), &text)?)
+    }
+}
+
+/// The tensors of a folder, all in one type.
+fn specs_of(map: &[FileTensor], dtype: Dtype) -> Vec<Spec> {
+    let spec = |tensor: &FileTensor| Spec::new(tensor.name.clone(), dtype, tensor.shape.to_vec());
+    map.iter().map(spec).collect()
 }
 
 /// The name of a model: that of its folder.
@@ -263,26 +368,6 @@ fn arranged(values: &[f32], spec: &ParamSpec, place: &Place) -> Vec<f32> {
     out
 }
 
-/// The bytes of some rows of a tensor.
-fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec<u8>, InferError> {
-    let unfit = |problem: String| InferError::Unfit {
-        tensor: info.name.clone(),
-        problem,
-    };
-    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-        return Err(unfit(format!("a weight is {value}")));
-    }
-    let size = info.block_type.size_of(values.len());
-    let mut bytes = vec![0; size.expect("rows of whole blocks")];
-    // A part of a vector is less than a row.
-    let row = info.row_len().min(values.len());
-    quantize_all(&cpu.pool, info.block_type, values, row, None, &mut bytes);
-    match first_bad_block(info.block_type, &bytes) {
-        Some(_) => Err(unfit(format!("weights are beyond {}", info.block_type))),
-        None => Ok(bytes),
-    }
-}
-
 /// The type of a folder's weights that keeps every bit of a file's.
 pub fn folder_dtype(file: &File) -> Dtype {
     let largest = file.tensors().max_by_key(|info| info.elements());
@@ -317,17 +402,8 @@ pub fn write_hugging_face(
         let place = place(&config, &spec.name, spec.shape[0]);
         let info = file.tensor(&place.tensor)?;
         check(file.path(), info, &place, &spec.shape)?;
-        if !info.block_type.is_readable() {
-            return Err(InferError::Unfit {
-                tensor: info.name.clone(),
-                problem: format!("{} is not read", info.block_type),
-            });
-        }
     }
-    let specs: Vec<Spec> = map
-        .iter()
-        .map(|tensor| Spec::new(tensor.name.clone(), dtype, tensor.shape.to_vec()))
-        .collect();
+    let specs = specs_of(&map, dtype);
     let mut done = 0;
     write_folder(disk, out, &specs, &Options::default(), |index, writer| {
         let tensor = &map[index];
@@ -355,15 +431,19 @@ fn config_path(folder: &Path) -> PathBuf {
     folder.join("config.json")
 }
 
-/// The `config.json` of the folder.
-fn described(config: &DecoderConfig, tokenizer: Option<&Tokenizer>, dtype: Dtype) -> Json {
-    let mut json = folder_config(config.json.clone());
-    let name = match dtype {
+/// What `config.json` calls a type.
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
         Dtype::BF16 => "bfloat16",
         Dtype::F16 => "float16",
         _ => "float32",
-    };
-    json["torch_dtype"] = name.into();
+    }
+}
+
+/// The `config.json` of the folder.
+fn described(config: &DecoderConfig, tokenizer: Option<&Tokenizer>, dtype: Dtype) -> Json {
+    let mut json = folder_config(config.json.clone());
+    json["torch_dtype"] = dtype_name(dtype).into();
     let ids = tokenizer.map(|t| (t.bos(), t.eos(), t.pad()));
     let (bos, eos, pad) = ids.unwrap_or((None, &[], None));
     json["bos_token_id"] = json!(bos);

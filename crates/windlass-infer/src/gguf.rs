@@ -84,10 +84,7 @@ pub(crate) fn config(file: &File, path: &Path) -> Result<(DecoderConfig, Vec<Str
     let name = path.display().to_string();
     let shape = |tensor: &str| file.tensor(tensor).ok().map(|info| info.shape.clone());
     let numbers = |tensor: &str| {
-        let info = file
-            .tensor(tensor)
-            .ok()
-            .filter(|info| info.block_type.is_readable())?;
+        let info = file.tensor(tensor).ok()?;
         let mut numbers = vec![0f32; info.elements()];
         dequantize(info.block_type, file.bytes(tensor).ok()?, &mut numbers);
         Some(numbers)
@@ -171,7 +168,7 @@ impl Reader<'_> {
             if known || self.used.contains(&info.name) {
                 continue;
             }
-            if info.name.ends_with(".bias") && info.block_type.is_readable() {
+            if info.name.ends_with(".bias") {
                 let mut values = vec![0f32; info.elements()];
                 dequantize(info.block_type, self.file.bytes(&info.name)?, &mut values);
                 if values.iter().all(|&value| value == 0.0) {
@@ -238,27 +235,17 @@ impl Reader<'_> {
         Ok((weight, place.tensor))
     }
 
-    /// Checks that the blocks are of a type that is read, and that their scales are numbers.
+    /// Checks that the scales of the blocks are numbers.
     fn check_blocks(&self, info: &TensorInfo, bytes: &[u8]) -> Result<(), InferError> {
-        let refuse = |problem: String, hint: &str| {
-            Err(InferError::NoModel {
-                path: self.path.to_owned(),
-                problem: format!("tensor {}: {problem}", info.name),
-                hint: hint.into(),
-            })
-        };
-        if !info.block_type.is_readable() {
-            let problem = format!("blocks of {} are not read", info.block_type);
-            return refuse(
-                problem,
-                "take a file of another type: Q4_K_M, IQ4_XS, Q8_0, …",
-            );
-        }
         match first_bad_block_of_all(&self.cpu.pool, info.block_type, bytes) {
-            Some(block) => {
-                let problem = format!("block {block} has a scale that is no finite number");
-                refuse(problem, "the file is damaged: download it again")
-            }
+            Some(block) => Err(InferError::NoModel {
+                path: self.path.to_owned(),
+                problem: format!(
+                    "tensor {}: block {block} has a scale that is no finite number",
+                    info.name
+                ),
+                hint: "the file is damaged: download it again".into(),
+            }),
             None => Ok(()),
         }
     }

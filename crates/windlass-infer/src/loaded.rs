@@ -4,6 +4,7 @@
 //! (a hub, a command line) is the caller's business.
 
 use crate::InferError;
+use crate::convert::of_unit;
 use crate::quantized::{Checkpoint, Quantization};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -343,13 +344,7 @@ impl Reader<'_> {
         let mut unused: BTreeSet<String> = self.tensors.names().map(String::from).collect();
         let mut weights = Vec::new();
         for (index, unit) in model.units().iter().enumerate() {
-            let mine = map.iter().filter(|file| file.parts[0].unit == index);
-            let mut mine: Vec<FileTensor> = mine.cloned().collect();
-            for part in mine.iter_mut().flat_map(|file| &mut file.parts) {
-                assert_eq!(part.unit, index, "a file's tensor belongs to one unit");
-                part.unit = 0;
-            }
-            let (unit, rest) = self.read_unit(unit, &mine)?;
+            let (unit, rest) = self.read_unit(unit, &of_unit(&map, index))?;
             let rest: BTreeSet<String> = rest.into_iter().collect();
             unused.retain(|name| rest.contains(name));
             weights.push(unit);

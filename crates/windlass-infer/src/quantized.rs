@@ -84,6 +84,11 @@ impl<'a> Checkpoint<'a> {
         names.into_iter().flatten().find(here)
     }
 
+    /// Whether a tensor is stored as a quantized matrix.
+    pub fn has(&self, file: &FileTensor) -> bool {
+        self.module(file).is_some()
+    }
+
     /// The quantized matrices of a unit, by slot.
     ///
     /// # Errors

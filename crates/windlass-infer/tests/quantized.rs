@@ -4,10 +4,12 @@
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
+use windlass_infer::convert::Folder;
 use windlass_infer::quantized::Quantization;
 use windlass_infer::{LoadIn, LoadedModel};
 use windlass_model::{DecoderConfig, decoder};
 use windlass_store::atomic::RealDisk;
+use windlass_store::gguf::BlockType;
 use windlass_store::safetensors::{Dtype, Spec, Tensors, write_file};
 use windlass_tensor::{Cpu, DType, Layout, Rng, Weight, bf16, f16, kernels::packed};
 
@@ -419,6 +421,48 @@ fn divergence(p: &[f32], q: &[f32], width: usize) -> f64 {
     rows.sum::<f64>() / (p.len() / width) as f64
 }
 
+/// All parameters as plain numbers.
+fn numbers(cpu: &Cpu, model: &LoadedModel) -> Vec<Vec<f32>> {
+    let mut all = Vec::new();
+    for unit in 0..model.model.units().len() {
+        for weight in model.store.gather(unit).unwrap().iter() {
+            all.push(match weight {
+                Weight::Dense(tensor) => tensor.to_f32(),
+                Weight::Packed(packed) => {
+                    let rows = 0..packed.shape()[0];
+                    packed.unpack_rows(cpu, rows, DType::F32).to_f32()
+                }
+            });
+        }
+    }
+    all
+}
+
+/// Converts a quantized checkpoint to a plain folder and to a GGUF file; returns how many tensors keep their codes there.
+fn converted(name: &str, cpu: &Cpu, quantized: &Path, want: &LoadedModel) -> usize {
+    let place = tempfile::tempdir().unwrap();
+    let (folder, file) = (place.path().join("plain"), place.path().join("file.gguf"));
+    let source = Folder::open(quantized).unwrap();
+    assert!(source.is_quantized());
+    source
+        .write_plain(cpu, &RealDisk, &folder, Dtype::F32, |_, _| {})
+        .unwrap();
+    let exact = source.exact_types(cpu).unwrap();
+    let types: Vec<BlockType> = exact
+        .iter()
+        .map(|kind| kind.unwrap_or(BlockType::F32))
+        .collect();
+    source
+        .write(cpu, &RealDisk, &file, (0, &types), |_, _| {})
+        .unwrap();
+    let want = numbers(cpu, want);
+    for path in [folder, file] {
+        let got = LoadedModel::open(cpu, &path, Some(DType::F32)).unwrap();
+        assert!(numbers(cpu, &got) == want, "{name}: {}", path.display());
+    }
+    exact.iter().flatten().count()
+}
+
 /// Checks a quantized checkpoint against its numbers; returns how many matrices are packed.
 fn compare(name: &str, cpu: &Cpu, quantized: &Path, plain: &Path, ids: &[u32]) -> usize {
     let got = LoadedModel::open(cpu, quantized, None).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -457,6 +501,12 @@ fn compare(name: &str, cpu: &Cpu, quantized: &Path, plain: &Path, ids: &[u32]) -
     let kept = LoadedModel::open(cpu, &kept, None).unwrap();
     let again = kept.logits(ids).unwrap().to_f32();
     assert_eq!(q, again, "{name}: packed weights were kept");
+    let exact = converted(name, cpu, quantized, &want);
+    match name {
+        "gptq 4" | "gptq 2, symmetric" => assert_eq!(exact, count, "{name}"),
+        "gptq 4, zeros" | "gptq 4, desc_act" => assert_eq!(exact, 0, "{name}"),
+        _ => println!("{name}: {exact} of {count} matrices keep their codes"),
+    }
     count
 }
 

@@ -2,11 +2,12 @@
 //!
 //! [`BlockType`] knows their names, ids and sizes, [`Codes`] takes a block apart and puts it together, and on that rest
 //! [`dequantize`] and [`quantize`]. Slices in, slices out: what tensors the numbers belong to is not known here. The
-//! codebook types (`IQ1_S` to `IQ3_S`) are named but neither read nor written.
+//! codebook types (`IQ1_S` to `IQ3_S`) are read and not written.
 //!
 //! # Source
 //! The layouts of `ggml-common.h` in llama.cpp.
 
+mod codebook;
 mod codes;
 mod dequantize;
 mod encode;

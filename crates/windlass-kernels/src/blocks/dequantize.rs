@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
+use super::codebook::{self, is_codebook};
 use super::{BlockType, Codes};
 use crate::pool::{Pool, SharedMut};
 use crate::tasks::Tasks;
@@ -11,8 +12,7 @@ use crate::tasks::Tasks;
 /// Writes the values of consecutive elements.
 ///
 /// # Panics
-/// If `bytes` are not whole blocks with as many elements as `out`, or the type is a codebook
-/// ([`BlockType::is_readable`]).
+/// If `bytes` are not whole blocks with as many elements as `out`.
 #[track_caller]
 pub fn dequantize(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(
@@ -37,6 +37,12 @@ pub fn dequantize(block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
         BlockType::I16 => plain!(i16, |v| v as f32),
         BlockType::I32 => plain!(i32, |v| v as f32),
         BlockType::I64 => plain!(i64, |v| v as f32),
+        _ if is_codebook(block_type) => {
+            let blocks = bytes.chunks_exact(block_type.bytes());
+            for (block, out) in blocks.zip(out.chunks_exact_mut(block_type.elements())) {
+                codebook::values(block_type, block, out);
+            }
+        }
         _ => {
             let mut codes = Codes::new(block_type);
             let blocks = bytes.chunks_exact(block_type.bytes());
@@ -91,7 +97,11 @@ pub fn first_bad_block(block_type: BlockType, bytes: &[u8]) -> Option<usize> {
         TQ1_0 => &[52],
         TQ2_0 => &[64],
         MXFP4 => return bytes.chunks_exact(17).position(|block| block[0] == 255),
-        NVFP4 | IQ1_M | I8 | I16 | I32 | I64 => return None,
+        IQ1_M => {
+            let bad = |block: &[u8]| !codebook::scattered_scale(block).is_finite();
+            return bytes.chunks_exact(56).position(bad);
+        }
+        NVFP4 | I8 | I16 | I32 | I64 => return None,
     };
     let width = block_type.bytes();
     assert!(

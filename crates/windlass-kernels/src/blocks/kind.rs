@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::codebook::is_codebook;
+
 macro_rules! block_types {
     ($($(#[$doc:meta])* $variant:ident $id:literal $elements:literal $bytes:literal;)*) => {
         /// How elements are stored in a GGUF file: plain numbers, or blocks of codes with scales.
@@ -169,14 +171,9 @@ impl BlockType {
         8.0 * self.bytes() as f64 / self.elements() as f64
     }
 
-    /// Whether its values can be read: all but the codebooks.
-    pub fn is_readable(self) -> bool {
-        self.elements() == 1 || self.scheme().is_some()
-    }
-
-    /// Whether numbers can be quantized to it: all that can be read but integers.
+    /// Whether numbers can be quantized to it: all but codebooks and integers.
     pub fn is_writable(self) -> bool {
-        self.is_readable() && !self.is_integer()
+        !is_codebook(self) && !self.is_integer()
     }
 
     /// Whether its elements are integers, which no scale makes numbers of a model.

@@ -16,12 +16,13 @@ use windlass::store::safetensors::Dtype;
 /// Flags of the verb.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A Hugging Face folder, a checkpoint or a hub id; or a GGUF file (of a split model any of its files)
+    /// A Hugging Face folder (GPTQ, AWQ and compressed-tensors too), a checkpoint or a hub id; or a GGUF file (of a split
+    /// model any of its files)
     input: String,
-    /// The GGUF file to write; or the folder
+    /// The GGUF file to write; or the folder, for a file and for a quantized folder
     output: PathBuf,
     /// Of a file: F32, F16, BF16, Q8_0, Q4_K_M, ...; of a folder's weights: F32, F16, BF16 [default: as they are, and
-    /// F32 for the weights of a quantized file]
+    /// F32 for the weights of a quantized file; codes of a quantized folder are kept where Q4_0 or Q8_0 holds them]
     #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = super::quantize::file_type)]
     file_type: Option<FileType>,
     /// Print one JSON object
@@ -34,19 +35,29 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     let input = hub::resolve(&args.input)?;
-    match is_gguf(&input) {
-        true => to_folder(&args, &input),
-        false => to_file(&args, &input),
+    if is_gguf(&input) {
+        return to_folder(&args, &input);
     }
-}
-
-fn to_file(args: &Args, input: &Path) -> Result<()> {
+    let folder = Folder::open(&input)?;
     let output = &args.output;
-    if output.is_dir() || output.extension().is_none_or(|end| end != "gguf") {
+    let file = !output.is_dir() && output.extension().is_some_and(|end| end == "gguf");
+    if file {
+        return to_file(&args, &folder);
+    }
+    if !folder.is_quantized() {
         let message = format!("{} is no name of a GGUF file", output.display());
         return Err(usage(message, "a folder becomes a file: name it NAME.gguf"));
     }
-    let folder = Folder::open(input)?;
+    to_plain(&args, &folder)
+}
+
+fn to_file(args: &Args, folder: &Folder) -> Result<()> {
+    let output = &args.output;
+    let cpu = args.machine.cpu()?;
+    let exact = match args.file_type {
+        None if folder.is_quantized() => folder.exact_types(&cpu)?,
+        _ => Vec::new(),
+    };
     let file_type = match args.file_type {
         Some(file_type) => file_type,
         None => match folder.dtype()? {
@@ -71,8 +82,11 @@ fn to_file(args: &Args, input: &Path) -> Result<()> {
     for line in super::quantize::fallbacks(&planned) {
         eprintln!("note: {line}");
     }
-    let types: Vec<BlockType> = planned.iter().map(|tensor| tensor.target).collect();
-    let cpu = args.machine.cpu()?;
+    let mut types: Vec<BlockType> = planned.iter().map(|tensor| tensor.target).collect();
+    for (kind, exact) in types.iter_mut().zip(&exact) {
+        *kind = exact.unwrap_or(*kind);
+    }
+    let file_type = main_type(folder, &exact).unwrap_or(file_type);
     let elements: usize = folder.tensors().iter().map(TensorInfo::elements).sum();
     let mut bar = Progress::new(elements as u64, "convert");
     folder.write(
@@ -91,6 +105,68 @@ fn to_file(args: &Args, input: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The name of a file whose quantized matrices keep their codes, if there are any; says which do not.
+fn main_type(folder: &Folder, exact: &[Option<BlockType>]) -> Option<FileType> {
+    let matrices = folder.tensors().iter().zip(exact);
+    let matrices = matrices.filter(|(info, _)| {
+        let router = info.name.contains("ffn_gate_inp");
+        info.name.starts_with("blk.") && info.shape.len() > 1 && !router
+    });
+    let kinds: Vec<Option<BlockType>> = matrices.map(|(_, kind)| *kind).collect();
+    let rest = kinds.iter().filter(|kind| kind.is_none()).count();
+    if rest > 0 {
+        eprintln!(
+            "note: {rest} matrices of the layers are plain, have zeros of their own or scattered groups, which no type \
+             holds to the bit: they become plain numbers; give a --type to round them"
+        );
+    }
+    let count = |kind| kinds.iter().filter(|other| **other == Some(kind)).count();
+    match (count(BlockType::Q4_0), count(BlockType::Q8_0)) {
+        (0, 0) => None,
+        (four, eight) if four >= eight => Some(FileType::Q4_0),
+        _ => Some(FileType::Q8_0),
+    }
+}
+
+/// A quantized folder as one of plain weights.
+fn to_plain(args: &Args, folder: &Folder) -> Result<()> {
+    let dtype = match args.file_type {
+        None => folder.dtype()?,
+        Some(file_type) => plain_type(file_type)?,
+    };
+    if args.output.join("config.json").exists() {
+        let message = format!("{} holds a model", args.output.display());
+        return Err(failure(message, "name a new folder"));
+    }
+    for note in folder.notes() {
+        eprintln!("note: {note}");
+    }
+    let cpu = args.machine.cpu()?;
+    let elements: usize = folder.tensors().iter().map(TensorInfo::elements).sum();
+    let mut bar = Progress::new(elements as u64, "convert");
+    folder.write_plain(&cpu, &RealDisk, &args.output, dtype, |tensor, done| {
+        bar.set(done as u64, tensor);
+    })?;
+    bar.finish(&args.output.display().to_string());
+    let size = elements * dtype.bitsize() / 8;
+    say(args, &dtype.to_string(), elements, size);
+    Ok(())
+}
+
+/// The type of a folder's weights.
+fn plain_type(file_type: FileType) -> Result<Dtype> {
+    match file_type {
+        FileType::F32 => Ok(Dtype::F32),
+        FileType::F16 => Ok(Dtype::F16),
+        FileType::BF16 => Ok(Dtype::BF16),
+        other => {
+            let message = format!("--type {other} for a folder");
+            let hint = "the weights of a folder are F32, F16 or BF16";
+            Err(usage(message, hint))
+        }
+    }
+}
+
 fn to_folder(args: &Args, input: &Path) -> Result<()> {
     let output = &args.output;
     if output.is_file() {
@@ -100,16 +176,7 @@ fn to_folder(args: &Args, input: &Path) -> Result<()> {
     let file = File::open(input)?;
     let dtype = match args.file_type {
         None => folder_dtype(&file),
-        Some(FileType::F32) => Dtype::F32,
-        Some(FileType::F16) => Dtype::F16,
-        Some(FileType::BF16) => Dtype::BF16,
-        Some(other) => {
-            let message = format!("--type {other} for a folder");
-            return Err(usage(
-                message,
-                "the weights of a folder are F32, F16 or BF16",
-            ));
-        }
+        Some(file_type) => plain_type(file_type)?,
     };
     let elements: usize = file.tensors().map(TensorInfo::elements).sum();
     let mut bar = Progress::new(elements as u64, "convert");
