@@ -14,6 +14,8 @@ pub(super) struct Tile<'a> {
     pub units: &'a Units,
     /// First byte of each panel.
     pub panels: &'a [*const u8],
+    /// Bytes from a panel to the one that is read after it.
+    pub ahead: usize,
     /// Quants of the first row and step.
     pub quants: *const i8,
     /// Scales of the first row and step.
@@ -288,8 +290,20 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
             let mut sums = [[L::zero(); M]; P];
             for index in 0..units.len() {
                 let (unit, start) = units.at(index);
+                // The next unit, or the first one of the panel that follows.
+                let next = match index + 1 < units.len() {
+                    true => start + unit.bytes,
+                    false => work.ahead,
+                };
                 for step in 0..unit.steps {
                     let at = index * UNIT_STEPS + step;
+                    // Few rows wait for memory, many find the panel in a cache.
+                    if P > 1 && lane == 0 {
+                        let part = unit.bytes / unit.steps;
+                        for panel in work.panels {
+                            prefetch(panel.wrapping_add(next + step * part), part);
+                        }
+                    }
                     for (p, sums) in sums.iter_mut().enumerate() {
                         let base = work.panels.get_unchecked(p).add(start);
                         let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
@@ -312,6 +326,16 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                 }
             }
         }
+    }
+}
+
+/// Asks for the next `bytes` bytes, which need not exist.
+#[inline(always)]
+fn prefetch(from: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for at in (0..bytes).step_by(64) {
+        // SAFETY: prefetching reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
     }
 }
 

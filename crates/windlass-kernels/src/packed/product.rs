@@ -18,8 +18,8 @@ pub struct Product<'a, E> {
     pub out: &'a mut [E],
 }
 
-/// Panels of a task: 64 rows of the matrix.
-const TASK_PANELS: usize = 4;
+/// Panels of a task, 256 rows of the matrix: what is asked for at the end of a tile is read by the same core.
+const TASK_PANELS: usize = 16;
 /// Rows of activations of a task: they stay in the second cache while panels pass by.
 const TASK_ROWS: usize = 128;
 /// Panels times rows of the largest tile.
@@ -142,6 +142,7 @@ fn run_tiles<E: Element>(
                 layout: job.matrix.layout(),
                 units: job.matrix.units(),
                 panels: &at[..kernel.panels],
+                ahead: kernel.panels * job.matrix.units().bytes(),
                 quants: x.quants()[cell * STEP..].as_ptr(),
                 scales: x.scales()[cell..].as_ptr(),
                 height: x.height(),
@@ -166,18 +167,38 @@ fn finish<E: Element>(job: &Job<'_, E>, panel: usize, row: usize, sums: &[f32; P
     let n = job.matrix.rows();
     let start = panel * PANEL;
     let len = PANEL.min(n - start);
+    let mut sums = *sums;
     // SAFETY: a task has its own rows and panels.
     let out = unsafe { job.out.slice(row * n + start, len) };
-    let bias = job.bias.map(|bias| &bias[start..start + len]);
-    let residual = job.residual.map(|r| &r[row * n + start..][..len]);
-    for (i, out) in out.iter_mut().enumerate() {
-        let mut sum = sums[i];
-        if let Some(bias) = bias {
-            sum += bias[i].to_f64() as f32;
+    for more in [
+        job.bias.map(|bias| &bias[start..start + len]),
+        job.residual.map(|r| &r[row * n + start..][..len]),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        match <&[E; PANEL]>::try_from(more) {
+            Ok(more) => add(&mut sums, more),
+            Err(_) => add(&mut sums, more),
         }
-        if let Some(residual) = residual {
-            sum += residual[i].to_f64() as f32;
-        }
-        *out = E::from_f64(f64::from(sum));
+    }
+    // A length that is known becomes vectors.
+    match <&mut [E; PANEL]>::try_from(&mut *out) {
+        Ok(out) => write(out, &sums),
+        Err(_) => write(out, &sums),
+    }
+}
+
+#[inline(always)]
+fn write<E: Element>(out: &mut [E], sums: &[f32; PANEL]) {
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = E::from_f64(f64::from(*sum));
+    }
+}
+
+#[inline(always)]
+fn add<E: Element>(sums: &mut [f32; PANEL], more: &[E]) {
+    for (sum, more) in sums.iter_mut().zip(more) {
+        *sum += more.to_f64() as f32;
     }
 }
