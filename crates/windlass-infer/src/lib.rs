@@ -21,6 +21,7 @@ mod session;
 mod speculate;
 pub mod stop;
 pub mod vocabulary;
+pub mod workload;
 
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};

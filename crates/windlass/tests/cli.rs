@@ -707,6 +707,7 @@ const HELP: &[&[&str]] = &[
     &["checkpoint", "inspect"],
     &["bench"],
     &["bench", "train"],
+    &["bench", "serve"],
     &["bench", "kernels"],
     &["generate"],
     &["chat"],

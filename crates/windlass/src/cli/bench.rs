@@ -4,6 +4,7 @@ use anyhow::Result;
 
 mod kernels;
 mod model;
+mod serve;
 mod train;
 
 /// Flags of the verb.
@@ -20,6 +21,8 @@ pub struct Args {
 enum What {
     /// Whole training steps at the shape of a known model
     Train(train::Args),
+    /// Many clients at once: throughput beside what each client waits for
+    Serve(serve::Args),
     /// Single kernels beside what the machine could do at most
     Kernels(kernels::Args),
 }
@@ -28,6 +31,7 @@ enum What {
 pub fn run(args: Args) -> Result<()> {
     match args.what {
         Some(What::Train(args)) => train::run(args),
+        Some(What::Serve(args)) => serve::run(args),
         Some(What::Kernels(args)) => kernels::run(args),
         None => model::run(args.model),
     }
