@@ -707,7 +707,6 @@ const HELP: &[&[&str]] = &[
     &["checkpoint", "inspect"],
     &["bench"],
     &["bench", "train"],
-    &["bench", "serve"],
     &["bench", "kernels"],
     &["generate"],
     &["chat"],
