@@ -28,7 +28,16 @@ const PYTHON_PACKAGES: [&str; 5] = [
 ];
 
 /// What asks the server.
-const CLIENT_PACKAGES: [&str; 4] = ["anthropic", "openai", "prometheus-client", "pydantic"];
+const CLIENT_PACKAGES: [&str; 5] = [
+    "anthropic",
+    "openai",
+    "playwright",
+    "prometheus-client",
+    "pydantic",
+];
+
+/// The browser that uses the chat page, where it is installed.
+const BROWSER: &str = "/usr/bin/chromium";
 
 /// What a step came to.
 enum Outcome {
@@ -302,10 +311,20 @@ fn clients(root: &Path) -> anyhow::Result<Outcome> {
     let target = std::env::var_os("CARGO_TARGET_DIR");
     let target = target.map_or_else(|| root.join("target"), PathBuf::from);
     with_python(root, "clients", &CLIENT_PACKAGES, |interpreter| {
-        let mut script = Command::new(interpreter);
-        script.arg(root.join("tests/clients/clients.py"));
-        script.arg(target.join("release/windlass")).arg(&model);
-        status(&mut script)
+        let run = |script: &str| {
+            let mut command = Command::new(interpreter);
+            command.arg(root.join("tests/clients").join(script));
+            command.arg(target.join("release/windlass")).arg(&model);
+            command
+        };
+        if let Outcome::Failed(detail) = status(&mut run("clients.py"))? {
+            return Ok(Outcome::Failed(detail));
+        }
+        if !Path::new(BROWSER).exists() {
+            let detail = format!("but the page was not used: no {BROWSER}");
+            return Ok(Outcome::Passed(detail));
+        }
+        status(run("page.py").arg(root.join("target/ci-page")))
     })
 }
 

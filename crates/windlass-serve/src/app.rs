@@ -35,6 +35,8 @@ pub(crate) struct Model {
     pub hidden_size: usize,
     /// The chat template.
     pub template: Option<ChatTemplate>,
+    /// The one for conversations with tools, where that is another.
+    pub tool_template: Option<ChatTemplate>,
     /// The most tokens of a prompt and its answer.
     pub context: usize,
     /// Where requests go.

@@ -132,7 +132,9 @@ impl Conversation {
 
     /// The text that the model continues.
     pub fn render(&self, model: &Model) -> Result<String, Refusal> {
-        let Some(template) = &model.template else {
+        let offered = self.tools.is_offered();
+        let special = model.tool_template.as_ref().filter(|_| offered);
+        let Some(template) = special.or(model.template.as_ref()) else {
             return Err(Refusal::invalid(
                 "this model has no chat template: use /v1/completions, or start the server with --template FILE",
             ));
@@ -146,7 +148,6 @@ impl Conversation {
                 }
             }
         }
-        let offered = self.tools.is_offered();
         let known = source.contains(Dialect::Marked.open()) && source.contains("tools");
         if !known {
             messages = without_tools(messages);

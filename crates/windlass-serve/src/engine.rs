@@ -147,6 +147,7 @@ impl EngineThread {
             vocabulary,
             hidden_size,
             template: served.template,
+            tool_template: served.tool_template,
             engine: EngineHandle { commands: sender },
             grammars,
             tokens,

@@ -62,6 +62,8 @@ pub struct Served {
     pub model: LoadedModel,
     /// Its chat template, where it has one.
     pub template: Option<ChatTemplate>,
+    /// A template of its own for conversations with tools, where it has one.
+    pub tool_template: Option<ChatTemplate>,
     /// Limits of the engine.
     pub engine: EngineOptions,
 }

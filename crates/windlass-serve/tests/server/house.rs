@@ -70,6 +70,7 @@ impl House {
             Ok(Served {
                 name: NAME.into(),
                 template: Some(ChatTemplate::new(TEMPLATE, tokens).unwrap()),
+                tool_template: None,
                 engine,
                 model,
             })

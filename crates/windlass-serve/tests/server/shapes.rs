@@ -177,6 +177,7 @@ fn requests_come_before_the_model() {
             name: NAME.into(),
             model: model(),
             template: None,
+            tool_template: None,
             engine: EngineOptions::default(),
         })
     });

@@ -29,7 +29,7 @@ pub struct Args {
     /// File with keys, one a line
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
-    /// Name that requests know the model by [default: as --model]
+    /// Name that requests know the model by [default: the hub id, or the last part of the path]
     #[arg(long, value_name = "NAME")]
     served_name: Option<String>,
     /// File with a chat template (Jinja) instead of the model's own
@@ -176,9 +176,18 @@ impl Args {
     fn load(self, template: Option<String>) -> Result<Served> {
         let model = self.source.open()?;
         let tokenizer = model.tokenizer()?;
-        let template = match template {
-            Some(source) => Some(ChatTemplate::new(&source, tokenizer.special_tokens())?),
-            None => ChatTemplate::of(tokenizer, true)?,
+        let (template, tool_template) = match template {
+            Some(source) => {
+                let own = ChatTemplate::new(&source, tokenizer.special_tokens())?;
+                (Some(own), None)
+            }
+            None => {
+                let plain = ChatTemplate::of(tokenizer, false)?;
+                let tools = ChatTemplate::of(tokenizer, true)?;
+                let source = plain.as_ref().map(ChatTemplate::source);
+                let other = tools.filter(|tools| Some(tools.source()) != source);
+                (plain, other)
+            }
         };
         if template.is_none() {
             eprintln!(
@@ -192,7 +201,9 @@ impl Args {
             return Err(usage(format!("--context {context}"), hint));
         }
         Ok(Served {
-            name: self.served_name.unwrap_or(self.source.model),
+            name: self
+                .served_name
+                .unwrap_or_else(|| short(&self.source.model)),
             engine: EngineOptions {
                 token_budget: self.token_budget,
                 max_sequences: self.max_sequences,
@@ -202,8 +213,23 @@ impl Args {
                 context: self.context,
             },
             template,
+            tool_template,
             model,
         })
+    }
+}
+
+/// The last part of a path; a hub id stays whole.
+fn short(model: &str) -> String {
+    let path = Path::new(model);
+    let last = if path.is_file() {
+        path.file_stem()
+    } else {
+        path.file_name()
+    };
+    match last.filter(|_| path.exists()) {
+        Some(last) => last.to_string_lossy().into_owned(),
+        None => model.to_owned(),
     }
 }
 
