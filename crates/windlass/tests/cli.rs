@@ -710,6 +710,7 @@ const HELP: &[&[&str]] = &[
     &["bench", "kernels"],
     &["generate"],
     &["chat"],
+    &["serve"],
     &["tokenize"],
     &["eval"],
     &["eval", "perplexity"],
