@@ -99,7 +99,7 @@ fn a_client_that_reads_nothing_is_given_up() {
         .unwrap();
     let start = Instant::now();
     while house.metric("num_requests_running") == 0.0 {
-        assert!(start.elapsed() < Duration::from_secs(10));
+        assert!(start.elapsed() < Duration::from_secs(60));
     }
     while house.metric("num_requests_running") > 0.0 {
         assert!(

@@ -58,13 +58,14 @@ pub fn model() -> LoadedModel {
 pub struct House {
     pub address: SocketAddr,
     stop: Stop,
+    ready: mpsc::Receiver<()>,
     thread: Option<JoinHandle<Result<(), ServeError>>>,
 }
 
 impl House {
     /// With limits of one's own.
     pub fn with(options: ServerOptions, engine: EngineOptions) -> Self {
-        Self::loading(options, move || {
+        let house = Self::loading(options, move || {
             let model = model();
             let tokens = model.tokenizer().unwrap().special_tokens();
             Ok(Served {
@@ -74,10 +75,13 @@ impl House {
                 engine,
                 model,
             })
-        })
+        });
+        let ready = house.ready.recv_timeout(Duration::from_secs(100));
+        ready.expect("the model is loaded");
+        house
     }
 
-    /// With a loader of one's own.
+    /// With a loader of one's own, which is not waited for.
     pub fn loading(
         options: ServerOptions,
         load: impl FnOnce() -> Result<Served, ServeError> + Send + 'static,
@@ -93,11 +97,10 @@ impl House {
                 }
             })
         });
-        // A loader that fails or waits makes nothing ready.
-        let _ = is_ready.recv_timeout(Duration::from_secs(3));
         House {
             address,
             stop,
+            ready: is_ready,
             thread: Some(thread),
         }
     }
@@ -171,7 +174,7 @@ impl House {
         let start = Instant::now();
         while self.metric(name) != wanted {
             assert!(
-                start.elapsed() < Duration::from_secs(10),
+                start.elapsed() < Duration::from_secs(60),
                 "{name}: {}, not {wanted}",
                 self.metric(name)
             );
