@@ -441,7 +441,11 @@ fn dtype_name(dtype: Dtype) -> &'static str {
 }
 
 /// The `config.json` of the folder.
-fn described(config: &DecoderConfig, tokenizer: Option<&Tokenizer>, dtype: Dtype) -> Json {
+pub(crate) fn described(
+    config: &DecoderConfig,
+    tokenizer: Option<&Tokenizer>,
+    dtype: Dtype,
+) -> Json {
     let mut json = folder_config(config.json.clone());
     json["torch_dtype"] = dtype_name(dtype).into();
     let ids = tokenizer.map(|t| (t.bos(), t.eos(), t.pad()));

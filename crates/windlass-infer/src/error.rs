@@ -120,6 +120,16 @@ pub enum InferError {
         /// How many.
         waiting: usize,
     },
+    /// An adapter that cannot be used.
+    #[error("adapter {}: {problem}", path.display())]
+    Adapter {
+        /// Its folder.
+        path: PathBuf,
+        /// Why not.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
     /// The model's description.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -140,7 +150,7 @@ impl InferError {
                 "the weights are damaged or the training has diverged: try an earlier checkpoint"
             }
             Self::NoToken { .. } => return None,
-            Self::NoModel { hint, .. } => hint.as_str(),
+            Self::NoModel { hint, .. } | Self::Adapter { hint, .. } => hint.as_str(),
             Self::UnknownBias { .. } => {
                 "check that config.json and the weights belong together (attention_bias, mlp_bias)"
             }

@@ -3,6 +3,7 @@
 //! Nothing here prints, reads a clock or draws from a global random source: text goes to a callback, time is the
 //! caller's, seeds are arguments.
 
+pub mod adapter;
 pub mod convert;
 pub mod divergence;
 pub mod engine;
@@ -23,6 +24,7 @@ pub mod stop;
 pub mod vocabulary;
 pub mod workload;
 
+pub use adapter::{AdapterFolder, write_adapter};
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};
 pub use loaded::{LoadIn, LoadedModel};

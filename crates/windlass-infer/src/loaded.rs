@@ -8,7 +8,7 @@ use crate::convert::of_unit;
 use crate::quantized::{Checkpoint, Quantization};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use windlass_model::{DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
+use windlass_model::{Adapter, DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::gguf::is_gguf;
 use windlass_store::packed as packed_file;
@@ -38,6 +38,8 @@ pub struct LoadedModel {
     pub notes: Vec<String>,
     /// The folder that holds `config.json`, or the GGUF file.
     pub folder: PathBuf,
+    /// Its adapter, where it has one.
+    pub adapter: Option<Adapter>,
 }
 
 /// How keys and values are kept unless the caller decides: weights of few bits leave `f32` activations, whose keys and
@@ -144,6 +146,7 @@ impl LoadedModel {
             kv_type,
             notes,
             folder: folder.to_owned(),
+            adapter: None,
         }
     }
 

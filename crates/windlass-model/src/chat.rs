@@ -7,6 +7,7 @@
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Value as Item};
 use serde_json::{Map, Value};
+use std::ops::Range;
 use thiserror::Error;
 
 use crate::Tokenizer;
@@ -91,12 +92,13 @@ impl ChatTemplate {
     /// [`ChatError::Syntax`].
     pub fn new(source: &str, tokens: Vec<(String, String)>) -> Result<Self, ChatError> {
         let mut environment = environment();
-        let plain = without_generation_tags(source);
-        environment
-            .add_template_owned("template", plain)
-            .map_err(|error| ChatError::Syntax {
-                reason: error.to_string(),
-            })?;
+        for (name, marked) in [("template", false), ("marked", true)] {
+            environment
+                .add_template_owned(name, without_generation_tags(source, marked))
+                .map_err(|error| ChatError::Syntax {
+                    reason: error.to_string(),
+                })?;
+        }
         Ok(ChatTemplate {
             environment,
             source: source.to_owned(),
@@ -128,6 +130,44 @@ impl ChatTemplate {
     /// # Errors
     /// [`ChatError::Refused`] in the template's words, [`ChatError::Failed`], [`ChatError::NoClock`].
     pub fn render(&self, messages: &[Value], options: &ChatOptions) -> Result<String, ChatError> {
+        self.run("template", messages, options)
+    }
+
+    /// Whether the template marks what the assistant says (`{% generation %}`).
+    pub fn marks_answers(&self) -> bool {
+        without_generation_tags(&self.source, true) != without_generation_tags(&self.source, false)
+    }
+
+    /// As [`ChatTemplate::render`], with the places of what the template marks as the assistant's words, in bytes.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_marked(
+        &self,
+        messages: &[Value],
+        options: &ChatOptions,
+    ) -> Result<(String, Vec<Range<usize>>), ChatError> {
+        let marked = self.run("marked", messages, options)?;
+        let (mut text, mut answers) = (String::with_capacity(marked.len()), Vec::new());
+        let mut begin = None;
+        for piece in marked.split_inclusive([BEGIN, END]) {
+            let words = piece.trim_end_matches([BEGIN, END]);
+            text += words;
+            match piece[words.len()..].chars().next() {
+                Some(BEGIN) => begin = Some(text.len()),
+                Some(_) => answers.extend(begin.take().map(|start| start..text.len())),
+                None => {}
+            }
+        }
+        Ok((text, answers))
+    }
+
+    fn run(
+        &self,
+        name: &str,
+        messages: &[Value],
+        options: &ChatOptions,
+    ) -> Result<String, ChatError> {
         let mut variables: Vec<(&str, Item)> = Vec::new();
         for (name, token) in &self.tokens {
             variables.push((name, token.as_str().into()));
@@ -149,7 +189,7 @@ impl ChatTemplate {
             "strftime_now",
             Item::from_function(move |format: &str| time::strftime(now, format)),
         ));
-        let template = self.environment.get_template("template");
+        let template = self.environment.get_template(name);
         let text = template.and_then(|template| template.render(Item::from_pairs(variables)));
         text.map_err(|error| explain(&error))
     }
@@ -193,8 +233,13 @@ fn explain(error: &minijinja::Error) -> ChatError {
     }
 }
 
-/// The template with `{% generation %}` blocks as plain blocks: they mark answers for training, and write nothing.
-fn without_generation_tags(source: &str) -> String {
+/// What is written where an answer begins, and where it ends: characters that no text has.
+const BEGIN: char = '\u{f8f0}';
+const END: char = '\u{f8f1}';
+
+/// The template with `{% generation %}` blocks as plain blocks: they mark answers for training, and write nothing, or
+/// where `marked` says so, a character at each end. The last tag is a block in any case, as white space asks for.
+fn without_generation_tags(source: &str, marked: bool) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
@@ -204,13 +249,15 @@ fn without_generation_tags(source: &str) -> String {
         let tag = &rest[start + 2..start + length];
         let word = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
-            "generation" => Some("if true"),
-            "endgeneration" => Some("endif"),
+            "generation" if marked => Some(format!("if true %}}{{% if true %}}{BEGIN}{{% endif")),
+            "endgeneration" if marked => Some(format!("if true %}}{END}{{% endif %}}{{% endif")),
+            "generation" => Some("if true".to_owned()),
+            "endgeneration" => Some("endif".to_owned()),
             _ => None,
         };
         text += &rest[..start + 2];
         match replacement {
-            Some(other) => text += &tag.replacen(word, other, 1),
+            Some(other) => text += &tag.replacen(word, &other, 1),
             None => text += tag,
         }
         text += "%}";

@@ -6,14 +6,13 @@
 use crate::checkpoint::plain;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::save::{Place, Saved, together_save, written_bytes};
+use crate::save::{Place, Saved, WeightFiles, together_save, written_bytes};
 use crate::together::{exchange, together};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use windlass_comm::Group;
 use windlass_store::checkpoint::{CheckpointDir, Writer, prepare_blocks};
-use windlass_tensor::FileTensor;
 
 /// A checkpoint on its way to the disk.
 pub(crate) struct Pending {
@@ -157,12 +156,12 @@ impl<B> Engine<B> {
     pub(crate) fn save_with(
         &mut self,
         place: Place<'_>,
-        map: Vec<FileTensor>,
+        files: WeightFiles,
         keep: Option<NonZeroUsize>,
         head: &mut dyn FnMut(&mut Writer) -> Result<()>,
     ) -> Result<PathBuf> {
         self.look_after_checkpoint(true)?;
-        match together_save(place, self, map, keep, head)? {
+        match together_save(place, self, files, keep, head)? {
             Saved::Here(checkpoint) => {
                 let path = checkpoint.path().to_owned();
                 self.last_checkpoint = Some(path.clone());

@@ -71,7 +71,7 @@ impl<B> Engine<B> {
             checkpoints: &Checkpoints::open(dir),
             name: Some(tag),
         };
-        self.save_with(place, map, None, &mut |writer| {
+        self.save_with(place, map.into(), None, &mut |writer| {
             Ok(writer.json(CLIENT_FILE, &state)?)
         })
     }

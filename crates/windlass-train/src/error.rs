@@ -175,6 +175,65 @@ pub enum Error {
         /// The stage of ZeRO.
         stage: u8,
     },
+    /// A file that is no table.
+    #[error("{} is no table that can be read", .0.display())]
+    NoTable(PathBuf),
+    /// Columns that say nothing about what a row is.
+    #[error("{at}: the columns {} are of no known form", columns.join(", "))]
+    UnknownForm {
+        /// Where.
+        at: String,
+        /// The columns.
+        columns: Vec<String>,
+    },
+    /// Rows of different forms.
+    #[error("the data are of several forms: {first}, {other}")]
+    MixedForms {
+        /// The first row and its form.
+        first: String,
+        /// A row of another form.
+        other: String,
+    },
+    /// Samples that teach nothing.
+    #[error(
+        "{count} of {total} samples have nothing to be learned in their first {most} tokens; the first is {first}"
+    )]
+    NothingLearned {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        total: usize,
+        /// The first of them.
+        first: String,
+        /// The tokens that a sample may have.
+        most: usize,
+    },
+    /// A sample that is too long.
+    #[error("{at} has {tokens} tokens, and at most {most} are taken")]
+    SampleTooLong {
+        /// Where.
+        at: String,
+        /// Its tokens.
+        tokens: usize,
+        /// The most that are taken.
+        most: usize,
+    },
+    /// Messages, and no template to render them with.
+    #[error("the data are conversations, and the model has no chat template")]
+    NoTemplate,
+    /// Only the assistant's words are to be learned, and the template does not mark them.
+    #[error(
+        "the chat template does not mark what the assistant says: it has no {{% generation %}} block"
+    )]
+    NoMarks,
+    /// A conversation that the template does not take.
+    #[error("{at}: {source}")]
+    Chat {
+        /// Where.
+        at: String,
+        /// The template's reason.
+        source: windlass_model::ChatError,
+    },
     /// A configuration file cannot be used.
     #[error(transparent)]
     Config(#[from] crate::config::Invalid),
@@ -227,6 +286,28 @@ impl Error {
             Self::Malformed { path, .. } if path.extension().is_some_and(|end| end == "json") => {
                 "a .json file holds one array; a file with one object a line is called .jsonl".into()
             }
+            Self::NoTable(_) => {
+                "tables are .jsonl, .json (an array), .csv and .parquet".into()
+            }
+            Self::UnknownForm { .. } => {
+                "known columns: text; prompt, completion (and label); messages (and tools, label); chosen, rejected; \
+                 instruction, input, output; conversations"
+                    .into()
+            }
+            Self::MixedForms { .. } => "give data of one form: the same columns in all rows".into(),
+            Self::NothingLearned { .. } => {
+                "remove these samples, or give more room with --max-length, or leave long ones out with --long drop".into()
+            }
+            Self::SampleTooLong { .. } => {
+                "give more room with --max-length, or cut or leave out long samples with --long cut or --long drop".into()
+            }
+            Self::NoTemplate => "give one with --template FILE, or --template plain".into(),
+            Self::NoMarks => {
+                "put {% generation %} … {% endgeneration %} around the answers in a copy of it and give that with --template, \
+                 or learn something else with --learn completion"
+                    .into()
+            }
+            Self::Chat { source, .. } => return source.hint(),
             Self::NoEndToken => {
                 "put a tokenizer_config.json with \"eos_token\" beside the tokenizer.json".into()
             }

@@ -25,6 +25,7 @@ mod save;
 pub mod schedule;
 mod together;
 mod trainer;
+pub mod tune;
 
 pub use engine::{Engine, EngineOptions, EngineState, Loss, Losses, StepReport};
 pub use error::{Error, Result};
@@ -34,7 +35,7 @@ pub use fit::{Change, Fit, Outline, fit};
 pub use initialize::{initialize, initialize_on};
 pub use no_sync::NoSync;
 pub use optimizer::Optimizer;
-pub use plan::{Plan, StepShape, measure_step, plan, plan_rank};
+pub use plan::{Plan, StepShape, measure_step, plan, plan_batch, plan_rank};
 pub use profile::LayerProfile;
 pub use save::load_model;
-pub use trainer::{End, Event, StepEvent, StepTimes, TrainOptions, Trainer};
+pub use trainer::{End, Event, Lessons, StepEvent, StepTimes, Subject, TrainOptions, Trainer};

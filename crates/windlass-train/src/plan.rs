@@ -5,11 +5,11 @@ use crate::engine::{Engine, EngineOptions};
 use crate::save::written_bytes;
 use crate::trainer::to_tokens;
 use windlass_comm::{Group, Traffic};
-use windlass_model::{DecoderConfig, decoder};
+use windlass_model::{DecoderConfig, Model, Tokens, decoder};
 use windlass_store::checkpoint::HELD_BLOCK;
 use windlass_store::{Home, Placement, Store};
 use windlass_tensor::kernels::memory::Usage;
-use windlass_tensor::{Category, Cpu, DType, ParamSpec};
+use windlass_tensor::{Category, Cpu, DType, FileTensor, ParamSpec};
 
 /// The size of a training run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,13 +65,41 @@ pub fn plan_rank(
     const PURE: &str = "a machine that computes nothing cannot fail";
     let cpu = Cpu::dry();
     let model = decoder(config);
-    let parameters = model.num_params();
     let group = match ranks {
         1 => Group::solo(),
         _ => Group::dry(0, ranks),
     };
     let fill = |_, param: &ParamSpec, range| Ok(param.fill_range(&cpu, 0, dtype, range));
     let store = Store::build(&cpu, Home::on(group, placement), model.units(), fill).expect(PURE);
+    let map = config.naming.file_tensors(&model);
+    plan_batch(
+        (model, store, map),
+        config,
+        dtype,
+        options,
+        (shape, blank(shape)),
+    )
+}
+
+/// As [`plan`], of a model whose weights are in a store on a machine that computes nothing. `map` says what a checkpoint holds,
+/// and the batch is the largest there will be.
+///
+/// # Panics
+/// When the store is on a machine that computes.
+pub fn plan_batch(
+    (model, store, map): (Model<Tokens>, Store, Vec<FileTensor>),
+    config: &DecoderConfig,
+    dtype: DType,
+    options: EngineOptions,
+    (shape, batch): (StepShape, Batch),
+) -> Plan {
+    const PURE: &str = "a machine that computes nothing cannot fail";
+    let cpu = store.cpu().clone();
+    assert!(
+        cpu.pool.is_dry(),
+        "a plan is made on a machine that computes nothing"
+    );
+    let (parameters, ranks) = (model.num_params(), store.group().size());
     let background = options.async_checkpoints;
     let options = EngineOptions {
         gradient_accumulation_steps: shape.gradient_accumulation_steps,
@@ -82,7 +110,6 @@ pub fn plan_rank(
     let mut traffic = Traffic::default();
     // The first forward pass of a step finds no gradients and the second one meets them beside its activations; in the
     // second step both find the blocks of the first one free. Nothing is new after that.
-    let map = config.naming.file_tensors(engine.model());
     let blocks = match background {
         true => written_bytes(&engine, map).div_ceil(HELD_BLOCK),
         false => 0,
@@ -97,7 +124,7 @@ pub fn plan_rank(
     for _ in 0..2 {
         let before = engine.store().group().traffic();
         for _ in 0..shape.gradient_accumulation_steps {
-            let batch = to_tokens(blank(shape), config, dtype, 1.0, 1);
+            let batch = to_tokens(batch.clone(), config, dtype, 1.0, 1);
             let loss = engine.forward(batch).expect(PURE);
             engine.backward(loss).expect(PURE);
         }
@@ -113,7 +140,7 @@ pub fn plan_rank(
     Plan {
         parameters,
         memory,
-        tokens_per_step: sequences * shape.seq_len,
+        tokens_per_step: sequences * batch.ids.len() / batch.sequences.max(1),
         sent_per_step: (traffic.total().bytes - traffic.control.bytes) as usize,
         collectives: traffic
             .kinds()
@@ -155,5 +182,6 @@ fn blank(shape: StepShape) -> Batch {
         positions: Vec::new(),
         segments: vec![shape.seq_len; shape.micro_batch],
         sequences: shape.micro_batch,
+        labels: Vec::new(),
     }
 }

@@ -7,15 +7,19 @@ use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
 use crate::together::{exchange, together};
-use crate::trainer::TrainOptions;
+use crate::trainer::{Best, TrainOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use windlass_model::{DecoderConfig, Tokenizer, Tokens, decoder};
+use windlass_model::{
+    ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, DecoderConfig, Tokenizer, Tokens, decoder,
+};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
-use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors, write_folder};
+use windlass_store::safetensors::{
+    Dtype, Options, Spec, TensorWriter, Tensors, write_file, write_folder,
+};
 use windlass_store::{ArrayKind, Gathered, Home, Loader, StateEntry, Store};
 use windlass_tensor::{
     Cpu, DType, FileTensor, Layout, ParamId, UnitSpec, Weight, Weights, each_dtype,
@@ -38,6 +42,8 @@ pub(crate) struct Progress {
     #[serde(default = "one")]
     pub(crate) ranks: usize,
     pub(crate) packing: Packing,
+    #[serde(default)]
+    pub(crate) best: Best,
 }
 
 fn one() -> usize {
@@ -126,6 +132,41 @@ pub(crate) fn save_model(
     Ok(tokenizer.save(folder)?)
 }
 
+/// Writes an adapter's folder, as PEFT does, from the first rank. Collective.
+///
+/// # Errors
+/// Whatever hinders writing.
+pub(crate) fn save_adapter(
+    folder: &Path,
+    engine: &Engine<Tokens>,
+    adapter: &Adapter,
+) -> Result<()> {
+    let store = engine.store();
+    let files = FileTensors::new(engine, adapter.tensors.clone());
+    let mut units = Units::new(store);
+    let mut write = || -> Result<()> {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        let metadata = Options::default().metadata;
+        let path = folder.join(ADAPTER_FILE);
+        write_file(&RealDisk, &path, &files.specs, &metadata, |index, out| {
+            files.write(index, &mut units, out)
+        })?;
+        let text = serde_json::to_vec_pretty(&adapter.config.to_json()).expect("a JSON value");
+        Ok(write_atomic(
+            &RealDisk,
+            &folder.join(ADAPTER_CONFIG_FILE),
+            &text,
+        )?)
+    };
+    let written = match store.group().rank() {
+        0 => write(),
+        _ => Ok(()),
+    };
+    units.finish()?;
+    together(store.group(), "write an adapter", written.as_ref().err())?;
+    written
+}
+
 /// Gathers the units of a store in order, each once, whoever needs which: gathering is collective, and a rank writes
 /// some of the tensors only.
 struct Units<'s> {
@@ -175,13 +216,13 @@ struct FileTensors {
 impl FileTensors {
     fn new<B>(engine: &Engine<B>, mut map: Vec<FileTensor>) -> Self {
         map.sort_by_key(|t| t.parts[0].unit);
-        let kind = match engine.store().dtype() {
-            DType::Bf16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            DType::F64 => Dtype::F64,
+        let kind = |t: &FileTensor| match engine.store().dtype_of(t.parts[0]) {
+            Some(DType::Bf16) => Dtype::BF16,
+            Some(DType::F16) => Dtype::F16,
+            Some(DType::F64) => Dtype::F64,
             _ => Dtype::F32,
         };
-        let spec = |t: &FileTensor| Spec::new(t.name.clone(), kind, t.shape.to_vec());
+        let spec = |t: &FileTensor| Spec::new(t.name.clone(), kind(t), t.shape.to_vec());
         FileTensors {
             specs: map.iter().map(spec).collect(),
             map,
@@ -219,6 +260,29 @@ impl FileTensors {
             (0..self.map.len()).filter(mine).collect::<Vec<_>>()
         };
         (0..ranks).map(of).filter(|s| !s.is_empty()).collect()
+    }
+}
+
+/// The files of what is saved as weights.
+pub(crate) struct WeightFiles {
+    map: Vec<FileTensor>,
+    /// The one file they go to; those of a Hugging Face folder when `None`.
+    single: Option<&'static str>,
+}
+
+impl From<Vec<FileTensor>> for WeightFiles {
+    fn from(map: Vec<FileTensor>) -> Self {
+        WeightFiles { map, single: None }
+    }
+}
+
+impl WeightFiles {
+    /// An adapter's file.
+    pub(crate) fn adapter(adapter: &Adapter) -> Self {
+        WeightFiles {
+            map: adapter.tensors.clone(),
+            single: Some(ADAPTER_FILE),
+        }
     }
 }
 
@@ -263,7 +327,7 @@ pub(crate) enum Saved {
 pub(crate) fn together_save<B>(
     place: Place<'_>,
     engine: &Engine<B>,
-    map: Vec<FileTensor>,
+    files: WeightFiles,
     keep: Option<NonZeroUsize>,
     head: &mut dyn FnMut(&mut Writer) -> Result<()>,
 ) -> Result<Saved> {
@@ -282,7 +346,7 @@ pub(crate) fn together_save<B>(
     if background {
         writer.hold(&engine.store().cpu().memory);
     }
-    let written = write_part(&mut writer, engine, map);
+    let written = write_part(&mut writer, engine, files);
     let written = written.and_then(|()| match first {
         true => head(&mut writer),
         false => Ok(()),
@@ -323,15 +387,23 @@ pub(crate) fn written_bytes<B>(engine: &Engine<B>, map: Vec<FileTensor>) -> usiz
 }
 
 /// Writes this rank's part of the weights and its optimizer state.
-fn write_part<B>(writer: &mut Writer, engine: &Engine<B>, map: Vec<FileTensor>) -> Result<()> {
+fn write_part<B>(
+    writer: &mut Writer,
+    engine: &Engine<B>,
+    WeightFiles { map, single }: WeightFiles,
+) -> Result<()> {
     let store = engine.store();
     let (rank, ranks) = (store.group().rank(), store.group().size());
     let files = FileTensors::new(engine, map);
     let mut units = Units::new(store);
     let mut fill = |index: usize, out: &mut TensorWriter| files.write(index, &mut units, out);
-    let written = match ranks {
-        1 => writer.weights(&files.specs, &Options::default(), &mut fill),
-        _ => write_shard(writer, &files, (rank, ranks), &mut fill),
+    let written = match (single, ranks) {
+        (Some(name), _) if rank == 0 => {
+            writer.tensors(name, &files.specs, &Options::default().metadata, &mut fill)
+        }
+        (Some(_), _) => Ok(()),
+        (None, 1) => writer.weights(&files.specs, &Options::default(), &mut fill),
+        (None, _) => write_shard(writer, &files, (rank, ranks), &mut fill),
     };
     // Other ranks wait for this one's part in gathering, whatever happened to its disk.
     units.finish()?;
@@ -367,7 +439,7 @@ fn write_shard(
 /// Writes what there is once.
 pub(crate) fn write_head(
     writer: &mut Writer,
-    config: &DecoderConfig,
+    (config, adapter): (&DecoderConfig, Option<&Adapter>),
     tokenizer: &Tokenizer,
     progress: &Progress,
     dtype: DType,
@@ -375,7 +447,10 @@ pub(crate) fn write_head(
     for (name, content) in tokenizer.files() {
         writer.bytes(name, content)?;
     }
-    writer.json("config.json", &config_json(config, dtype))?;
+    match adapter {
+        Some(adapter) => writer.json(ADAPTER_CONFIG_FILE, &adapter.config.to_json())?,
+        None => writer.json("config.json", &config_json(config, dtype))?,
+    }
     writer.json(STATE_FILE, progress)?;
     Ok(())
 }

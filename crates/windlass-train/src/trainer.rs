@@ -1,26 +1,31 @@
 //! The training loop: data through the engine, schedule, evaluation, checkpoints, metrics.
 
 mod event;
+mod feed;
+mod tuning;
 
 pub use event::{End, Event, StepEvent, StepTimes};
+pub use tuning::{Lessons, Subject};
 
-use crate::data::{Batch, Evaluation, Packing, Sampler, View};
+use crate::data::{Batch, Packing, Sampler, View};
 use crate::engine::{Engine, EngineOptions, Losses};
 use crate::error::{Error, Result};
 use crate::evaluate::{idle, run};
 use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
 use crate::profile::{self, LayerProfile};
-use crate::save::{self, Place, Progress};
+use crate::save::{self, Place, Progress, WeightFiles};
 use crate::schedule::Rate;
 use event::timed;
+use feed::Feed;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+pub(crate) use tuning::Best;
 use windlass_comm::Group;
-use windlass_model::{DecoderConfig, Goal, Tokenizer, Tokens, decoder};
+use windlass_model::{Adapter, DecoderConfig, Goal, Tokenizer, Tokens, decoder};
 use windlass_store::Store;
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints};
 use windlass_tensor::{Cpu, DType, RouterStats};
@@ -63,14 +68,18 @@ pub struct Trainer {
     engine: Engine<Tokens>,
     config: DecoderConfig,
     tokenizer: Tokenizer,
-    sampler: Sampler,
-    held_out: Option<View>,
+    adapter: Option<Adapter>,
+    feed: Feed,
     options: TrainOptions,
     checkpoints: Checkpoints,
     /// On the first rank.
     monitors: Option<Monitors>,
     tokens_seen: u64,
     last_checkpoint: Option<PathBuf>,
+    /// Whether the best weights are kept.
+    keeps_best: bool,
+    patience: Option<u64>,
+    best: Best,
 }
 
 /// A batch as the model reads it; `denominator` is the number of scored tokens of the step, which consists of
@@ -123,24 +132,54 @@ impl Trainer {
                 context: config.max_position_embeddings,
             });
         }
+        let (rank, ranks) = (store.group().rank(), store.group().size());
+        let (seq_len, packing) = (options.shape.seq_len, options.packing);
+        let sampler = Sampler::new(train, seq_len, packing, options.seed)?.shard(rank, ranks);
+        let feed = Feed::Stream {
+            sampler,
+            held_out,
+            seq_len,
+            packing,
+        };
+        let subject = Subject {
+            model: decoder(&config),
+            config,
+            tokenizer,
+            store,
+            adapter: None,
+        };
+        Self::build(subject, feed, options, resume)
+    }
+
+    fn build(
+        subject: Subject,
+        mut feed: Feed,
+        options: TrainOptions,
+        resume: Option<&CheckpointDir>,
+    ) -> Result<Self> {
+        let Subject {
+            config,
+            tokenizer,
+            model,
+            store,
+            adapter,
+        } = subject;
         tokenizer.check_vocabulary(config.vocab_size)?;
         let (rank, ranks) = (store.group().rank(), store.group().size());
-        let mut sampler =
-            Sampler::new(train, options.shape.seq_len, options.packing, options.seed)?
-                .shard(rank, ranks);
         let engine_options = EngineOptions {
             gradient_accumulation_steps: options.shape.gradient_accumulation_steps,
             losses: Losses::Sum,
             rate: options.schedule,
             ..options.engine
         };
-        let mut engine = Engine::initialize(decoder(&config), store, engine_options)?;
-        let mut tokens_seen = 0;
+        let mut engine = Engine::initialize(model, store, engine_options)?;
+        let (mut tokens_seen, mut best) = (0, Best::default());
         if let Some(checkpoint) = resume {
             let progress: Progress = checkpoint.json(save::STATE_FILE)?;
             progress.check(&options, ranks)?;
             save::load_optimizer(checkpoint, progress.ranks, engine.store_mut())?;
-            sampler.resume(&progress.sampler)?;
+            feed.resume(&progress.sampler)?;
+            best = progress.best;
             engine.resume(&progress.engine)?;
             tokens_seen = progress.tokens_seen;
         }
@@ -157,13 +196,16 @@ impl Trainer {
             engine,
             config,
             tokenizer,
-            sampler,
-            held_out,
+            adapter,
+            feed,
             checkpoints: Checkpoints::open(&options.out),
             options,
             monitors,
             tokens_seen,
             last_checkpoint: resume.map(|c| c.path().to_owned()),
+            keeps_best: false,
+            patience: None,
+            best,
         })
     }
 
@@ -187,8 +229,22 @@ impl Trainer {
     /// # Errors
     /// A loss or gradient that is not finite, and whatever hinders saving.
     pub fn run(&mut self, stop: &AtomicBool, tell: &mut dyn FnMut(Event)) -> Result<End> {
+        self.run_watched(stop, tell, &mut |_| ())
+    }
+
+    /// As [`Trainer::run`]; `look` sees the trainer after every evaluation, and before the first step.
+    ///
+    /// # Errors
+    /// As [`Trainer::run`].
+    pub fn run_watched(
+        &mut self,
+        stop: &AtomicBool,
+        tell: &mut dyn FnMut(Event),
+        look: &mut dyn FnMut(&Trainer),
+    ) -> Result<End> {
         let mut saved_at = (self.engine.global_steps(), Instant::now());
         let mut end = End::Finished;
+        look(self);
         while self.engine.global_steps() < self.options.steps {
             let next = self.engine.global_steps() + 1;
             let profiled = &mut self.options.monitor.profile_step;
@@ -203,22 +259,29 @@ impl Trainer {
             let taken = step == event.step;
             let done = taken && step == self.options.steps;
             let due = |every: Option<u64>| taken && every.is_some_and(|n| step.is_multiple_of(n));
-            if self.held_out.is_some() && (due(self.options.eval_every) || done) {
+            let mut stopped = None;
+            if self.feed.has_held_out() && (due(self.options.eval_every) || done) {
                 let loss = self.evaluate()?;
                 let values = [("eval_loss", loss), ("eval_perplexity", loss.exp())];
                 self.write(step, &values)?;
                 tell(Event::Evaluated { step, loss });
+                stopped = self.judge(step, loss, tell)?;
+                look(self);
             }
             let timed = self
                 .options
                 .save_after
                 .is_some_and(|after| saved_at.1.elapsed() >= after);
             let (interrupted, timed) = self.agree(stop.load(Ordering::Relaxed), timed)?;
-            if (done || interrupted || timed || due(self.options.save_every)) && saved_at.0 != step
-            {
+            let ends = done || interrupted || stopped.is_some();
+            if (ends || timed || due(self.options.save_every)) && saved_at.0 != step {
                 self.save()?;
                 saved_at = (step, Instant::now());
                 self.tell_saved(tell);
+            }
+            if let Some(early) = stopped.filter(|_| !done) {
+                end = early;
+                break;
             }
             if interrupted && !done {
                 end = End::Interrupted;
@@ -260,10 +323,7 @@ impl Trainer {
 
     /// Profiles the layers on the first micro-batch of the next step.
     fn profile(&self) -> Result<Vec<LayerProfile>> {
-        let batch = self
-            .sampler
-            .clone()
-            .next_batch(self.options.shape.micro_batch);
+        let batch = self.feed.peek(self.options.shape.micro_batch);
         let model = self.engine.model();
         let flops = profile::flops(&self.config, model.units(), &batch);
         let batch = to_tokens(batch, &self.config, self.options.dtype, 1.0, 1);
@@ -279,7 +339,7 @@ impl Trainer {
         let shape = self.options.shape;
         let count = shape.gradient_accumulation_steps;
         let batches: Vec<Batch> = (0..count)
-            .map(|_| self.sampler.next_batch(shape.micro_batch))
+            .map(|_| self.feed.next_batch(shape.micro_batch))
             .collect();
         let own = [
             batches.iter().map(Batch::scored).sum::<usize>() as f64,
@@ -365,14 +425,7 @@ impl Trainer {
     /// # Errors
     /// When there are no held-out tokens.
     pub fn evaluate(&self) -> Result<f64> {
-        let view = self.held_out.clone().ok_or(Error::TooFewTokens {
-            part: "held-out",
-            tokens: 0,
-            needed: 2,
-        })?;
-        let shape = self.options.shape;
-        let batches =
-            Evaluation::new(view, shape.seq_len, self.options.packing, shape.micro_batch)?;
+        let batches = self.feed.evaluation(self.options.shape.micro_batch)?;
         let limit = self.options.eval_sequences.unwrap_or(u64::MAX);
         let (rank, ranks) = (self.group().rank(), self.group().size());
         let (model, store) = (self.engine.model(), self.engine.store());
@@ -418,7 +471,8 @@ impl Trainer {
         let progress = Progress {
             engine: self.engine.state(),
             tokens_seen: self.tokens_seen,
-            sampler: self.sampler.state(),
+            sampler: self.feed.state(),
+            best: self.best,
             dtype: self.options.dtype.name().into(),
             optimizer: self.options.engine.optimizer,
             shape: self.options.shape,
@@ -426,14 +480,18 @@ impl Trainer {
             packing: self.options.packing,
         };
         let (config, tokenizer) = (&self.config, &self.tokenizer);
-        let map = config.naming.file_tensors(self.engine.model());
+        let adapter = self.adapter.as_ref();
+        let files = match adapter {
+            Some(adapter) => WeightFiles::adapter(adapter),
+            None => config.naming.file_tensors(self.engine.model()).into(),
+        };
         let (keep, dtype) = (self.options.keep, self.engine.store().dtype());
         let place = Place {
             checkpoints: &self.checkpoints,
             name: None,
         };
-        self.engine.save_with(place, map, keep, &mut |writer| {
-            save::write_head(writer, config, tokenizer, &progress, dtype)
+        self.engine.save_with(place, files, keep, &mut |writer| {
+            save::write_head(writer, (config, adapter), tokenizer, &progress, dtype)
         })?;
         Ok(())
     }

@@ -19,11 +19,19 @@ enum Command {
     Quickstart(cli::quickstart::Args),
     /// Train a model from scratch or from a Hugging Face folder
     Train(Box<cli::train::Args>),
+    /// Fine-tune a model on samples: adapters, on plain or packed weights, or all weights
+    Finetune(Box<cli::finetune::Args>),
+    /// Show samples as a model would be trained on them
+    #[command(subcommand)]
+    Data(cli::lessons::Verb),
     /// Start ranks on one host or many, and start a training that failed again
     Launch(cli::launch::Args),
     /// Look at a checkpoint, verify it, or write its f32 masters as a Hugging Face folder
     #[command(subcommand)]
     Checkpoint(cli::checkpoint::Verb),
+    /// Look at an adapter, merge it into its model, take it out, or add several
+    #[command(subcommand)]
+    Adapter(cli::adapter::Verb),
     /// Continue prompts with a model
     Generate(cli::generate::Args),
     /// Talk with a model through its chat template
@@ -59,8 +67,11 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Quickstart(args) => cli::quickstart::run(args),
         Command::Train(args) => cli::train::run(*args),
+        Command::Finetune(args) => cli::finetune::run(*args),
+        Command::Data(verb) => cli::lessons::run(verb),
         Command::Launch(args) => cli::launch::run(args),
         Command::Checkpoint(verb) => cli::checkpoint::run(verb),
+        Command::Adapter(verb) => cli::adapter::run(verb),
         Command::Generate(args) => cli::generate::run(args),
         Command::Chat(args) => cli::chat::run(&args),
         Command::Serve(args) => cli::serve::run(*args),

@@ -170,6 +170,21 @@ fn ends_with(module: &str, name: &str) -> bool {
 }
 
 impl AdapterConfig {
+    /// What the product of a module's factors is multiplied with.
+    ///
+    /// # Errors
+    /// A key of a pattern that is none.
+    pub fn scale(&self, module: &str) -> Result<f64, ModelError> {
+        let selection = Selection {
+            config: self,
+            adapted: BTreeSet::new(),
+            saved: BTreeSet::new(),
+            ranks: self.patterns("rank_pattern", &self.rank_pattern)?,
+            alphas: self.patterns("alpha_pattern", &self.alpha_pattern)?,
+        };
+        Ok(selection.rank_and_scale(module).1)
+    }
+
     /// Whether a projection gets an adapter, of those that are not saved whole.
     fn chooses(&self, naming: Naming, name: &str) -> Result<bool, ModelError> {
         let excluded = match &self.exclude_modules {

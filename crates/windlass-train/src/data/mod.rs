@@ -8,7 +8,7 @@ pub mod sampler;
 pub mod split;
 pub mod tokens;
 
-mod records;
+pub(crate) mod records;
 mod text;
 
 pub use read::{Corpus, Piece, Pieces, ReadOptions};

@@ -60,7 +60,7 @@ fn kind(value: &Value) -> &'static str {
 }
 
 /// A file with one JSON value a line; empty lines are left out.
-pub(super) struct Lines {
+pub(crate) struct Lines {
     file: BufReader<File>,
     path: PathBuf,
     field: String,
@@ -70,7 +70,7 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    pub(super) fn open(path: &Path, field: &str) -> Result<Self> {
+    pub(crate) fn open(path: &Path, field: &str) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
         Ok(Self {
             file: BufReader::with_capacity(256 * 1024, file),
@@ -87,6 +87,14 @@ impl Lines {
     }
 
     pub(super) fn next(&mut self) -> Result<Option<String>> {
+        match self.record()? {
+            Some((record, place)) => text_of(record, &self.field, &self.path, place).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The next record, and where it is.
+    pub(crate) fn record(&mut self) -> Result<Option<(Value, Place)>> {
         loop {
             self.buffer.clear();
             let read = self.file.read_until(b'\n', &mut self.buffer);
@@ -109,13 +117,13 @@ impl Lines {
                 place,
                 reason: format!("not JSON: {error}"),
             })?;
-            return text_of(record, &self.field, &self.path, place).map(Some);
+            return Ok(Some((record, place)));
         }
     }
 }
 
 /// A file that is one JSON array. The file is mapped and its elements are parsed one by one.
-pub(super) struct Array {
+pub(crate) struct Array {
     map: Mapped,
     path: PathBuf,
     field: String,
@@ -125,7 +133,7 @@ pub(super) struct Array {
 }
 
 impl Array {
-    pub(super) fn open(path: &Path, field: &str) -> Result<Self> {
+    pub(crate) fn open(path: &Path, field: &str) -> Result<Self> {
         let mut array = Self {
             map: Mapped::open(path)?,
             path: path.to_owned(),
@@ -175,6 +183,14 @@ impl Array {
     }
 
     pub(super) fn next(&mut self) -> Result<Option<String>> {
+        match self.record()? {
+            Some((record, place)) => text_of(record, &self.field, &self.path, place).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The next record, and where it is.
+    pub(crate) fn record(&mut self) -> Result<Option<(Value, Place)>> {
         if self.done {
             return Ok(None);
         }
@@ -194,7 +210,7 @@ impl Array {
             Some(_) => return Err(self.malformed(place, "no comma after the element".into())),
             None => return Err(self.malformed(place, "the array is not closed".into())),
         }
-        text_of(record, &self.field, &self.path, place).map(Some)
+        Ok(Some((record, place)))
     }
 }
 

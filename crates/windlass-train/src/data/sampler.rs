@@ -40,6 +40,8 @@ pub struct Batch {
     pub segments: Vec<usize>,
     /// The number of sequences.
     pub sequences: usize,
+    /// Whether the text of each segment is a good one, where texts are rated or compared.
+    pub labels: Vec<bool>,
 }
 
 impl Batch {
@@ -83,14 +85,14 @@ impl Batch {
 /// A bijection of `0..n` chosen by a key: a Feistel network on the next larger power of four, walked until it
 /// returns into the range.
 #[derive(Clone, Debug)]
-struct Permutation {
+pub(crate) struct Permutation {
     n: u64,
     half_bits: u32,
     keys: [u64; 6],
 }
 
 impl Permutation {
-    fn new(n: u64, seed: u64, epoch: u64) -> Self {
+    pub(crate) fn new(n: u64, seed: u64, epoch: u64) -> Self {
         let mut mix = seed;
         mix = splitmix64(&mut mix) ^ epoch;
         let bits = u64::BITS - n.saturating_sub(1).leading_zeros();
@@ -101,7 +103,7 @@ impl Permutation {
         }
     }
 
-    fn at(&self, index: u64) -> u64 {
+    pub(crate) fn at(&self, index: u64) -> u64 {
         let mask = (1 << self.half_bits) - 1;
         let mut value = index;
         loop {
@@ -131,6 +133,30 @@ pub struct SamplerState {
     pub sequences: u64,
     /// Inputs in a sequence.
     pub seq_len: u64,
+}
+
+impl SamplerState {
+    /// Whether a run at `self` can go to a saved place.
+    pub(crate) fn check(&self, saved: &SamplerState) -> Result<()> {
+        for (what, saved, now) in [
+            ("the seed of the data order", saved.seed, self.seed),
+            ("the sequence length", saved.seq_len, self.seq_len),
+            (
+                "the number of training sequences",
+                saved.sequences,
+                self.sequences,
+            ),
+        ] {
+            if saved != now {
+                return Err(Error::Changed {
+                    what,
+                    saved: saved.to_string(),
+                    now: now.to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Training batches without end: every sequence once an epoch, in an order that depends on seed and epoch alone.
@@ -227,23 +253,7 @@ impl Sampler {
     /// # Errors
     /// [`Error::Changed`] when the data, the sequence length or the seed are not those of the saved state.
     pub fn resume(&mut self, saved: &SamplerState) -> Result<()> {
-        for (what, saved, now) in [
-            ("the seed of the data order", saved.seed, self.state.seed),
-            ("the sequence length", saved.seq_len, self.state.seq_len),
-            (
-                "the number of training sequences",
-                saved.sequences,
-                self.state.sequences,
-            ),
-        ] {
-            if saved != now {
-                return Err(Error::Changed {
-                    what,
-                    saved: saved.to_string(),
-                    now: now.to_string(),
-                });
-            }
-        }
+        self.state.check(saved)?;
         let position = saved.position % saved.sequences;
         self.enter(saved.epoch, position);
         Ok(())

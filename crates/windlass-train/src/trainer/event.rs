@@ -17,6 +17,13 @@ pub enum Event {
         /// Mean loss of a token, in nats.
         loss: f64,
     },
+    /// Weights better than all before were written to a folder of their own.
+    Best {
+        /// After this step.
+        step: u64,
+        /// Their loss on the held-out data.
+        loss: f64,
+    },
     /// The layers were profiled on one micro-batch.
     Profiled(Vec<LayerProfile>),
     /// A checkpoint is complete.
@@ -93,6 +100,8 @@ impl StepEvent {
 pub enum End {
     /// All steps are done.
     Finished,
+    /// The loss on the held-out data fell no more; a checkpoint was saved.
+    Stopped,
     /// The stop flag was raised; a checkpoint was saved.
     Interrupted,
 }

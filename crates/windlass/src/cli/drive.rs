@@ -2,6 +2,7 @@
 
 use super::observe::Observer;
 use anyhow::Result;
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use windlass::progress::{Progress, say};
@@ -66,10 +67,11 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
                 bar.note(&line);
             }
         }
+        Event::Best { .. } => {}
         Event::Saved(path) => bar.note(&format!("saved {}", path.display())),
     })?;
     match end {
-        End::Finished => bar.finish(&last),
+        End::Finished | End::Stopped => bar.finish(&last),
         End::Interrupted => {
             bar.finish("interrupted");
             eprintln!("continue with the same command and --resume");
@@ -77,6 +79,53 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
     }
     for line in observer.end() {
         say(&line);
+    }
+    Ok(())
+}
+
+/// Runs a trainer that fine-tunes to its end, as [`train`]. `look` sees it after every evaluation, with what shows a text.
+///
+/// # Errors
+/// Those of the run.
+pub fn tune(
+    trainer: &mut Trainer,
+    steps: u64,
+    look: &mut dyn FnMut(&Trainer, &mut dyn FnMut(&str)),
+) -> Result<()> {
+    listen()?;
+    let memory = trainer.cpu().memory.clone();
+    let bar = RefCell::new(Progress::new(steps, "tuning"));
+    let (mut last, mut speed) = (String::new(), 0.0);
+    let mut tell = |event| match event {
+        Event::Step(s) => {
+            let now = s.tokens as f64 / s.seconds;
+            speed = if speed == 0.0 {
+                now
+            } else {
+                0.9 * speed + 0.1 * now
+            };
+            let held = bytes(memory.now().reserved);
+            last = format!("loss {:.3} · {speed:.0} tokens/s · {held}", s.loss);
+            bar.borrow_mut().set(s.step, &last);
+        }
+        Event::Evaluated { step, loss } => {
+            let perplexity = loss.exp();
+            let line = format!("step {step}: held-out loss {loss:.4}, perplexity {perplexity:.2}");
+            bar.borrow().note(&line);
+        }
+        Event::Best { .. } | Event::Profiled(_) => {}
+        Event::Saved(path) => bar.borrow().note(&format!("saved {}", path.display())),
+    };
+    let mut show = |trainer: &Trainer| look(trainer, &mut |text| bar.borrow().note(text));
+    let end = trainer.run_watched(&STOP, &mut tell, &mut show)?;
+    let bar = bar.into_inner();
+    match end {
+        End::Finished => bar.finish(&last),
+        End::Stopped => bar.finish("stopped: the held-out loss falls no more"),
+        End::Interrupted => {
+            bar.finish("interrupted");
+            say("continue with the same command and --resume");
+        }
     }
     Ok(())
 }

@@ -119,6 +119,7 @@ pub fn run(args: Args) -> Result<()> {
                 model: path.clone(),
                 tokenizer: None,
                 save_packed: None,
+                adapter: None,
                 ..args.source.clone()
             };
             Some(source.open_on(model.store.cpu())?)

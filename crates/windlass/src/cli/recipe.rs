@@ -13,16 +13,16 @@ use windlass::train::{EngineOptions, Optimizer};
 /// How weights move.
 #[derive(clap::Args)]
 pub struct Recipe {
-    /// Storage type of weights and activations [default: bf16]
+    /// Storage type of weights and activations [default: bf16; of finetune the model's]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
     /// Update rule [default: adamw]
     #[arg(long, value_enum)]
     optimizer: Option<Rule>,
-    /// Highest learning rate [default: 6e-4]
+    /// Highest learning rate [default: 6e-4; of finetune 2e-4, and 2e-5 for all weights]
     #[arg(long)]
     lr: Option<f64>,
-    /// Lowest learning rate, as a part of the highest [default: 0.1]
+    /// Lowest learning rate, as a part of the highest [default: 0.1; of finetune 0]
     #[arg(long)]
     min_lr_ratio: Option<f64>,
     /// Warm-up: steps, or a fraction of all steps when below 1 [default: 0.03]
@@ -31,13 +31,13 @@ pub struct Recipe {
     /// How the learning rate falls after the warm-up [default: cosine]
     #[arg(long, value_enum)]
     schedule: Option<Fall>,
-    /// Decay of weights (not of biases and norms) [default: 0.1]
+    /// Decay of weights (not of biases and norms) [default: 0.1; of finetune 0]
     #[arg(long)]
     weight_decay: Option<f64>,
     /// Decay of the mean gradient (momentum of sgd) [default: 0.9]
     #[arg(long)]
     beta1: Option<f64>,
-    /// Decay of the mean squared gradient [default: 0.95]
+    /// Decay of the mean squared gradient [default: 0.95; of finetune 0.999]
     #[arg(long)]
     beta2: Option<f64>,
     /// Largest global gradient norm; 0 does not clip [default: 1]
@@ -66,7 +66,32 @@ const LR: f64 = 6e-4;
 const WEIGHT_DECAY: f64 = 0.1;
 const BETAS: (f64, f64) = (0.9, 0.95);
 
+/// What fine-tuning trains, which has defaults of its own.
+#[derive(Clone, Copy)]
+pub enum Tuning {
+    /// Adapters.
+    Adapter,
+    /// All weights.
+    Full,
+}
+
 impl Recipe {
+    /// Puts the defaults of fine-tuning in place of what was not asked for.
+    pub fn tune(&mut self, tuning: Tuning) {
+        self.lr.get_or_insert(match tuning {
+            Tuning::Adapter => 2e-4,
+            Tuning::Full => 2e-5,
+        });
+        self.min_lr_ratio.get_or_insert(0.0);
+        self.weight_decay.get_or_insert(0.0);
+        self.beta2.get_or_insert(0.999);
+    }
+
+    /// The storage type, where one was asked for.
+    pub fn given_dtype(&self) -> Option<DType> {
+        self.dtype.map(Precision::dtype)
+    }
+
     /// The storage type.
     pub fn dtype(&self) -> DType {
         self.dtype.unwrap_or(Precision::Bf16).dtype()

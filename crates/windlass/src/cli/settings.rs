@@ -1,7 +1,7 @@
 //! How a run trains: from flags, or from a `ds_config.json` with flags in place of some of its values.
 
 use super::config::table;
-use super::recipe::Recipe;
+use super::recipe::{Recipe, Tuning};
 use super::usage;
 use anyhow::Result;
 use serde_json::json;
@@ -128,6 +128,18 @@ impl Settings {
 }
 
 impl Args {
+    /// Puts the defaults of fine-tuning in place of what was not asked for; a --config says all of it itself.
+    pub fn tune(&mut self, tuning: Tuning) {
+        if self.config.is_none() {
+            self.recipe.tune(tuning);
+        }
+    }
+
+    /// The storage type, where one was asked for.
+    pub fn dtype(&self) -> Option<DType> {
+        self.recipe.given_dtype()
+    }
+
     /// The settings of a run on `ranks` ranks, of `steps` steps, of a model of a width.
     ///
     /// # Errors

@@ -23,6 +23,9 @@ pub struct Source {
     /// Storage type of weights and activations [default: as in the file]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
+    /// Folder of an adapter (PEFT) to apply
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// Pack the weights while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub load_in: Option<Packing>,
@@ -73,7 +76,8 @@ impl KvPrecision {
 }
 
 impl Packing {
-    fn layout(self) -> Layout {
+    /// The layout of a packed matrix.
+    pub fn layout(self) -> Layout {
         match self {
             Packing::Q4 => Layout::q4(32),
             Packing::Q4G128 => Layout::q4_asymmetric(128),
@@ -109,6 +113,10 @@ impl Source {
         if let Some(kind) = self.kv_cache_dtype {
             model.kv_type = kind.kind();
         }
+        let parameters = model.model.num_params();
+        if let Some(adapter) = &self.adapter {
+            model.add_adapter(adapter)?;
+        }
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
         }
@@ -119,11 +127,15 @@ impl Source {
             Some(packing) => format!(" with {packing:?} weights").to_lowercase(),
             None => String::new(),
         };
+        let adapted = match &self.adapter {
+            Some(adapter) => format!(" with the adapter {}", adapter.display()),
+            None => String::new(),
+        };
         eprintln!(
-            "loaded {}: {}, {:.1} M parameters, {}{packed}, {} threads, {:.1} s",
+            "loaded {}: {}, {:.1} M parameters, {}{packed}{adapted}, {} threads, {:.1} s",
             model.folder.display(),
             model.config.model_type,
-            model.model.num_params() as f64 / 1e6,
+            parameters as f64 / 1e6,
             model.dtype.name(),
             cpu.pool.threads(),
             start.elapsed().as_secs_f64(),

@@ -340,7 +340,7 @@ fn observe(args: &Args, settings: &Settings) -> Observe {
 }
 
 /// The latest checkpoint of a run that is to be continued.
-fn latest(out: &Path) -> Result<CheckpointDir> {
+pub(super) fn latest(out: &Path) -> Result<CheckpointDir> {
     let found = Checkpoints::open(out).latest()?.ok_or_else(|| {
         failure(
             format!("--resume: no checkpoint in {}", out.display()),
@@ -358,7 +358,7 @@ fn latest(out: &Path) -> Result<CheckpointDir> {
 }
 
 /// Refuses to start a new run over an old one.
-fn fresh(out: &Path) -> Result<Option<CheckpointDir>> {
+pub(super) fn fresh(out: &Path) -> Result<Option<CheckpointDir>> {
     if Checkpoints::open(out).steps()?.is_empty() {
         return Ok(None);
     }

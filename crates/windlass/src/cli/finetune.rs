@@ -1,0 +1,438 @@
+//! `windlass finetune`: adapters on any model that can be opened, or the whole model, on samples of the user's own.
+
+use super::drive::{self, bytes, machine_memory};
+use super::lessons;
+use super::recipe::Tuning;
+use super::settings::{self, Settings};
+use super::source::Packing;
+use super::{Machine, failure, usage};
+use anyhow::Result;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use windlass::infer::{LoadIn, LoadedModel};
+use windlass::model::{Adapter, AdapterConfig, Targets};
+use windlass::progress::say;
+use windlass::store::Placement;
+use windlass::store::checkpoint::CheckpointDir;
+use windlass::tensor::Cpu;
+use windlass::train::data::Packing as Sharing;
+use windlass::train::tune::Examples;
+use windlass::train::{Lessons, Plan, Subject, TrainOptions, Trainer, plan_batch};
+
+mod samples;
+
+use samples::Speaker;
+
+/// Flags of the verb.
+#[derive(clap::Args)]
+pub struct Args {
+    /// What is fine-tuned: a Hugging Face folder or id, a GGUF file, a GPTQ or AWQ folder; packed matrices stay packed
+    #[arg(long, short, value_name = "PATH|ID")]
+    model: String,
+    /// Tokenizer instead of the model's own: a tokenizer.json or its folder
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    lessons: lessons::Args,
+    /// What is trained
+    #[arg(long, value_enum, default_value_t = Method::Lora)]
+    method: Method,
+    /// How qlora packs the matrices of a model that is not packed [default: q4]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    load_in: Option<Packing>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
+
+    /// Samples to measure on
+    #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "held_out")]
+    eval_data: Vec<PathBuf>,
+    /// Part of the samples that is held out to measure on
+    #[arg(long, value_name = "PART", default_value_t = 0.05)]
+    held_out: f64,
+    /// Put as many samples into a sequence as fit in --max-length tokens; they do not see each other
+    #[arg(long)]
+    pack: bool,
+    /// Optimizer steps
+    #[arg(long, conflicts_with = "epochs")]
+    steps: Option<u64>,
+    /// Passes over the samples [default: 1]
+    #[arg(long)]
+    epochs: Option<f64>,
+    #[command(flatten)]
+    how: settings::Args,
+    /// Seed of the adapter, of what is held out and of the order
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+
+    /// Folder of checkpoints and metrics
+    #[arg(long, default_value = "runs/finetune")]
+    out: PathBuf,
+    /// Continue the run in --out from its latest checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// Say what the run needs, and stop
+    #[arg(long)]
+    plan: bool,
+    /// Steps between evaluations [default: ten in a run]
+    #[arg(long, value_name = "STEPS")]
+    eval_every: Option<u64>,
+    /// Evaluations without a better loss after which the run ends
+    #[arg(long, value_name = "N")]
+    patience: Option<u64>,
+    /// Text that the model answers at every evaluation; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    sample: Vec<String>,
+    /// The most tokens of such an answer
+    #[arg(long, value_name = "N", default_value_t = 48)]
+    sample_tokens: usize,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "STEPS")]
+    save_every: Option<u64>,
+    /// Checkpoints kept
+    #[arg(long, default_value = "2")]
+    keep: NonZeroUsize,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    /// Low-rank adapters
+    Lora,
+    /// The same, on matrices that are packed in four bits while they are loaded
+    Qlora,
+    /// Low-rank adapters with magnitudes
+    Dora,
+    /// All weights
+    Full,
+}
+
+#[derive(clap::Args)]
+struct AdapterArgs {
+    /// Rank of the adapters
+    #[arg(long, value_name = "R", default_value_t = 16)]
+    rank: usize,
+    /// Scale of the adapters, times the rank
+    #[arg(long, default_value_t = 32.0)]
+    alpha: f64,
+    /// Part of an adapter's input that is dropped in training
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Modules that get adapters: all-linear, the ends of names, or a pattern of whole names
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAME,...",
+        default_value = "all-linear"
+    )]
+    target: Vec<String>,
+    /// Modules that are trained and saved whole, such as lm_head
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    modules_to_save: Vec<String>,
+    /// Scale by the root of the rank
+    #[arg(long)]
+    rslora: bool,
+}
+
+/// Runs the verb.
+pub fn run(mut args: Args) -> Result<()> {
+    args.how.tune(match args.method {
+        Method::Full => Tuning::Full,
+        _ => Tuning::Adapter,
+    });
+    let resume = match args.resume {
+        true => Some(super::train::latest(&args.out)?),
+        false => super::train::fresh(&args.out)?,
+    };
+    let cpu = match args.plan {
+        true => Cpu::dry(),
+        false => args.machine.cpu()?,
+    };
+    let model = open(&args, &cpu, resume.as_ref())?;
+    let (context, tokenizer) = (model.context(), model.tokenizer()?.clone());
+    let read = args.lessons.read(&args.lessons.data, &tokenizer, context)?;
+    if read.form.is_preference() || read.form.is_unpaired() {
+        let message = format!("the data are of the form {}", read.form);
+        return Err(failure(
+            message,
+            "give samples with one answer each, such as prompt and completion",
+        ));
+    }
+    let (train, held_out) = match args.eval_data.is_empty() {
+        true => Examples::split(read.samples, args.held_out, args.seed),
+        false => {
+            let other = args.lessons.read(&args.eval_data, &tokenizer, context)?;
+            (read.samples, other.samples)
+        }
+    };
+    let pack = match args.pack {
+        true => Some(args.lessons.max_length(context)?),
+        false => None,
+    };
+    let train = Examples::new(train, pack);
+    let held_out = (!held_out.is_empty()).then(|| Arc::new(Examples::new(held_out, pack)));
+    let settings = settings(&args, &model, &train)?;
+    let steps = steps(&args, &settings, &train);
+    say(&parameters(&model));
+    if args.plan {
+        describe(&plan(model, &settings, &train), steps);
+        return Ok(());
+    }
+    let options = options(&args, &settings, steps)?;
+    let speaker = Speaker::new(&args, &model)?;
+    let lessons = Lessons {
+        train: Arc::new(train),
+        held_out,
+        patience: args.patience,
+    };
+    let subject = Subject {
+        config: model.config,
+        tokenizer,
+        model: model.model,
+        store: model.store,
+        adapter: model.adapter,
+    };
+    let mut trainer = Trainer::tune(subject, lessons, options, resume.as_ref())?;
+    drive::tune(&mut trainer, steps, &mut |trainer, note| {
+        speaker.speak(trainer, note)
+    })?;
+    finish(&args, &trainer)
+}
+
+/// Writes what was learned last, and says how to use it.
+fn finish(args: &Args, trainer: &Trainer) -> Result<()> {
+    let last = args.out.join("last");
+    trainer.save_trained(&last)?;
+    let best = trainer.best_folder();
+    let folder = match trainer.best_loss() {
+        Some(loss) => {
+            say(&format!(
+                "best: held-out loss {loss:.4}, in {}",
+                best.display()
+            ));
+            best
+        }
+        None => last.clone(),
+    };
+    if let Some(source) = args.lessons.template_source()? {
+        for folder in [&folder, &last] {
+            let file = folder.join("chat_template.jinja");
+            windlass::store::atomic::write_atomic(
+                &windlass::store::atomic::RealDisk,
+                &file,
+                source.as_bytes(),
+            )?;
+        }
+    }
+    let how = match args.method {
+        Method::Full => format!("--model {}", folder.display()),
+        _ => format!("--model {} --adapter {}", args.model, folder.display()),
+    };
+    say(&format!("next: windlass generate {how} --prompt \"...\""));
+    Ok(())
+}
+
+/// The model, with the adapter that is to be trained.
+fn open(args: &Args, cpu: &Cpu, resume: Option<&CheckpointDir>) -> Result<LoadedModel> {
+    let full = args.method == Method::Full;
+    let path = match resume.filter(|_| full) {
+        Some(checkpoint) => checkpoint.path().to_owned(),
+        None => windlass::hub::resolve(&args.model)?,
+    };
+    let load_in = match (args.method, args.load_in) {
+        (Method::Qlora, packing) => LoadIn::Packed(packing.unwrap_or(Packing::Q4).layout()),
+        (_, None) => LoadIn::AsStored,
+        (_, Some(_)) => {
+            return Err(usage(
+                "--load-in without --method qlora",
+                "qlora packs weights",
+            ));
+        }
+    };
+    let packed = path.extension().is_some_and(|end| end == "gguf");
+    let load_in = match packed && args.load_in.is_none() {
+        // The bits of a quantized file are few enough.
+        true => LoadIn::AsStored,
+        false => load_in,
+    };
+    let mut model = LoadedModel::open_in(cpu, &path, args.how.dtype(), load_in)?;
+    if let Some(tokenizer) = &args.tokenizer {
+        model.set_tokenizer(tokenizer)?;
+    }
+    for note in &model.notes {
+        say(&format!("note: {note}"));
+    }
+    if full && model.is_packed()? {
+        let message =
+            "--method full: the model's matrices are packed, and packed weights are not trained";
+        return Err(failure(
+            message,
+            "use --method lora, or a model that is not quantized",
+        ));
+    }
+    match resume {
+        _ if full => {}
+        Some(checkpoint) => model.add_adapter(checkpoint.path())?,
+        None => model.new_adapter(&config(args)?, args.seed)?,
+    }
+    Ok(model)
+}
+
+/// The settings of a new adapter.
+fn config(args: &Args) -> Result<AdapterConfig> {
+    let given = &args.adapter;
+    let target_modules = match given.target.as_slice() {
+        [one] if one == "all-linear" => Targets::AllLinear,
+        [one] if one.contains(['*', '\\', '(', '[', '|', '+', '^', '$']) => {
+            Targets::Pattern(one.clone())
+        }
+        some => Targets::Names(some.to_vec()),
+    };
+    let use_dora = args.method == Method::Dora;
+    if use_dora && given.dropout > 0.0 {
+        let message = "--dropout with --method dora";
+        return Err(usage(
+            message,
+            "DoRA's magnitudes are trained without dropout here: leave it out",
+        ));
+    }
+    let config = AdapterConfig {
+        file: "the flags".into(),
+        r: given.rank,
+        lora_alpha: given.alpha,
+        lora_dropout: given.dropout,
+        use_rslora: given.rslora,
+        use_dora,
+        target_modules,
+        modules_to_save: given.modules_to_save.clone(),
+        base_model_name_or_path: Some(args.model.clone()),
+        ..AdapterConfig::default()
+    };
+    config.check()?;
+    Ok(config)
+}
+
+/// Trainable parameters, in PEFT's words.
+fn parameters(model: &LoadedModel) -> String {
+    let params = || model.model.units().iter().flat_map(|unit| &unit.params);
+    let trained: usize = params().filter(|p| p.trained).map(|p| p.shape.len()).sum();
+    let saved = |adapter: &Adapter| -> usize {
+        let whole = adapter
+            .tensors
+            .iter()
+            .filter(|file| !file.name.contains(".lora_"));
+        whole.map(|file| file.shape.len()).sum()
+    };
+    // PEFT counts a module that is saved whole twice: as it was, and its copy.
+    let all = model.model.num_params() + model.adapter.as_ref().map_or(0, saved);
+    format!(
+        "trainable params: {} || all params: {} || trainable%: {:.4}",
+        grouped(trained),
+        grouped(all),
+        100.0 * trained as f64 / all as f64
+    )
+}
+
+fn grouped(n: usize) -> String {
+    let digits = n.to_string();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .map(|group| std::str::from_utf8(group).expect("digits"))
+        .collect();
+    groups.join(",")
+}
+
+fn settings(args: &Args, model: &LoadedModel, train: &Examples) -> Result<Settings> {
+    let longest = train.longest();
+    let known = args.steps.unwrap_or(1);
+    let mut settings = args
+        .how
+        .settings(1, known, model.config.hidden_size, longest)?;
+    if settings.placement != Placement::default() {
+        let message = "fine-tuning runs on one rank with everything in memory";
+        return Err(usage(
+            message,
+            "leave --zero-stage, --reduce-once and \"offload_...\" of --config out",
+        ));
+    }
+    settings.dtype = model.dtype;
+    settings.announce();
+    Ok(settings)
+}
+
+fn steps(args: &Args, settings: &Settings, train: &Examples) -> u64 {
+    let shape = settings.shape;
+    let per_step = (shape.micro_batch * shape.gradient_accumulation_steps) as f64;
+    let passes = args.epochs.unwrap_or(1.0);
+    let all = (passes * train.len() as f64 / per_step).ceil() as u64;
+    args.steps.unwrap_or(all.max(1))
+}
+
+fn plan(model: LoadedModel, settings: &Settings, train: &Examples) -> Plan {
+    let map = match &model.adapter {
+        Some(adapter) => adapter.tensors.clone(),
+        None => model.config.naming.file_tensors(&model.model),
+    };
+    let (shape, batch) = (settings.shape, train.largest(settings.shape.micro_batch));
+    let parts = (model.model, model.store, map);
+    plan_batch(
+        parts,
+        &model.config,
+        settings.dtype,
+        settings.engine,
+        (shape, batch),
+    )
+}
+
+fn describe(plan: &Plan, steps: u64) {
+    use windlass::tensor::Category;
+    let parts: Vec<String> = Category::ALL
+        .iter()
+        .map(|c| format!("{} {}", c.name(), bytes(plan.memory.of(*c))))
+        .collect();
+    say(&format!(
+        "memory: {} ({})",
+        bytes(plan.memory.reserved),
+        parts.join(", ")
+    ));
+    say(&format!(
+        "steps: {steps}, of at most {} tokens",
+        plan.tokens_per_step
+    ));
+    if let Some(available) = machine_memory().filter(|&room| room < plan.memory.reserved) {
+        say(&format!(
+            "note: only {} are available: --checkpoint-activations, a smaller --batch with --accumulate, a shorter --max-length \
+             or --method qlora need less",
+            bytes(available)
+        ));
+    }
+}
+
+fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions> {
+    let every = args.eval_every.unwrap_or((steps / 10).max(1));
+    Ok(TrainOptions {
+        dtype: settings.dtype,
+        engine: windlass::train::EngineOptions {
+            noise: args.seed,
+            ..settings.engine
+        },
+        shape: settings.shape,
+        schedule: args.how.rate(settings, steps)?,
+        steps,
+        packing: Sharing::Documents,
+        seed: args.seed,
+        eval_every: Some(every).filter(|&n| n > 0),
+        eval_sequences: None,
+        save_every: args.save_every.filter(|&n| n > 0),
+        save_after: None,
+        keep: Some(args.keep),
+        out: args.out.clone(),
+        monitor: settings
+            .config
+            .as_ref()
+            .map_or_else(Default::default, |config| config.monitor(&args.out)),
+    })
+}
