@@ -7,9 +7,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 use windlass::model::{ChatTemplate, LocalTime, Tokenizer};
 use windlass::progress::say;
-use windlass::train::tune::{
-    Encoder, Example, Form, Learned, Long, Report, Row, Sample, read_rows,
-};
+use windlass::train::tune::{Encoder, Example, Form, Learned, Long, Row, Sample, read_rows};
 
 /// A template for models that came without one: headings, and the end token after every answer.
 const PLAIN: &str = "{%- for message in messages -%}
@@ -75,8 +73,6 @@ pub struct Lessons {
     pub form: Form,
     /// One example for each row, or two of a preference.
     pub samples: Vec<Vec<Example>>,
-    /// What became of them.
-    pub report: Report,
 }
 
 impl Args {
@@ -191,7 +187,6 @@ impl Args {
         Ok(Lessons {
             form,
             samples: examples,
-            report,
         })
     }
 }

@@ -1,0 +1,501 @@
+//! Samples of every form as tokens that are read or learned, bad data, packing, and runs on them: the same bits when resumed,
+//! stopped early, best weights kept.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use windlass_model::{
+    AdapterConfig, ChatTemplate, DecoderConfig, Goal, Targets, Tokenizer, Tokens, decoder,
+};
+use windlass_store::Store;
+use windlass_store::checkpoint::Checkpoints;
+use windlass_store::safetensors::Tensors;
+use windlass_tensor::{Cpu, DType};
+use windlass_train::data::Packing;
+use windlass_train::schedule::{Decay, Schedule, Warmup};
+use windlass_train::tune::{Encoder, Example, Examples, Form, Learned, Long, Report, read_rows};
+use windlass_train::{
+    End, Engine, EngineOptions, Error, Event, Lessons, Losses, StepShape, Subject, TrainOptions,
+    Trainer,
+};
+
+const TEMPLATE: &str = "{% for m in messages %}
+{% if m.role == 'assistant' %}
+A:{% generation %}
+{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ eos_token }}
+    {%- endgeneration %}
+
+{% else %}
+{{ m.role[0] | upper }}:{{ m.content }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}A:{% endif %}";
+
+/// A token for each byte, and one that ends texts.
+fn tokenizer() -> Tokenizer {
+    Tokenizer::train(["a"].iter(), 257, "<|end|>").unwrap()
+}
+
+fn template(tokenizer: &Tokenizer) -> ChatTemplate {
+    let tokens = vec![(
+        "eos_token".into(),
+        tokenizer.token(tokenizer.eos()[0]).unwrap(),
+    )];
+    ChatTemplate::new(TEMPLATE, tokens).unwrap()
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Folder(tempfile::tempdir().unwrap())
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+fn encode(
+    path: &Path,
+    learned: Learned,
+    limits: (usize, Long),
+) -> Result<(Form, Vec<Vec<Example>>, Report), Error> {
+    let tokenizer = tokenizer();
+    let rows = read_rows(&[path.to_owned()])?;
+    let form = Form::of(&rows)?;
+    let samples: Result<Vec<_>, Error> = rows
+        .into_iter()
+        .map(|row| Ok((row.clone(), form.sample(&row)?)))
+        .collect();
+    let template = Some(template(&tokenizer));
+    let encoder = Encoder::new(&tokenizer, template, learned, limits, None)?;
+    let (all, report) = encoder.encode_all(&samples?)?;
+    Ok((form, all, report))
+}
+
+/// The text of an example, what is learned between brackets.
+fn shown(example: &Example) -> String {
+    let tokenizer = tokenizer();
+    let mut text = String::new();
+    let mut inside = false;
+    for (at, id) in example.ids.iter().enumerate() {
+        if example.learned[at] != inside {
+            inside = !inside;
+            text.push(if inside { '[' } else { ']' });
+        }
+        text += &match tokenizer.eos().contains(id) {
+            true => "$".into(),
+            false => tokenizer.decode(&[*id], false).unwrap(),
+        };
+    }
+    text + if inside { "]" } else { "" }
+}
+
+#[test]
+fn every_form_says_what_is_learned() {
+    use Form::{
+        Alpaca, AlpacaPreference, Messages, MessagesUnpaired, Preference, PromptCompletion,
+        ShareGpt, ShareGptPreference, Text, Unpaired,
+    };
+    use Learned::{All, Assistant, Completion, Usual};
+    let chat = r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}"#;
+    let check = |name: &str, text: &str, learned: Learned, form: Form, expected: &[&str]| {
+        let folder = Folder::new();
+        let path = folder.write(name, text);
+        let (found, samples, _) = encode(&path, learned, (500, Long::Refuse)).unwrap();
+        assert_eq!(found, form, "{text}");
+        let shown: Vec<String> = samples.iter().flatten().map(shown).collect();
+        assert_eq!(shown, expected, "{text} {learned:?}");
+    };
+    check(
+        "a.jsonl",
+        "{\"text\": \"abc\"}\n\n{\"text\": \"d\"}",
+        Usual,
+        Text,
+        &["[abc$]", "[d$]"],
+    );
+    check("a.csv", "text,n\nabc,1\n", Usual, Text, &["[abc$]"]);
+    let pair = r#"[{"prompt": "2+2=", "completion": "4"}]"#;
+    check("a.json", pair, Usual, PromptCompletion, &["2+2=[4$]"]);
+    check("a.json", pair, All, PromptCompletion, &["[2+2=4$]"]);
+    check(
+        "a.csv",
+        "prompt,completion\n\"1,\",2",
+        Usual,
+        PromptCompletion,
+        &["1,[2$]"],
+    );
+    check(
+        "a.jsonl",
+        chat,
+        Usual,
+        Messages,
+        &["[U:hi\nA:yo$\nU:x\nA:y$\n]"],
+    );
+    check(
+        "a.jsonl",
+        chat,
+        Completion,
+        Messages,
+        &["U:hi\nA:yo$\nU:x\nA:[y$\n]"],
+    );
+    check(
+        "a.jsonl",
+        chat,
+        Assistant,
+        Messages,
+        &["U:hi\nA:[yo$]\nU:x\nA:[y$]\n"],
+    );
+    let turns = r#"{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "r"}]}"#;
+    check(
+        "a.jsonl",
+        turns,
+        Usual,
+        PromptCompletion,
+        &["U:q\nA:[r$\n]"],
+    );
+    let alpaca = r#"{"instruction": "do", "input": "it", "output": "done"}"#;
+    check(
+        "a.jsonl",
+        alpaca,
+        Usual,
+        Alpaca,
+        &["U:do\n\nit\nA:[done$\n]"],
+    );
+    check(
+        "a.csv",
+        "instruction,input,output\ngo,,gone",
+        Usual,
+        Alpaca,
+        &["U:go\nA:[gone$\n]"],
+    );
+    let better = r#"{"instruction": "do", "output": "", "chosen": "c", "rejected": "r"}"#;
+    check(
+        "a.jsonl",
+        better,
+        Usual,
+        AlpacaPreference,
+        &["U:do\nA:[c$\n]", "U:do\nA:[r$\n]"],
+    );
+    let said = r#"{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{\"name\": \"f\"}"}, {"from": "observation", "value": "1"}, {"from": "gpt", "value": "r"}], "tools": "[]"}"#;
+    let call = "A:[[{\"type\": \"function\", \"function\": {\"name\": \"f\"}}]$]";
+    let text = format!("U:q\n{call}\nT:1\nA:[r$]\n");
+    check("a.jsonl", said, Assistant, ShareGpt, &[&text]);
+    let two = r#"{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "c"}, "rejected": {"from": "gpt", "value": "r"}}"#;
+    check(
+        "a.jsonl",
+        two,
+        Usual,
+        ShareGptPreference,
+        &["U:q\nA:[c$\n]", "U:q\nA:[r$\n]"],
+    );
+    let implicit = r#"{"chosen": "why? so", "rejected": "why? no"}"#;
+    check(
+        "a.jsonl",
+        implicit,
+        Usual,
+        Preference,
+        &["why? [so$]", "why? [no$]"],
+    );
+    let rated = r#"{"prompt": "p", "completion": "c", "label": false}"#;
+    check("a.jsonl", rated, Usual, Unpaired, &["p[c$]"]);
+    let rated = r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "label": true}"#;
+    check(
+        "a.jsonl",
+        rated,
+        Usual,
+        MessagesUnpaired,
+        &["U:q\nA:[r$\n]"],
+    );
+}
+
+#[test]
+fn bad_data_is_refused_by_place() {
+    let check =
+        |name: &str, text: &str, learned: Learned, limits: (usize, Long), words: &[&str]| {
+            let folder = Folder::new();
+            let path = folder.write(name, text);
+            let error = encode(&path, learned, limits).err();
+            let error = error.unwrap_or_else(|| panic!("{text} was taken"));
+            let text = format!("{error} {}", error.hint().unwrap_or_default());
+            words
+                .iter()
+                .for_each(|word| assert!(text.contains(word), "{word}: {text}"));
+        };
+    let usual = |name, text, words: &[&str]| {
+        check(name, text, Learned::Usual, (100, Long::Cut), words);
+    };
+    usual(
+        "a.jsonl",
+        "{\"a\": 1}",
+        &["line 1", "columns a", "messages"],
+    );
+    usual(
+        "a.jsonl",
+        "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}",
+        &["several forms", "line 2", "one form"],
+    );
+    usual("a.jsonl", "[1]", &["line 1", "object"]);
+    usual("a.jsonl", "", &["empty"]);
+    usual("a.txt", "a", &["no table", ".csv"]);
+    usual("a.csv", "a,b\n1", &["line 2", "1 fields under 2 names"]);
+    usual("a.csv", "text\n\"open", &["line 2", "not closed"]);
+    usual(
+        "a.jsonl",
+        "{\"messages\": [{\"content\": \"x\"}]}",
+        &["line 1", "role"],
+    );
+    usual(
+        "a.jsonl",
+        "{\"conversations\": [{\"from\": \"cat\", \"value\": \"x\"}]}",
+        &["cat"],
+    );
+    usual(
+        "a.jsonl",
+        "{\"prompt\": \"p\", \"completion\": \"c\", \"label\": 3}",
+        &["label", "3"],
+    );
+    let empty = "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\", \"completion\": \"\"}\n{\"prompt\": \"b\", \"completion\": \"\"}";
+    usual("a.jsonl", empty, &["2 of 3", "line 2", "--max-length"]);
+    let long = "{\"text\": \"abcdefghijk\"}";
+    check(
+        "a.jsonl",
+        long,
+        Learned::Usual,
+        (5, Long::Refuse),
+        &["12 tokens", "at most 5", "--long"],
+    );
+    let tokenizer = tokenizer();
+    let plain = ChatTemplate::new("{{ messages }}", Vec::new()).unwrap();
+    let limits = (5, Long::Cut);
+    let error = Encoder::new(&tokenizer, Some(plain), Learned::Assistant, limits, None);
+    let error = error.err().unwrap();
+    assert!(error.to_string().contains("{% generation %}"), "{error}");
+}
+
+#[test]
+fn long_samples_are_cut_or_left_out() {
+    let folder = Folder::new();
+    let path = folder.write("a.jsonl", "{\"text\": \"abcdefgh\"}\n{\"text\": \"ab\"}");
+    let (_, samples, report) = encode(&path, Learned::Usual, (4, Long::Cut)).unwrap();
+    let shown_all: Vec<String> = samples.iter().flatten().map(shown).collect();
+    assert_eq!(shown_all, ["[abcd]", "[ab$]"]);
+    assert_eq!(
+        (report.cut, report.dropped, &report.lengths[..]),
+        (1, 0, &[3, 9][..])
+    );
+    let (_, samples, report) = encode(&path, Learned::Usual, (4, Long::Drop)).unwrap();
+    assert_eq!((samples.len(), report.dropped), (1, 1));
+}
+
+/// Samples of different lengths, of which the first tokens are read and the others learned.
+fn lessons(count: usize) -> Vec<Vec<Example>> {
+    let mut rng = windlass_tensor::Rng::new(3);
+    let one = |_| {
+        let length = 3 + rng.below(9) as usize;
+        vec![Example {
+            ids: (0..length).map(|_| rng.below(20) as u32).collect(),
+            learned: (0..length).map(|at| at > 1).collect(),
+            label: true,
+        }]
+    };
+    (0..count).map(one).collect()
+}
+
+fn subject(adapted: bool) -> Subject {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arch/llama");
+    let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let text = text.replace("\"vocab_size\": 24", "\"vocab_size\": 257");
+    let config = DecoderConfig::from_json("config.json", &text).unwrap();
+    let mut model = decoder(&config);
+    let settings = AdapterConfig {
+        r: 4,
+        lora_dropout: 0.1,
+        target_modules: Targets::AllLinear,
+        ..AdapterConfig::default()
+    };
+    let adapter = adapted.then(|| model.adapt(config.naming, &settings).unwrap());
+    let store = Store::init(&Cpu::new(2), model.units(), DType::F32, 5);
+    Subject {
+        config,
+        tokenizer: tokenizer(),
+        model,
+        store,
+        adapter,
+    }
+}
+
+/// Packed samples give the loss and the gradients of the samples one by one.
+#[test]
+fn packed_samples_do_not_see_each_other() {
+    let samples = lessons(7);
+    let packed = Examples::new(samples.clone(), Some(24));
+    assert!(
+        packed.len() < 7 && packed.longest() <= 24,
+        "{}",
+        packed.len()
+    );
+    assert_eq!(
+        packed.tokens(),
+        Examples::new(samples.clone(), None).tokens()
+    );
+    let scored: usize = samples.iter().flatten().map(Example::learned).sum();
+    let gradients = |examples: &Examples, micro_batch: usize| {
+        let Subject { model, store, .. } = subject(false);
+        let options = EngineOptions {
+            losses: Losses::Sum,
+            ..Default::default()
+        };
+        let mut engine = Engine::initialize(model, store, options).unwrap();
+        let mut sum = 0.0;
+        for batch in examples.batches(micro_batch) {
+            let goal = Goal::Loss {
+                targets: batch.targets.into(),
+                denominator: scored as f64,
+            };
+            let tokens = Tokens::new(batch.ids, &batch.segments, goal, DType::F32);
+            let loss = engine.forward(tokens).unwrap();
+            sum += loss.value();
+            engine.backward(loss).unwrap();
+        }
+        (sum, engine.global_grad_norm().unwrap())
+    };
+    let (loss, norm) = gradients(&packed, 1);
+    for (examples, micro_batch) in [(Examples::new(samples, None), 1), (packed, 3)] {
+        let (other, other_norm) = gradients(&examples, micro_batch);
+        assert!((loss - other).abs() < 1e-5 * loss, "{loss} {other}");
+        assert!(
+            (norm - other_norm).abs() < 1e-5 * norm,
+            "{norm} {other_norm}"
+        );
+    }
+}
+
+fn options(out: &Path, steps: u64) -> TrainOptions {
+    TrainOptions {
+        dtype: DType::F32,
+        engine: EngineOptions {
+            noise: 3,
+            ..EngineOptions::default()
+        },
+        shape: StepShape {
+            micro_batch: 2,
+            seq_len: 12,
+            gradient_accumulation_steps: 2,
+        },
+        schedule: Schedule::new(1e-2, 0.1, Warmup::Steps(2), 8, Decay::Cosine)
+            .unwrap()
+            .into(),
+        steps,
+        packing: Packing::Documents,
+        seed: 5,
+        eval_every: Some(2),
+        eval_sequences: None,
+        save_every: Some(4),
+        save_after: None,
+        keep: None,
+        out: out.to_owned(),
+        monitor: Default::default(),
+    }
+}
+
+fn trainer(out: &Path, steps: u64, patience: Option<u64>, resume: bool) -> Trainer {
+    let (train, held_out) = Examples::split(lessons(20), 0.2, 1);
+    assert_eq!((train.len(), held_out.len()), (16, 4));
+    let lessons = Lessons {
+        train: Arc::new(Examples::new(train, Some(20))),
+        held_out: Some(Arc::new(Examples::new(held_out, None))),
+        patience,
+    };
+    let mut subject = subject(true);
+    let mut checkpoint = None;
+    if resume {
+        let found = Checkpoints::open(out).latest().unwrap().unwrap().checkpoint;
+        let file = Tensors::open(&found.path().join("adapter_model.safetensors")).unwrap();
+        let adapter = subject.adapter.clone().unwrap();
+        let units = subject.model.units().to_vec();
+        let cpu = Cpu::new(2);
+        let mut loader =
+            windlass_store::Loader::new(&cpu, &file, &units, &adapter.tensors, |_| None);
+        let base = subject.store.into_weights();
+        let weights = base.into_iter().enumerate().map(|(unit, weights)| {
+            let slots = units[unit].params.iter().zip(weights.iter()).enumerate();
+            let weights = slots.map(|(slot, (param, old))| match param.trained {
+                true => {
+                    let id = windlass_tensor::ParamId { unit, slot };
+                    let new = loader.read(id, 0..param.shape.len(), DType::F32).unwrap();
+                    new.reshape(param.shape).into()
+                }
+                false => old.clone(),
+            });
+            windlass_tensor::Weights::new(weights.collect())
+        });
+        let weights = weights.collect();
+        subject.store = Store::new(&cpu, subject.model.units(), weights);
+        checkpoint = Some(found);
+    }
+    let options = options(out, steps);
+    Trainer::tune(subject, lessons, options, checkpoint.as_ref()).unwrap()
+}
+
+fn losses(trainer: &mut Trainer) -> (Vec<f64>, End) {
+    let mut losses = Vec::new();
+    let end = trainer.run(&AtomicBool::new(false), &mut |event| match event {
+        Event::Step(step) => losses.push(step.loss),
+        Event::Evaluated { loss, .. } => losses.push(loss),
+        _ => {}
+    });
+    (losses, end.unwrap())
+}
+
+/// Dropout, order and optimizer state continue where they stood.
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one() {
+    let (whole, parts) = (Folder::new(), Folder::new());
+    let (expected, end) = losses(&mut trainer(whole.0.path(), 8, None, false));
+    assert_eq!(end, End::Finished);
+    let mut first = trainer(parts.0.path(), 8, None, false);
+    let stop = AtomicBool::new(false);
+    let mut seen = Vec::new();
+    first
+        .run(&stop, &mut |event| match event {
+            Event::Step(step) => {
+                seen.push(step.loss);
+                stop.store(step.step == 5, std::sync::atomic::Ordering::Relaxed);
+            }
+            Event::Evaluated { loss, .. } => seen.push(loss),
+            _ => {}
+        })
+        .unwrap();
+    let mut second = trainer(parts.0.path(), 8, None, true);
+    seen.extend(losses(&mut second).0);
+    assert_eq!(seen, expected);
+    let read =
+        |folder: &Path| std::fs::read(folder.join("best/adapter_model.safetensors")).unwrap();
+    assert_eq!(read(whole.0.path()), read(parts.0.path()));
+    assert!(expected.last() < expected.get(2), "{expected:?}");
+}
+
+/// Samples that teach nothing about those held out: the run ends, and the best weights are those of the best evaluation.
+#[test]
+fn a_run_that_gets_no_better_ends() {
+    let out = Folder::new();
+    let mut trainer = trainer(out.0.path(), 200, Some(2), false);
+    let mut evaluations = Vec::new();
+    let mut best = Vec::new();
+    let end = trainer.run(&AtomicBool::new(false), &mut |event| match event {
+        Event::Evaluated { loss, .. } => evaluations.push(loss),
+        Event::Best { loss, .. } => best.push(loss),
+        _ => {}
+    });
+    assert_eq!(end.unwrap(), End::Stopped);
+    let lowest = evaluations.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(best.last(), Some(&lowest));
+    assert_eq!(trainer.best_loss(), Some(lowest));
+    let last = &evaluations[evaluations.len() - 2..];
+    assert!(last.iter().all(|&loss| loss >= lowest), "{evaluations:?}");
+    assert!(out.0.path().join("best/adapter_config.json").is_file());
+}
