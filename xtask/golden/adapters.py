@@ -7,7 +7,8 @@ Needs torch (CPU), transformers and peft. Each case is a folder with the adapter
 - `logits`, `loss`, `grad.NAME` (NAME as in the adapter's file) in float64, rounded to F32;
 - `losses`: the loss before each of 20 AdamW steps (lr 1e-3, betas 0.9 and 0.95, eps 1e-8, decay 0.1,
   of norms 0) in float64, and after
-  them; `final.NAME`: the parameters then.
+  them; `final.NAME`: the parameters then;
+- of the case `llama`, `dpo.loss`, `dpo.grad.NAME` and the same of `orpo` and `kto` (beta 0.3; DPO with label smoothing 0.1).
 """
 
 import json
@@ -83,6 +84,58 @@ def loss_of(model, golden):
     return logits, torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100)
 
 
+def preference_losses(model, golden):
+    """DPO, ORPO and KTO by TRL's formulas on sequences 0 and 2, 3 and 0 of the known ones; the first two tokens are prompts."""
+    ids, starts = golden["ids"].long(), golden["cu_seqlens"].tolist()
+    sequences = [ids[starts[i] : starts[i + 1]] for i in (0, 2, 3, 0)]
+
+    def answers(sequences):
+        sums, counts = [], []
+        for sequence in sequences:
+            logps = model(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1)
+            logps = logps.gather(-1, sequence[1:, None])[1:, 0]
+            sums.append(logps.sum())
+            counts.append(len(logps))
+        return torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
+
+    mismatched = [torch.cat([a[:2], b[2:]]) for a, b in zip(sequences, sequences[1:] + sequences[:1])]
+    with torch.no_grad(), model.disable_adapter():
+        reference, _ = answers(sequences)
+        reference_kl, _ = answers(mismatched)
+    beta, logsigmoid = 0.3, torch.nn.functional.logsigmoid
+
+    def dpo():
+        logps, _ = answers(sequences)
+        delta = logps - reference
+        x = beta * (delta[0::2] - delta[1::2])
+        return (-0.9 * logsigmoid(x) - 0.1 * logsigmoid(-x)).mean()
+
+    def orpo():
+        logps, counts = answers(sequences)
+        means = logps / counts
+        chosen, rejected = means[0::2], means[1::2]
+        odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+        likelihood = -logps[0::2].sum() / counts[0::2].sum()
+        return likelihood - (beta * logsigmoid(odds)).mean()
+
+    def kto():
+        with torch.no_grad():
+            kl = (answers(mismatched)[0] - reference_kl).mean().clamp(min=0)
+        ratios = answers(sequences)[0] - reference
+        labels = torch.tensor([True, False, True, False])
+        good, bad = 1 - torch.sigmoid(beta * (ratios - kl)), 1 - torch.sigmoid(beta * (kl - ratios))
+        return torch.where(labels, good, bad).mean()
+
+    for name, loss in (("dpo", dpo), ("orpo", orpo), ("kto", kto)):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        yield f"{name}.loss", value[None]
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                yield f"{name}.grad.{name_of(parameter_name)}", parameter.grad.clone()
+
+
 def name_of(parameter):
     """A parameter's name in the adapter's file."""
     for part in (".modules_to_save.default", ".default"):
@@ -115,6 +168,9 @@ def one(case, base, settings, arch, out):
     save_file({k: v.float().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
     settings_file = folder / "adapter_config.json"
     saved = json.loads(settings_file.read_text()) | {"base_model_name_or_path": f"tiny/{base}"}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(saved[key], list):
+            saved[key] = sorted(saved[key])
     settings_file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
     trained = [(name_of(n), p) for n, p in model.named_parameters() if p.requires_grad]
@@ -123,6 +179,8 @@ def one(case, base, settings, arch, out):
     loss.backward()
     answers = {"logits": logits, "loss": loss[None]}
     answers |= {f"grad.{name}": p.grad.clone() for name, p in trained}
+    if case == "llama":
+        answers |= dict(preference_losses(model, golden))
     # As transformers' Trainer has it: weights of norms do not decay.
     norms = [p for n, p in trained if n.endswith("norm.weight")]
     others = [p for n, p in trained if not n.endswith("norm.weight")]

@@ -29,4 +29,4 @@ pub use names::Naming;
 pub use presets::{PRESETS, Preset, preset_config};
 pub use rope::{Rope, Scaling};
 pub use tokenizer::{Tokenizer, TokenizerError};
-pub use tokens::{Goal, Sequence, Tokens};
+pub use tokens::{Goal, Objective, Sequence, Tokens};

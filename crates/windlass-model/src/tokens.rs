@@ -2,7 +2,7 @@
 
 use crate::{Cached, KvBlocks};
 use std::sync::{Arc, Mutex};
-use windlass_tensor::{DType, IGNORED, RouterStats, Segment};
+use windlass_tensor::{DType, IGNORED, RouterStats, Segment, Sloped};
 
 /// Several sequences, one after another, without padding.
 #[derive(Clone)]
@@ -23,6 +23,12 @@ pub struct Tokens {
     pub router: Option<(Arc<RouterStats>, f64)>,
 }
 
+/// A loss made of the losses of positions.
+pub trait Objective: std::fmt::Debug + Send + Sync {
+    /// Its value, and its derivative by the loss of each position, which is 0 where there is no target.
+    fn evaluate(&self, losses: &[f64]) -> Sloped;
+}
+
 /// What the head computes from the last hidden states.
 #[derive(Clone, Debug)]
 pub enum Goal {
@@ -32,6 +38,13 @@ pub enum Goal {
         targets: Arc<[i64]>,
         /// The number that the sum is divided by: the targets of all micro-batches of a step.
         denominator: f64,
+    },
+    /// A loss that depends on the losses of all positions together.
+    Objective {
+        /// The next token of each position.
+        targets: Arc<[i64]>,
+        /// What they make together.
+        objective: Arc<dyn Objective>,
     },
     /// The loss of each position, without a gradient.
     TokenLosses {

@@ -4,7 +4,7 @@ use crate::engine::{Engine, start};
 use crate::error::Result;
 use windlass_model::Model;
 use windlass_store::Store;
-use windlass_tensor::{Tape, Tensor};
+use windlass_tensor::{Cpu, Tape, Tensor};
 
 impl<B> Engine<B> {
     /// Runs the model without recording: what the last layer returns.
@@ -21,6 +21,19 @@ impl<B> Engine<B> {
 /// # Errors
 /// What hinders the store from gathering weights: a lost rank, a failing disk.
 pub fn run<B>(model: &Model<B>, store: &Store, batch: &B) -> Result<Tensor> {
+    run_on(model, store, batch, &Tape::inference)
+}
+
+/// As [`run`], on tapes that `tape` makes.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn run_on<B>(
+    model: &Model<B>,
+    store: &Store,
+    batch: &B,
+    tape: &dyn Fn(&Cpu) -> Tape,
+) -> Result<Tensor> {
     let cpu = store.cpu();
     let mut x = start(cpu);
     let mut next = model.layers().skip(1).map(|(unit, _)| unit);
@@ -29,7 +42,7 @@ pub fn run<B>(model: &Model<B>, store: &Store, batch: &B) -> Result<Tensor> {
         if let Some(next) = next.next() {
             store.prefetch(next);
         }
-        let mut tape = Tape::inference(cpu);
+        let mut tape = tape(cpu);
         let value = tape.input(x);
         x = layer.forward(&weights, value, batch, &mut tape).tensor;
     }

@@ -20,6 +20,7 @@ mod no_sync;
 mod optimizer;
 mod pass;
 mod plan;
+pub mod preference;
 mod profile;
 mod save;
 pub mod schedule;

@@ -1,11 +1,16 @@
 //! A training run at rest: a Hugging Face folder, the optimizer's state, and where the run stands.
 
+mod folders;
+
+pub(crate) use folders::{save_adapter, save_model};
+
 use crate::background::Pending;
 use crate::data::{Packing, SamplerState};
 use crate::engine::{Engine, EngineState};
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 use crate::plan::StepShape;
+use crate::preference::Preference;
 use crate::together::{exchange, together};
 use crate::trainer::{Best, TrainOptions};
 use serde::{Deserialize, Serialize};
@@ -13,13 +18,10 @@ use serde_json::{Value, json};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use windlass_model::{
-    ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, DecoderConfig, Tokenizer, Tokens, decoder,
+    ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, DecoderConfig, Tokenizer, decoder,
 };
-use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::checkpoint::{CheckpointDir, Checkpoints, Writer};
-use windlass_store::safetensors::{
-    Dtype, Options, Spec, TensorWriter, Tensors, write_file, write_folder,
-};
+use windlass_store::safetensors::{Dtype, Options, Spec, TensorWriter, Tensors};
 use windlass_store::{ArrayKind, Gathered, Home, Loader, StateEntry, Store};
 use windlass_tensor::{
     Cpu, DType, FileTensor, Layout, ParamId, UnitSpec, Weight, Weights, each_dtype,
@@ -44,6 +46,8 @@ pub(crate) struct Progress {
     pub(crate) packing: Packing,
     #[serde(default)]
     pub(crate) best: Best,
+    #[serde(default)]
+    pub(crate) preference: Option<Preference>,
 }
 
 fn one() -> usize {
@@ -104,67 +108,6 @@ pub(crate) fn config_json(config: &DecoderConfig, dtype: DType) -> Value {
         map.insert(key.into(), json!(name));
     }
     json
-}
-
-/// Writes the model alone as a Hugging Face folder.
-///
-/// # Errors
-/// Whatever hinders writing.
-pub(crate) fn save_model(
-    folder: &Path,
-    engine: &Engine<Tokens>,
-    config: &DecoderConfig,
-    tokenizer: &Tokenizer,
-) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let dtype = engine.store().dtype();
-    let files = FileTensors::new(engine, config.naming.file_tensors(engine.model()));
-    let mut units = Units::new(engine.store());
-    write_folder(
-        &RealDisk,
-        folder,
-        &files.specs,
-        &Options::default(),
-        |index, out| files.write(index, &mut units, out),
-    )?;
-    let text = serde_json::to_vec_pretty(&config_json(config, dtype)).expect("a JSON value");
-    write_atomic(&RealDisk, &folder.join("config.json"), &text)?;
-    Ok(tokenizer.save(folder)?)
-}
-
-/// Writes an adapter's folder, as PEFT does, from the first rank. Collective.
-///
-/// # Errors
-/// Whatever hinders writing.
-pub(crate) fn save_adapter(
-    folder: &Path,
-    engine: &Engine<Tokens>,
-    adapter: &Adapter,
-) -> Result<()> {
-    let store = engine.store();
-    let files = FileTensors::new(engine, adapter.tensors.clone());
-    let mut units = Units::new(store);
-    let mut write = || -> Result<()> {
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-        let metadata = Options::default().metadata;
-        let path = folder.join(ADAPTER_FILE);
-        write_file(&RealDisk, &path, &files.specs, &metadata, |index, out| {
-            files.write(index, &mut units, out)
-        })?;
-        let text = serde_json::to_vec_pretty(&adapter.config.to_json()).expect("a JSON value");
-        Ok(write_atomic(
-            &RealDisk,
-            &folder.join(ADAPTER_CONFIG_FILE),
-            &text,
-        )?)
-    };
-    let written = match store.group().rank() {
-        0 => write(),
-        _ => Ok(()),
-    };
-    units.finish()?;
-    together(store.group(), "write an adapter", written.as_ref().err())?;
-    written
 }
 
 /// Gathers the units of a store in order, each once, whoever needs which: gathering is collective, and a rank writes

@@ -1,7 +1,9 @@
 //! The training loop: data through the engine, schedule, evaluation, checkpoints, metrics.
 
+mod compare;
 mod event;
 mod feed;
+mod measure;
 mod tuning;
 
 pub use event::{End, Event, StepEvent, StepTimes};
@@ -10,9 +12,9 @@ pub use tuning::{Lessons, Subject};
 use crate::data::{Batch, Packing, Sampler, View};
 use crate::engine::{Engine, EngineOptions, Losses};
 use crate::error::{Error, Result};
-use crate::evaluate::{idle, run};
 use crate::monitor::{MonitorOptions, Monitors};
 use crate::plan::StepShape;
+use crate::preference::{Preference, Rewards};
 use crate::profile::{self, LayerProfile};
 use crate::save::{self, Place, Progress, WeightFiles};
 use crate::schedule::Rate;
@@ -79,6 +81,7 @@ pub struct Trainer {
     /// Whether the best weights are kept.
     keeps_best: bool,
     patience: Option<u64>,
+    preference: Option<Preference>,
     best: Best,
 }
 
@@ -205,6 +208,7 @@ impl Trainer {
             last_checkpoint: resume.map(|c| c.path().to_owned()),
             keeps_best: false,
             patience: None,
+            preference: None,
             best,
         })
     }
@@ -252,7 +256,7 @@ impl Trainer {
                 tell(Event::Profiled(self.profile()?));
             }
             let event = self.step()?;
-            tell(Event::Step(event));
+            tell(Event::Step(Box::new(event)));
             self.tell_saved(tell);
             // A step that overflowed is tried again on the next data: the run stands where it stood.
             let step = self.engine.global_steps();
@@ -341,20 +345,42 @@ impl Trainer {
         let batches: Vec<Batch> = (0..count)
             .map(|_| self.feed.next_batch(shape.micro_batch))
             .collect();
-        let own = [
-            batches.iter().map(Batch::scored).sum::<usize>() as f64,
-            batches.iter().map(|b| b.ids.len()).sum::<usize>() as f64,
-        ];
+        let mut own = [0.0; 3];
+        for batch in &batches {
+            let (weight, chosen) = self.weight(batch);
+            own = [
+                own[0] + weight,
+                own[1] + batch.ids.len() as f64,
+                own[2] + chosen,
+            ];
+        }
         let all = self.all("tokens of a step", &own)?;
-        let denominator = all.iter().step_by(2).sum::<f64>().max(1.0);
-        let tokens = all.iter().skip(1).step_by(2).sum::<f64>() as usize;
+        let sum = |which: usize| all.iter().skip(which).step_by(3).sum::<f64>();
+        let (denominator, tokens, chosen) = (sum(0).max(1.0), sum(1) as usize, sum(2));
         let count = count * self.group().size();
         let step = self.engine.global_steps() + 1;
-        let mut mean = 0.0;
+        let (mut mean, mut rewards) = (0.0, None);
         for batch in batches {
-            let batch = to_tokens(batch, &self.config, self.options.dtype, denominator, count);
+            let (batch, comparison) = match self.preference {
+                None => {
+                    let dtype = self.options.dtype;
+                    (
+                        to_tokens(batch, &self.config, dtype, denominator, count),
+                        None,
+                    )
+                }
+                Some(method) => {
+                    let (batch, comparison) =
+                        self.compared(batch, method, (denominator, chosen))?;
+                    (batch, Some(comparison))
+                }
+            };
             let loss = timed(&mut times.forward, || self.engine.forward(batch))?;
             mean += loss.value();
+            if let Some(comparison) = comparison {
+                let sum = rewards.get_or_insert_with(Rewards::default);
+                sum.add(&comparison.rewards());
+            }
             timed(&mut times.backward, || self.engine.backward(loss))?;
         }
         let mean: f64 = self.all("loss", &[mean])?.iter().sum();
@@ -378,6 +404,7 @@ impl Trainer {
             skipped: self.engine.skipped_steps(),
             times,
             traffic: self.group().traffic().since(&before),
+            rewards,
         };
         self.record(&event)?;
         Ok(event)
@@ -392,6 +419,9 @@ impl Trainer {
             ("tokens", self.tokens_seen as f64),
             ("tokens_per_second", event.tokens as f64 / event.seconds),
         ];
+        if let Some(rewards) = &event.rewards {
+            values.extend(rewards.means());
+        }
         if self.options.engine.loss_scale.is_some() {
             values.push(("loss_scale", self.engine.loss_scale()));
         }
@@ -420,43 +450,6 @@ impl Trainer {
         }
     }
 
-    /// Mean loss of the held-out tokens, in nats.
-    ///
-    /// # Errors
-    /// When there are no held-out tokens.
-    pub fn evaluate(&self) -> Result<f64> {
-        let batches = self.feed.evaluation(self.options.shape.micro_batch)?;
-        let limit = self.options.eval_sequences.unwrap_or(u64::MAX);
-        let (rank, ranks) = (self.group().rank(), self.group().size());
-        let (model, store) = (self.engine.model(), self.engine.store());
-        let (mut sum, mut scored, mut sequences) = (0.0, 0, 0);
-        let mut batches = batches
-            .take_while(|batch| {
-                sequences += batch.sequences as u64;
-                sequences - (batch.sequences as u64) < limit
-            })
-            .peekable();
-        // Each rank computes every `ranks`-th batch; in the last round some have none, and gather all the same.
-        while batches.peek().is_some() {
-            let round: Vec<Batch> = batches.by_ref().take(ranks).collect();
-            let Some(batch) = round.into_iter().nth(rank) else {
-                idle(model, store)?;
-                continue;
-            };
-            scored += batch.scored();
-            let goal = Goal::TokenLosses {
-                targets: batch.targets.into(),
-            };
-            let tokens = Tokens::new(batch.ids, &batch.segments, goal, self.options.dtype);
-            sum += run(model, store, &tokens)?.to_f64().iter().sum::<f64>();
-        }
-        let all = self.all("evaluation", &[sum, scored as f64])?;
-        let (sum, scored) = all
-            .chunks(2)
-            .fold((0.0, 0.0), |(s, n), own| (s + own[0], n + own[1]));
-        Ok(sum / scored.max(1.0))
-    }
-
     /// Writes the model alone as a Hugging Face folder.
     ///
     /// # Errors
@@ -473,6 +466,7 @@ impl Trainer {
             tokens_seen: self.tokens_seen,
             sampler: self.feed.state(),
             best: self.best,
+            preference: self.preference,
             dtype: self.options.dtype.name().into(),
             optimizer: self.options.engine.optimizer,
             shape: self.options.shape,

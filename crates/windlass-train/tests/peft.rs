@@ -10,7 +10,10 @@ use windlass_model::{
 use windlass_store::safetensors::Tensors;
 use windlass_store::{Loader, Store, load_weights};
 use windlass_tensor::kernels::packed::Layout;
-use windlass_tensor::{Category, Cpu, DType, FileTensor, Packed, ParamId, Weight, Weights};
+use windlass_tensor::{
+    Category, Cpu, DType, FileTensor, Packed, ParamId, Tape, Tensor, Weight, Weights,
+};
+use windlass_train::preference::{Comparison, Preference};
 use windlass_train::{Engine, EngineOptions, Losses, Optimizer, run};
 
 fn fixtures() -> PathBuf {
@@ -424,4 +427,121 @@ fn layers_below_the_first_adapter_keep_nothing() {
     };
     let (both, last) = (peak(0), peak(1));
     assert!(last * 3 < both * 2, "{last} against {both}");
+}
+
+/// DPO, ORPO and KTO by TRL's formulas: loss and every gradient, in one batch and with the reference and the divergence that
+/// the trainer would compute.
+#[test]
+fn answers_are_compared_as_trl_does() {
+    let cpu = Cpu::new(2);
+    let case = Case::open(fixtures().join("peft/llama"));
+    let golden = Tensors::open(&case.base.join("golden.safetensors")).unwrap();
+    let ints = |name: &str| {
+        golden
+            .get(name)
+            .unwrap()
+            .as_slice::<i32>()
+            .unwrap()
+            .to_vec()
+    };
+    let (ids, starts) = (ints("ids"), ints("cu_seqlens"));
+    let sequence = |i: usize| ids[starts[i] as usize..starts[i + 1] as usize].to_vec();
+    let sequences: Vec<Vec<i32>> = [0, 2, 3, 0].into_iter().map(sequence).collect();
+    let next = |i: usize| &sequences[(i + 1) % 4];
+    let mismatched: Vec<Vec<i32>> = (0..4)
+        .map(|i| [&sequences[i][..2], &next(i)[2..]].concat())
+        .collect();
+    let batch = |sequences: &[Vec<i32>], goal: &dyn Fn(Arc<[i64]>) -> Goal| {
+        let targets = sequences.iter().flat_map(|s| {
+            let target = |at: usize| {
+                if at == 0 {
+                    -100
+                } else {
+                    s.get(at + 1).map_or(-100, |&id| id.into())
+                }
+            };
+            (0..s.len()).map(target).collect::<Vec<i64>>()
+        });
+        let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
+        let ids = sequences.iter().flatten().map(|&id| id as u32).collect();
+        Tokens::new(ids, &lengths, goal(targets.collect()), DType::F64)
+    };
+    let losses = |sequences: &[Vec<i32>], base: bool| -> Vec<f64> {
+        let (model, _, store) = case.load(&cpu, DType::F64, None);
+        let tokens = batch(sequences, &|targets| Goal::TokenLosses { targets });
+        let mut x = Tensor::empty(&cpu, [0], DType::F64, Category::Activations);
+        for (unit, layer) in model.layers() {
+            let tape = Tape::rehearsal(&cpu);
+            let mut tape = if base { tape.without_adapters() } else { tape };
+            let input = tape.input(x);
+            x = layer
+                .forward(&store.gather(unit).unwrap(), input, &tokens, &mut tape)
+                .tensor;
+        }
+        let all = x.to_f64();
+        let mut start = 0;
+        let sums = sequences.iter().map(|s| {
+            start += s.len();
+            -all[start - s.len()..start].iter().sum::<f64>()
+        });
+        sums.collect()
+    };
+    let mut start = 0;
+    let segments: Vec<std::ops::Range<usize>> = sequences
+        .iter()
+        .map(|s| {
+            start += s.len();
+            start - s.len()..start
+        })
+        .collect();
+    let pairs = losses(&mismatched, false)
+        .into_iter()
+        .zip(losses(&mismatched, true));
+    let kl = (pairs.map(|(a, b)| a - b).sum::<f64>() / 4.0).max(0.0);
+    let beta = 0.3;
+    let dpo = Preference::Dpo {
+        beta,
+        label_smoothing: 0.1,
+    };
+    let kto = Preference::Kto {
+        beta,
+        desirable_weight: 1.0,
+        undesirable_weight: 1.0,
+    };
+    for (name, method, count) in [
+        ("dpo", dpo, 2.0),
+        ("orpo", Preference::Orpo { beta }, 2.0),
+        ("kto", kto, 4.0),
+    ] {
+        let tokens: Vec<usize> = sequences.iter().map(|s| s.len() - 2).collect();
+        let comparison = Arc::new(Comparison {
+            method,
+            segments: segments.clone(),
+            labels: vec![true, false, true, false],
+            chosen_tokens: (tokens[0] + tokens[2]) as f64,
+            tokens,
+            reference: losses(&sequences, true),
+            kl,
+            count,
+            rewards: Default::default(),
+        });
+        let (model, adapter, store) = case.load(&cpu, DType::F64, None);
+        let mut engine = Engine::initialize(model, store, options(false)).unwrap();
+        let tokens = batch(&sequences, &|targets| Goal::Objective {
+            targets,
+            objective: comparison.clone(),
+        });
+        let loss = engine.forward(tokens).unwrap();
+        let d = difference(&[loss.value()], &case.answers(&format!("{name}.loss")));
+        assert!(d < 1e-6, "{name}: the loss differs by {d:.1e}");
+        engine.backward(loss).unwrap();
+        for file in &adapter.tensors {
+            let got = joined(engine.model(), file, &mut |id| gradient(&engine, id));
+            let want = case.answers(&format!("{name}.grad.{}", file.name));
+            let d = difference(&got, &want);
+            assert!(d < 3e-6, "{name}: {} differs by {d:.1e}", file.name);
+        }
+        let rewards = comparison.rewards();
+        assert_eq!((rewards.count_chosen, rewards.count_rejected), (2.0, 2.0));
+    }
 }

@@ -409,6 +409,7 @@ fn trainer(out: &Path, steps: u64, patience: Option<u64>, resume: bool) -> Train
         train: Arc::new(Examples::new(train, Some(20))),
         held_out: Some(Arc::new(Examples::new(held_out, None))),
         patience,
+        preference: None,
     };
     let mut subject = subject(true);
     let mut checkpoint = None;

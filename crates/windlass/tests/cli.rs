@@ -700,6 +700,11 @@ fn info_names_the_kernels() {
 const HELP: &[&[&str]] = &[
     &["quickstart"],
     &["train"],
+    &["finetune"],
+    &["data", "show"],
+    &["adapter"],
+    &["adapter", "merge"],
+    &["adapter", "add"],
     &["launch"],
     &["checkpoint"],
     &["checkpoint", "export"],

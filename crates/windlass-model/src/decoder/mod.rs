@@ -104,6 +104,11 @@ impl Layer<Tokens> for Head {
                     None => loss,
                 }
             }
+            Goal::Objective { targets, objective } => {
+                let h = self.norm.forward(w, &x, tape);
+                let of = |losses: &[f64]| objective.evaluate(losses);
+                tape.objective(&h, head, targets, self.softcap, &of)
+            }
             Goal::TokenLosses { targets } => {
                 let h = self.norm.forward(w, &x, tape);
                 tape.token_losses(&h, head, targets, self.softcap)

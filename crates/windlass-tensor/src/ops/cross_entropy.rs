@@ -6,6 +6,7 @@ use crate::{Cpu, Grads, Packed, Param, Shape, Tape, Tensor, Var, Weight, each_dt
 use std::sync::Arc;
 use windlass_kernels::Element;
 use windlass_kernels::cross_entropy::cross_entropy_rows;
+use windlass_kernels::elementwise::scale_in_place;
 use windlass_kernels::gemm::{Epilogue, Layout, gemm};
 use windlass_kernels::memory::Category;
 use windlass_kernels::packed::{Product, multiply};
@@ -15,6 +16,9 @@ pub const IGNORED: i64 = -100;
 
 /// Upper bound of the bytes of a chunk of logits.
 const CHUNK_BYTES: usize = 64 << 20;
+
+/// A value, and its derivatives by what it was computed from.
+pub type Sloped = (f64, Vec<f64>);
 
 /// What the head computes: `softcap(h Wᵀ)` against `targets`.
 struct Head<'a> {
@@ -51,8 +55,12 @@ impl Tape {
         let mut dh = None;
         let losses = match &mut self.eager {
             Some(eager) => {
-                let (losses, gradient) =
-                    head.gradient(&cpu, eager.seed / denominator, w.slot, &mut eager.grads);
+                let (losses, gradient) = head.gradient(
+                    &cpu,
+                    (eager.seed / denominator, None),
+                    w.slot,
+                    &mut eager.grads,
+                );
                 dh = Some((gradient, eager.seed));
                 losses
             }
@@ -77,6 +85,43 @@ impl Tape {
                 softcap,
                 denominator,
             },
+        })
+    }
+
+    /// A loss that depends on the cross-entropies of all rows together: `objective` is given them, 0 where the target is
+    /// [`IGNORED`], and returns its value and its derivative by each.
+    ///
+    /// # Shapes
+    /// As [`Tape::cross_entropy`].
+    ///
+    /// # Panics
+    /// As [`Tape::cross_entropy`]; when it is recorded on a tape that is not eager.
+    #[track_caller]
+    pub fn objective(
+        &mut self,
+        h: &Var,
+        w: Param<'_>,
+        targets: &[i64],
+        softcap: Option<f32>,
+        objective: &dyn Fn(&[f64]) -> Sloped,
+    ) -> Var {
+        let cpu = self.cpu().clone();
+        let weight = plain(&cpu, w.weight, &h.tensor);
+        let head = Head::new(&h.tensor, Matrix::Dense(&weight), targets, softcap);
+        let losses = head.losses(&cpu);
+        let (value, slopes) = objective(&losses.to_f64());
+        assert_eq!(slopes.len(), losses.len(), "derivatives against rows");
+        let mut loss = Tensor::empty(&cpu, [1], losses.dtype(), Category::Activations);
+        each_dtype!(losses.dtype(), A => loss.as_mut_slice::<A>()[0] = A::from_f64(value));
+        let Some(eager) = &mut self.eager else {
+            return self.record_opaque("objective", loss, &[h]);
+        };
+        let (seed, slopes) = (eager.seed, Some(slopes.as_slice()));
+        let (_, dh) = head.gradient(&cpu, (seed, slopes), w.slot, &mut eager.grads);
+        self.record(loss, true, || Saved::Done {
+            h: h.node(),
+            dh,
+            seed,
         })
     }
 
@@ -264,8 +309,15 @@ impl<'a> Head<'a> {
         losses
     }
 
-    /// Losses and the gradient of their sum times `scale`: `dh`, and `dW` added to `grads`.
-    fn gradient(&self, cpu: &Cpu, scale: f64, slot: usize, grads: &mut Grads) -> (Tensor, Tensor) {
+    /// Losses and the gradient of their sum times `scale`, each times its slope where there are any: `dh`, and `dW` added to
+    /// `grads`.
+    fn gradient(
+        &self,
+        cpu: &Cpu,
+        (scale, slopes): (f64, Option<&[f64]>),
+        slot: usize,
+        grads: &mut Grads,
+    ) -> (Tensor, Tensor) {
         let dtype = self.h.dtype();
         let (v, d) = (self.weight.rows(), self.weight.cols());
         let mut losses = Tensor::empty(
@@ -289,6 +341,10 @@ impl<'a> Head<'a> {
                     &mut losses.as_mut_slice::<A>()[rows.clone()],
                     Some((dlogits.as_mut_slice::<E>(), scale as f32)),
                 );
+                for (row, &slope) in slopes.into_iter().flat_map(|slopes| &slopes[rows.clone()]).enumerate() {
+                    let row = &mut dlogits.as_mut_slice::<E>()[row * v..(row + 1) * v];
+                    scale_in_place(&cpu.pool, slope as f32, row);
+                }
                 let (a, b) = (mat(dlogits.as_slice::<E>(), v), mat(self.weight.dense().as_slice::<E>(), d));
                 let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
                 gemm(&cpu.pool, Layout::Nn, rows.len(), d, v, a, b, out, d, Epilogue::default());
@@ -338,7 +394,8 @@ impl Backward for Saved {
             } => {
                 let weight = plain(&cpu, cx.weights.at(w).weight, &h.tensor);
                 let head = Head::new(&h.tensor, Matrix::Dense(&weight), &targets, softcap);
-                let (_, dh) = head.gradient(&cpu, dy.item() / denominator, w, cx.grads);
+                let scale = (dy.item() / denominator, None);
+                let (_, dh) = head.gradient(&cpu, scale, w, cx.grads);
                 cx.add(h.node(), dh);
             }
         }

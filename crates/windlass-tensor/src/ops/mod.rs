@@ -11,7 +11,7 @@ mod moe;
 mod norm;
 mod rope;
 
-pub use cross_entropy::IGNORED;
+pub use cross_entropy::{IGNORED, Sloped};
 pub use lora::{Lora, row_norms};
 pub use moe::{RouterStats, Routing};
 pub use rope::RopeTable;

@@ -1,5 +1,6 @@
 //! What a run tells: steps with their numbers and times, evaluations, checkpoints.
 
+use crate::preference::Rewards;
 use crate::profile::LayerProfile;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use windlass_comm::Traffic;
 #[derive(Clone, Debug)]
 pub enum Event {
     /// An optimizer step is done.
-    Step(StepEvent),
+    Step(Box<StepEvent>),
     /// The held-out data were measured.
     Evaluated {
         /// After this step.
@@ -51,6 +52,8 @@ pub struct StepEvent {
     pub times: StepTimes,
     /// What this rank has sent.
     pub traffic: Traffic,
+    /// What comparisons of answers have shown.
+    pub rewards: Option<Rewards>,
 }
 
 /// Where the time of a step went, in seconds, waits for other ranks included.

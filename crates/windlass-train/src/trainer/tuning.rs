@@ -3,7 +3,8 @@
 use super::feed::Feed;
 use super::{End, Event, TrainOptions, Trainer};
 use crate::error::{Error, Result};
-use crate::save;
+use crate::preference::Preference;
+use crate::save::{self, Progress};
 use crate::tune::{ExampleSampler, Examples};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +38,8 @@ pub struct Lessons {
     pub held_out: Option<Arc<Examples>>,
     /// Evaluations without a better loss after which a run ends.
     pub patience: Option<u64>,
+    /// How answers are compared, where the examples are such.
+    pub preference: Option<Preference>,
 }
 
 /// What evaluations have shown.
@@ -74,7 +77,18 @@ impl Trainer {
             held_out: lessons.held_out,
         };
         let mut trainer = Self::build(subject, feed, options, resume)?;
+        if let Some(checkpoint) = resume {
+            let saved: Progress = checkpoint.json(save::STATE_FILE)?;
+            if saved.preference != lessons.preference {
+                return Err(Error::Changed {
+                    what: "the comparison of answers",
+                    saved: format!("{:?}", saved.preference),
+                    now: format!("{:?}", lessons.preference),
+                });
+            }
+        }
         trainer.patience = lessons.patience;
+        trainer.preference = lessons.preference;
         trainer.keeps_best = true;
         Ok(trainer)
     }

@@ -1,8 +1,11 @@
 //! Comma-separated values, as RFC 4180 has them: quoted fields may hold commas, line ends and doubled quotes.
 
+/// The fields of a record, with the line it begins in.
+type Record = (u64, Vec<String>);
+
 /// The records of a text, each with the line it begins in, counted from one. `Err` names the line of a quote that is not
 /// closed or not followed by a comma.
-pub(super) fn records(text: &str) -> Result<Vec<(u64, Vec<String>)>, (u64, &'static str)> {
+pub(super) fn records(text: &str) -> Result<Vec<Record>, (u64, &'static str)> {
     let mut all = Vec::new();
     let mut chars = text.chars().peekable();
     let mut line = 1;
@@ -53,7 +56,7 @@ mod tests {
     #[test]
     fn fields_may_hold_what_separates_them() {
         let text = "a,b\r\n\"x, \"\"y\"\"\nz\",2\n\n,\nlast,";
-        let rows: Vec<(u64, Vec<String>)> = records(text).unwrap();
+        let rows: Vec<Record> = records(text).unwrap();
         let plain: Vec<(u64, Vec<&str>)> = rows
             .iter()
             .map(|(line, fields)| (*line, fields.iter().map(String::as_str).collect()))

@@ -83,15 +83,14 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
     Ok(())
 }
 
+/// Sees a trainer, with what shows a text.
+pub type Look<'a> = &'a mut dyn FnMut(&Trainer, &mut dyn FnMut(&str));
+
 /// Runs a trainer that fine-tunes to its end, as [`train`]. `look` sees it after every evaluation, with what shows a text.
 ///
 /// # Errors
 /// Those of the run.
-pub fn tune(
-    trainer: &mut Trainer,
-    steps: u64,
-    look: &mut dyn FnMut(&Trainer, &mut dyn FnMut(&str)),
-) -> Result<()> {
+pub fn tune(trainer: &mut Trainer, steps: u64, look: Look<'_>) -> Result<()> {
     listen()?;
     let memory = trainer.cpu().memory.clone();
     let bar = RefCell::new(Progress::new(steps, "tuning"));
@@ -105,7 +104,15 @@ pub fn tune(
                 0.9 * speed + 0.1 * now
             };
             let held = bytes(memory.now().reserved);
-            last = format!("loss {:.3} · {speed:.0} tokens/s · {held}", s.loss);
+            let rewards = s.rewards.map_or(String::new(), |rewards| {
+                let means = rewards.means();
+                format!(
+                    " · margin {:.3} · right {:.0} %",
+                    means[2].1,
+                    100.0 * means[3].1
+                )
+            });
+            last = format!("loss {:.3}{rewards} · {speed:.0} tokens/s · {held}", s.loss);
             bar.borrow_mut().set(s.step, &last);
         }
         Event::Evaluated { step, loss } => {

@@ -20,6 +20,7 @@ use windlass::train::data::Packing as Sharing;
 use windlass::train::tune::Examples;
 use windlass::train::{Lessons, Plan, Subject, TrainOptions, Trainer, plan_batch};
 
+mod compare;
 mod samples;
 
 use samples::Speaker;
@@ -43,6 +44,8 @@ pub struct Args {
     load_in: Option<Packing>,
     #[command(flatten)]
     adapter: AdapterArgs,
+    #[command(flatten)]
+    compare: compare::Args,
 
     /// Samples to measure on
     #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "held_out")]
@@ -152,13 +155,7 @@ pub fn run(mut args: Args) -> Result<()> {
     let model = open(&args, &cpu, resume.as_ref())?;
     let (context, tokenizer) = (model.context(), model.tokenizer()?.clone());
     let read = args.lessons.read(&args.lessons.data, &tokenizer, context)?;
-    if read.form.is_preference() || read.form.is_unpaired() {
-        let message = format!("the data are of the form {}", read.form);
-        return Err(failure(
-            message,
-            "give samples with one answer each, such as prompt and completion",
-        ));
-    }
+    let preference = compare::method(&args, read.form, &model)?;
     let (train, held_out) = match args.eval_data.is_empty() {
         true => Examples::split(read.samples, args.held_out, args.seed),
         false => {
@@ -185,6 +182,7 @@ pub fn run(mut args: Args) -> Result<()> {
         train: Arc::new(train),
         held_out,
         patience: args.patience,
+        preference,
     };
     let subject = Subject {
         config: model.config,

@@ -33,7 +33,7 @@ pub struct Source {
     #[arg(long, value_enum, value_name = "TYPE")]
     pub kv_cache_dtype: Option<KvPrecision>,
     /// Keep the model in a folder as it is in memory: it opens at once
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "adapter")]
     pub save_packed: Option<PathBuf>,
     #[command(flatten)]
     pub machine: Machine,

@@ -1,0 +1,162 @@
+//! Batches of answers that are compared or rated, with what the reference makes of them.
+
+use super::Trainer;
+use crate::data::Batch;
+use crate::error::Result;
+use crate::evaluate::run_on;
+use crate::preference::{Comparison, Preference};
+use std::ops::Range;
+use std::sync::Arc;
+use windlass_model::{Goal, Tokens};
+use windlass_tensor::{Cpu, IGNORED, Tape};
+
+/// A batch's text: ids, targets and the lengths of its segments.
+struct Text {
+    ids: Vec<u32>,
+    targets: Vec<i64>,
+    lengths: Vec<usize>,
+}
+
+impl Text {
+    fn segments(&self) -> Vec<Range<usize>> {
+        let mut start = 0;
+        let lengths = self.lengths.iter();
+        lengths
+            .map(|length| {
+                start += length;
+                start - length..start
+            })
+            .collect()
+    }
+
+    /// Each prompt with the answer to the next one.
+    fn mismatched(&self, context: usize) -> Text {
+        let segments = self.segments();
+        let mut text = Text {
+            ids: Vec::new(),
+            targets: Vec::new(),
+            lengths: Vec::new(),
+        };
+        // The first token of an answer is the target of the last one of its prompt.
+        let answer = |range: &Range<usize>| {
+            let first = self.targets[range.clone()]
+                .iter()
+                .position(|&t| t != IGNORED);
+            range.start + first.map_or(range.len(), |at| at + 1)
+        };
+        for (at, own) in segments.iter().enumerate() {
+            let other = &segments[(at + 1) % segments.len()];
+            let (prompt, begin) = (own.start..answer(own), answer(other));
+            let answer = &self.ids[begin..other.end];
+            let start = text.ids.len();
+            text.ids.extend_from_slice(&self.ids[prompt.clone()]);
+            text.ids.extend_from_slice(answer);
+            text.ids.truncate(start + context);
+            let count = text.ids.len() - start;
+            for at in 0..count {
+                let next = (at + 1 >= prompt.len())
+                    .then(|| text.ids.get(start + at + 1))
+                    .flatten();
+                text.targets.push(next.map_or(IGNORED, |&id| i64::from(id)));
+            }
+            text.lengths.push(count);
+        }
+        text
+    }
+}
+
+impl Trainer {
+    /// What a batch counts in the mean of a step's loss: tokens, pairs or answers; then tokens of better answers.
+    pub(super) fn weight(&self, batch: &Batch) -> (f64, f64) {
+        let Some(method) = self.preference else {
+            return (batch.scored() as f64, 0.0);
+        };
+        let answers = batch.segments.len();
+        let count = if method.is_paired() {
+            answers / 2
+        } else {
+            answers
+        };
+        let mut start = 0;
+        let mut chosen = 0;
+        for (&length, &good) in batch.segments.iter().zip(&batch.labels) {
+            let targets = &batch.targets[start..start + length];
+            chosen += usize::from(good) * targets.iter().filter(|&&t| t != IGNORED).count();
+            start += length;
+        }
+        (count as f64, chosen as f64)
+    }
+
+    /// A batch of answers as the model reads it, in a step of `count` comparisons with `chosen` tokens in better answers.
+    pub(super) fn compared(
+        &self,
+        batch: Batch,
+        method: Preference,
+        (count, chosen): (f64, f64),
+    ) -> Result<(Tokens, Arc<Comparison>)> {
+        let labels = batch.labels;
+        let text = Text {
+            ids: batch.ids,
+            targets: batch.targets,
+            lengths: batch.segments,
+        };
+        let segments = text.segments();
+        let learned = |range: &Range<usize>| {
+            let targets = &text.targets[range.clone()];
+            targets.iter().filter(|&&t| t != IGNORED).count()
+        };
+        let reference = match method.has_reference() {
+            true => self.log_likelihoods(&text, &base)?,
+            false => vec![0.0; segments.len()],
+        };
+        let kl = match method {
+            Preference::Kto { .. } => {
+                let other = text.mismatched(self.config.max_position_embeddings);
+                let now = self.log_likelihoods(&other, &adapted)?;
+                let before = self.log_likelihoods(&other, &base)?;
+                let sum: f64 = now.iter().zip(&before).map(|(a, b)| a - b).sum();
+                (sum / now.len().max(1) as f64).max(0.0)
+            }
+            _ => 0.0,
+        };
+        let comparison = Arc::new(Comparison {
+            method,
+            tokens: segments.iter().map(learned).collect(),
+            segments,
+            labels,
+            reference,
+            kl,
+            count,
+            chosen_tokens: chosen.max(1.0),
+            rewards: Default::default(),
+        });
+        let goal = Goal::Objective {
+            targets: text.targets.into(),
+            objective: comparison.clone(),
+        };
+        let tokens = Tokens::new(text.ids, &text.lengths, goal, self.options.dtype);
+        Ok((tokens, comparison))
+    }
+
+    /// The log-likelihood of each segment's targets.
+    fn log_likelihoods(&self, text: &Text, tape: &dyn Fn(&Cpu) -> Tape) -> Result<Vec<f64>> {
+        let goal = Goal::TokenLosses {
+            targets: text.targets.clone().into(),
+        };
+        let tokens = Tokens::new(text.ids.clone(), &text.lengths, goal, self.options.dtype);
+        let (model, store) = (self.engine.model(), self.engine.store());
+        let losses = run_on(model, store, &tokens, tape)?.to_f64();
+        let sum = |range: Range<usize>| -losses[range].iter().sum::<f64>();
+        Ok(text.segments().into_iter().map(sum).collect())
+    }
+}
+
+/// The model as it was before it got an adapter, in the arithmetic of training.
+fn base(cpu: &Cpu) -> Tape {
+    Tape::rehearsal(cpu).without_adapters()
+}
+
+/// The model as it is.
+fn adapted(cpu: &Cpu) -> Tape {
+    Tape::rehearsal(cpu)
+}
