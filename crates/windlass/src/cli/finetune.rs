@@ -170,6 +170,12 @@ pub fn run(mut args: Args) -> Result<()> {
     let train = Examples::new(train, pack);
     let held_out = (!held_out.is_empty()).then(|| Arc::new(Examples::new(held_out, pack)));
     let settings = settings(&args, &model, &train)?;
+    let rated = preference.is_some_and(|preference| !preference.is_paired());
+    if rated && settings.shape.micro_batch < 2 {
+        let message = "--batch 1 with rated answers";
+        let hint = "kto pairs each prompt with the answer to another one: at least 2";
+        return Err(usage(message, hint));
+    }
     let steps = steps(&args, &settings, &train);
     say(&parameters(&model));
     if args.plan {
