@@ -259,6 +259,36 @@ impl Error {
         }
     }
 
+    /// What the user can do about samples.
+    fn hint_about_samples(&self) -> Option<String> {
+        let hint: String = match self {
+            Self::NoTable(_) => {
+                "tables are .jsonl, .json (an array), .csv and .parquet".into()
+            }
+            Self::UnknownForm { .. } => {
+                "known columns: text; prompt, completion (and label); messages (and tools, label); chosen, rejected; \
+                 instruction, input, output; conversations"
+                    .into()
+            }
+            Self::MixedForms { .. } => "give data of one form: the same columns in all rows".into(),
+            Self::NothingLearned { .. } => {
+                "remove these samples, or give more room with --max-length, or leave long ones out with --long drop".into()
+            }
+            Self::SampleTooLong { .. } => {
+                "give more room with --max-length, or cut or leave out long samples with --long cut or --long drop".into()
+            }
+            Self::NoTemplate => "give one with --template FILE, or --template plain".into(),
+            Self::NoMarks => {
+                "put {% generation %} … {% endgeneration %} around the answers in a copy of it and give that with --template, \
+                 or learn something else with --learn completion"
+                    .into()
+            }
+            Self::Chat { source, .. } => return source.hint(),
+            _ => return None,
+        };
+        Some(hint)
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
@@ -286,28 +316,14 @@ impl Error {
             Self::Malformed { path, .. } if path.extension().is_some_and(|end| end == "json") => {
                 "a .json file holds one array; a file with one object a line is called .jsonl".into()
             }
-            Self::NoTable(_) => {
-                "tables are .jsonl, .json (an array), .csv and .parquet".into()
-            }
-            Self::UnknownForm { .. } => {
-                "known columns: text; prompt, completion (and label); messages (and tools, label); chosen, rejected; \
-                 instruction, input, output; conversations"
-                    .into()
-            }
-            Self::MixedForms { .. } => "give data of one form: the same columns in all rows".into(),
-            Self::NothingLearned { .. } => {
-                "remove these samples, or give more room with --max-length, or leave long ones out with --long drop".into()
-            }
-            Self::SampleTooLong { .. } => {
-                "give more room with --max-length, or cut or leave out long samples with --long cut or --long drop".into()
-            }
-            Self::NoTemplate => "give one with --template FILE, or --template plain".into(),
-            Self::NoMarks => {
-                "put {% generation %} … {% endgeneration %} around the answers in a copy of it and give that with --template, \
-                 or learn something else with --learn completion"
-                    .into()
-            }
-            Self::Chat { source, .. } => return source.hint(),
+            Self::NoTable(_)
+            | Self::UnknownForm { .. }
+            | Self::MixedForms { .. }
+            | Self::NothingLearned { .. }
+            | Self::SampleTooLong { .. }
+            | Self::NoTemplate
+            | Self::NoMarks
+            | Self::Chat { .. } => return self.hint_about_samples(),
             Self::NoEndToken => {
                 "put a tokenizer_config.json with \"eos_token\" beside the tokenizer.json".into()
             }

@@ -361,20 +361,7 @@ impl Trainer {
         let step = self.engine.global_steps() + 1;
         let (mut mean, mut rewards) = (0.0, None);
         for batch in batches {
-            let (batch, comparison) = match self.preference {
-                None => {
-                    let dtype = self.options.dtype;
-                    (
-                        to_tokens(batch, &self.config, dtype, denominator, count),
-                        None,
-                    )
-                }
-                Some(method) => {
-                    let (batch, comparison) =
-                        self.compared(batch, method, (denominator, chosen))?;
-                    (batch, Some(comparison))
-                }
-            };
+            let (batch, comparison) = self.prepared(batch, (denominator, chosen), count)?;
             let loss = timed(&mut times.forward, || self.engine.forward(batch))?;
             mean += loss.value();
             if let Some(comparison) = comparison {

@@ -1,6 +1,6 @@
 //! Batches of answers that are compared or rated, with what the reference makes of them.
 
-use super::Trainer;
+use super::{Trainer, to_tokens};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::evaluate::run_on;
@@ -85,6 +85,21 @@ impl Trainer {
             start += length;
         }
         (count as f64, chosen as f64)
+    }
+
+    /// A batch as the model reads it, in a step of `micro_batches` batches that counts as [`Trainer::weight`] says in all.
+    pub(super) fn prepared(
+        &self,
+        batch: Batch,
+        sums: (f64, f64),
+        micro_batches: usize,
+    ) -> Result<(Tokens, Option<Arc<Comparison>>)> {
+        if let Some(method) = self.preference {
+            let (tokens, comparison) = self.compared(batch, method, sums)?;
+            return Ok((tokens, Some(comparison)));
+        }
+        let (config, dtype) = (&self.config, self.options.dtype);
+        Ok((to_tokens(batch, config, dtype, sums.0, micro_batches), None))
     }
 
     /// A batch of answers as the model reads it, in a step of `count` comparisons with `chosen` tokens in better answers.

@@ -158,6 +158,52 @@ fn read(path: &Path) -> Result<Read> {
     Ok(Read { folder, modules })
 }
 
+/// Adds the factors of a module that several adapters have, and gives their rank.
+fn put_together(
+    module: &str,
+    all: &[Read],
+    weights: &[f64],
+    tensors: &mut Vec<(FileTensor, Vec<f32>)>,
+) -> Result<usize> {
+    let mut parts = Vec::new();
+    for (one, weight) in all.iter().zip(weights) {
+        if let Some((_, a, b, r)) = one.modules.iter().find(|(name, ..)| name == module) {
+            let scale = one
+                .folder
+                .config
+                .scale(module.trim_start_matches("base_model.model."))?;
+            parts.push((a, b, *r, (weight * scale) as f32));
+        }
+    }
+    let rank: usize = parts.iter().map(|(_, _, r, _)| r).sum();
+    let (_, b, r, _) = parts[0];
+    let (inputs, outputs) = (parts[0].0.len() / r, b.len() / r);
+    if parts
+        .iter()
+        .any(|(a, b, r, _)| a.len() != r * inputs || b.len() != r * outputs)
+    {
+        let message = format!("{module} has not the same shape in all adapters");
+        return Err(failure(
+            message,
+            "adapters that are added belong to one model",
+        ));
+    }
+    let a = parts
+        .iter()
+        .flat_map(|(a, _, _, s)| a.iter().map(move |v| v * s));
+    let rows = (0..outputs).flat_map(|row| {
+        parts
+            .iter()
+            .flat_map(move |(_, b, r, _)| b[row * r..(row + 1) * r].iter().copied())
+    });
+    tensors.push((
+        tensor(module, "lora_A", [rank, inputs]),
+        a.collect::<Vec<f32>>(),
+    ));
+    tensors.push((tensor(module, "lora_B", [outputs, rank]), rows.collect()));
+    Ok(rank)
+}
+
 /// One adapter whose factors are those of all, side by side: its product is the weighted sum of theirs, exactly.
 fn add(args: &AddArgs) -> Result<()> {
     let weights = match args.weights.as_slice() {
@@ -185,42 +231,7 @@ fn add(args: &AddArgs) -> Result<()> {
     }
     let (mut tensors, mut ranks) = (Vec::new(), Vec::new());
     for module in order {
-        let mut parts = Vec::new();
-        for (one, weight) in all.iter().zip(&weights) {
-            if let Some((_, a, b, r)) = one.modules.iter().find(|(name, ..)| name == module) {
-                let scale = one
-                    .folder
-                    .config
-                    .scale(module.trim_start_matches("base_model.model."))?;
-                parts.push((a, b, *r, (weight * scale) as f32));
-            }
-        }
-        let rank: usize = parts.iter().map(|(_, _, r, _)| r).sum();
-        let (_, b, r, _) = parts[0];
-        let (inputs, outputs) = (parts[0].0.len() / r, b.len() / r);
-        if parts
-            .iter()
-            .any(|(a, b, r, _)| a.len() != r * inputs || b.len() != r * outputs)
-        {
-            let message = format!("{module} has not the same shape in all adapters");
-            return Err(failure(
-                message,
-                "adapters that are added belong to one model",
-            ));
-        }
-        let a = parts
-            .iter()
-            .flat_map(|(a, _, _, s)| a.iter().map(move |v| v * s));
-        let rows = (0..outputs).flat_map(|row| {
-            parts
-                .iter()
-                .flat_map(move |(_, b, r, _)| b[row * r..(row + 1) * r].iter().copied())
-        });
-        tensors.push((
-            tensor(module, "lora_A", [rank, inputs]),
-            a.collect::<Vec<f32>>(),
-        ));
-        tensors.push((tensor(module, "lora_B", [outputs, rank]), rows.collect()));
+        let rank = put_together(module, &all, &weights, &mut tensors)?;
         ranks.push((
             module.trim_start_matches("base_model.model.").to_owned(),
             rank,
