@@ -700,10 +700,8 @@ fn info_names_the_kernels() {
 const HELP: &[&[&str]] = &[
     &["quickstart"],
     &["train"],
-    &["finetune"],
     &["data", "show"],
     &["adapter"],
-    &["adapter", "merge"],
     &["adapter", "add"],
     &["launch"],
     &["checkpoint"],
