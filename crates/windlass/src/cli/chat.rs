@@ -82,9 +82,10 @@ pub fn run(args: &Args) -> Result<()> {
     let model = args.source.open()?;
     let tokenizer = model.tokenizer()?;
     let with_tools = tools.is_some();
+    let of_adapter = args.source.adapter.as_deref().and_then(adapter_template);
     let template = template(
         tokenizer,
-        args.template.as_deref(),
+        args.template.as_deref().or(of_adapter.as_deref()),
         with_tools,
         &args.source.model,
     )?;
@@ -158,6 +159,17 @@ fn read_list(file: &Path, what: &str) -> Result<Vec<Value>> {
         };
         failure(format!("{} is no JSON list of {what}", file.display()), hint)
     })
+}
+
+/// The template that an adapter was trained with, where its folder has one.
+fn adapter_template(adapter: &Path) -> Option<PathBuf> {
+    let folders = [
+        adapter.to_owned(),
+        adapter.join("best"),
+        adapter.join("last"),
+    ];
+    let files = folders.map(|folder| folder.join("chat_template.jinja"));
+    files.into_iter().find(|file| file.is_file())
 }
 
 /// The template of a file, or the model's own.
