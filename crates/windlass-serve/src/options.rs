@@ -72,7 +72,7 @@ pub struct Served {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The address cannot be listened on.
-    #[error("cannot listen on {host}:{port}: {source}")]
+    #[error("cannot listen on {host}:{port}")]
     Listen {
         /// The host.
         host: String,
@@ -82,7 +82,7 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// The system refuses threads or signals.
-    #[error("cannot start: {0}")]
+    #[error("the system refuses threads or signals")]
     System(#[from] std::io::Error),
     /// The model cannot be loaded.
     #[error("the model cannot be served")]

@@ -4,6 +4,7 @@ use super::source::Source;
 use super::{failure, read_text, usage};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use windlass::infer::engine::EngineOptions;
 use windlass::model::ChatTemplate;
@@ -110,15 +111,29 @@ pub fn run(args: Args) -> Result<()> {
     }
     args.start_log();
     let server = Server::bind(options)?;
-    let load = move || args.load(template);
-    server.run(load, |notice| match notice {
+    // What the loader fails by is this program's own error, with its hint and its exit code.
+    let failed = Arc::new(Mutex::new(None));
+    let load = {
+        let failed = failed.clone();
+        move || {
+            args.load(template).map_err(|error| {
+                let text = error.to_string();
+                *failed.lock().expect("one error") = Some(error);
+                text
+            })
+        }
+    };
+    let ended = server.run(load, |notice| match notice {
         Notice::Listening(address) => {
             eprintln!("loading, and answering with 503 at http://{address}")
         }
         Notice::Ready(address) => println!("http://{address}"),
         Notice::Draining => eprintln!("finishing what runs; a second signal ends it at once"),
-    })?;
-    Ok(())
+    });
+    match failed.lock().expect("one error").take() {
+        Some(error) => Err(error),
+        None => Ok(ended?),
+    }
 }
 
 impl Args {
