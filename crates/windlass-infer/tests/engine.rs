@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Instant;
 use windlass_infer::engine::{
     Constraint, Engine, EngineOptions, Event, FinishReason, Pooling, Request, RequestGoal,
     RequestId,
 };
+use windlass_infer::workload::Workload;
 use windlass_infer::{
     GenerateOptions, Generator, InferError, LoadIn, LoadedModel, SamplingParams, StopReason,
 };
@@ -653,4 +655,43 @@ fn requests_that_cannot_be_are_refused_and_cancelled_ones_leave_nothing() {
         assert!(error.to_string().starts_with(flag), "{error}");
         model = stories.open(LoadIn::AsStored);
     }
+}
+
+#[test]
+fn a_long_load_takes_no_more_memory_than_a_short_one() {
+    let Some(stories) = Stories::new() else {
+        return;
+    };
+    let model = stories.open(LoadIn::Packed(Layout::q8()));
+    // Less room than the clients want, and prompts that no round repeats: blocks are evicted and taken back.
+    let options = EngineOptions {
+        token_budget: 64,
+        kv_tokens: 1000,
+        ..EngineOptions::default()
+    };
+    let mut engine = Engine::new(model, options).unwrap();
+    let mut sizes = Vec::new();
+    for round in 0..8 {
+        let workload = Workload {
+            requests: 40,
+            clients: 8,
+            prompt_tokens: 80,
+            new_tokens: 20,
+            spread: 0.3,
+            seed: round,
+        };
+        let start = Instant::now();
+        let mut now = || start.elapsed().as_secs_f64();
+        let load = workload.drive(&mut engine, &mut now).unwrap();
+        assert!(load.tokens_per_step > 8.0 && load.tokens_per_step <= 64.0);
+        let memory = &engine.model().store.cpu().memory;
+        sizes.push((memory.now().in_use(), memory.peak().in_use()));
+        if round == 7 {
+            println!("{load:?}");
+        }
+    }
+    println!("bytes in use, and at most: {sizes:?}");
+    let counts = engine.stats().scheduler;
+    assert!(counts.preemptions > 0 && counts.blocks_used == 0 && counts.blocks_cached > 10);
+    assert_eq!(sizes[3], sizes[7]);
 }
