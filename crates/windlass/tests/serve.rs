@@ -149,7 +149,11 @@ fn what_cannot_be_served_is_refused() {
         (&["--port", "0", "--api-key-file", empty], 1, "holds no key"),
         (&["--port", "0", "--context", "99999"], 2, "--context 99999"),
         (&["--port", "0", "--template", "nowhere"], 1, "nowhere"),
-        (&["--port", "0", "--tokenizer", "nowhere"], 1, "no tokenizer.json"),
+        (
+            &["--port", "0", "--tokenizer", "nowhere"],
+            1,
+            "no tokenizer.json",
+        ),
     ] {
         let output = start(model.path(), flags).wait_with_output().unwrap();
         let log = String::from_utf8(output.stderr).unwrap();
