@@ -12,7 +12,7 @@ use crate::quantized::Quantization;
 use crate::{InferError, vocabulary};
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
-use weights::{Weights, encode, exact_blocks, exact_type};
+use weights::{Weights, encode, exact_blocks, exact_type, holds};
 use windlass_model::gguf::{Key, Place, folder_config, metadata, place};
 use windlass_model::{DecoderConfig, Model, Tokenizer, Tokens, decoder};
 use windlass_store::Error as StoreError;
@@ -211,8 +211,7 @@ impl Folder {
                     for (id, place) in parts {
                         let spec = &self.model.units()[id.unit].params[id.slot];
                         let packed = weights.packed(*id)?;
-                        let bytes = match packed.filter(|p| exact_type(p) == Some(info.block_type))
-                        {
+                        let bytes = match packed.filter(|p| holds(info.block_type, p)) {
                             Some(packed) => {
                                 let rows = spec.shape[0];
                                 let start = place.rows.as_ref().map_or(0, |rows| rows.start);

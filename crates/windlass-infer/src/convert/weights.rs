@@ -131,7 +131,13 @@ pub(super) fn exact_type(packed: &Packed) -> Option<BlockType> {
     }
 }
 
-/// The blocks of a matrix whose [`exact_type`] this is: row `n` of the matrix is row `place(n)` of the result.
+/// Whether blocks of a type hold a packed matrix to the bit: of its [`exact_type`], or of the larger one.
+pub(super) fn holds(kind: BlockType, packed: &Packed) -> bool {
+    let exact = exact_type(packed);
+    exact.is_some() && (kind == BlockType::Q8_0 || exact == Some(kind))
+}
+
+/// The blocks of a matrix that the type [`holds`]: row `n` of the matrix is row `place(n)` of the result.
 pub(super) fn exact_blocks(
     packed: &Packed,
     kind: BlockType,
