@@ -1,7 +1,7 @@
 //! Many requests at once: continuous batching with Dynamic SplitFuse over paged keys and values.
 //!
 //! Each [`Engine::step`] is one pass through the model over the next tokens of all sequences that the
-//! [`Scheduler`](scheduler::Scheduler) chose, long prompts in parts and generated tokens alike. What a request gets
+//! [`Scheduler`] chose, long prompts in parts and generated tokens alike. What a request gets
 //! depends on nothing else that runs: not on the budget, the cut of its prompt, the cache or a preemption.
 //!
 //! The engine knows no text, no clock and no connection: stop strings, deadlines and streams are its caller's.
