@@ -110,7 +110,8 @@ pub fn first_bad_block(block_type: BlockType, bytes: &[u8]) -> Option<usize> {
         bytes.len()
     );
     // All bits of the exponent are set.
-    let bad = |block: &[u8]| offsets.iter().any(|at| block[at + 1] & 0x7c == 0x7c);
+    let (first, last) = (offsets[0] + 1, offsets[offsets.len() - 1] + 1);
+    let bad = |block: &[u8]| block[first] & 0x7c == 0x7c || block[last] & 0x7c == 0x7c;
     bytes.chunks_exact(width).position(bad)
 }
 

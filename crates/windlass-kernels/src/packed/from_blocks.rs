@@ -109,6 +109,7 @@ fn half_bits(block: &[u8], at: usize) -> u16 {
 }
 
 /// A block of 32 codes of 4 bits behind its scale (and minimum).
+#[inline(always)]
 fn nibbles(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
     let (head, codes) = block.split_at(block.len() - STEP / 2);
     match head.len() {
@@ -121,6 +122,7 @@ fn nibbles(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
 }
 
 /// A block of 32 signed bytes behind its scale.
+#[inline(always)]
 fn bytes_8(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
     out.head(index, half_bits(block, 0), 0);
     let word = |i: usize| {

@@ -83,15 +83,18 @@ impl<'a> UnitMut<'a> {
         self.unit.steps
     }
 
+    #[inline]
     fn put8(&mut self, at: usize, value: u8) {
         self.bytes[at + self.lane] = value;
     }
 
+    #[inline]
     fn put16(&mut self, at: usize, value: u16) {
         self.bytes[at + 2 * self.lane..][..2].copy_from_slice(&value.to_le_bytes());
     }
 
     /// Scale and minimum of group `head`, as in [`RowUnit`].
+    #[inline]
     pub fn head(&mut self, head: usize, scale: u16, min: u16) {
         match self.layout.scale {
             Scale::Exponent => self.put8(head * PANEL, scale as u8),
@@ -106,6 +109,7 @@ impl<'a> UnitMut<'a> {
     }
 
     /// Scale and minimum of sub-block `sub`, where the layout has them.
+    #[inline]
     pub fn sub(&mut self, sub: usize, scale: i8, min: u8) {
         if let Scale::Super { .. } = self.layout.scale {
             self.put8(self.unit.sub_scales + sub * PANEL, scale as u8);
@@ -115,37 +119,35 @@ impl<'a> UnitMut<'a> {
         }
     }
 
-    fn row(&mut self, step: usize, row: usize) -> &mut [u8; 4] {
-        let at = self.unit.planes + (step * self.layout.codes.bits() + row) * 64 + 4 * self.lane;
-        (&mut self.bytes[at..][..4]).try_into().expect("a word")
+    /// Writes the rows of a step's planes: one word for each of the layout's bits.
+    #[inline(always)]
+    fn step<const BITS: usize>(&mut self, step: usize, words: &[u32]) {
+        let lane = self.lane % PANEL;
+        let planes = &mut self.bytes[self.unit.planes + step * BITS * 64..][..BITS * 64];
+        let (rows, _) = planes.as_chunks_mut::<64>();
+        for (row, word) in rows.iter_mut().zip(&words[..BITS]) {
+            row.as_chunks_mut::<4>().0[lane] = word.to_le_bytes();
+        }
     }
 
     /// The codes of a step that are its only plane already, in words of four columns: with 8 bits, one for each, with 4
     /// bits, columns `4 i..` in the lower halves of the bytes of word `i` and columns `16 + 4 i..` in the upper ones.
+    #[inline]
     pub fn words<const N: usize>(&mut self, step: usize, words: [u32; N]) {
         debug_assert_eq!(N, self.layout.codes.bits());
-        for (row, word) in words.into_iter().enumerate() {
-            *self.row(step, row) = word.to_le_bytes();
-        }
+        self.step::<N>(step, &words);
     }
 
     /// The codes of a step.
+    #[inline]
     pub fn codes(&mut self, step: usize, codes: &[u8; STEP]) {
-        let (low, bits) = (self.layout.codes.low_bits(), self.layout.codes.bits());
-        let mut planes = [0u32; 8];
-        let mask = 0x0101_0101 * ((1u32 << low) - 1);
-        for (j, four) in codes.as_chunks::<4>().0.iter().enumerate() {
-            let word = u32::from_le_bytes(*four);
-            let (row, shift) = place(low, j);
-            planes[row] |= (word & mask) << shift;
-            if bits > low {
-                let (row, shift) = place(bits - low, j);
-                let high = ((word & !mask) >> low) & (0x0101_0101 * ((1 << (bits - low)) - 1));
-                planes[low + row] |= high << shift;
-            }
-        }
-        for (row, word) in planes[..bits].iter().enumerate() {
-            *self.row(step, row) = word.to_le_bytes();
+        match self.layout.codes {
+            Codes::U2 => self.step::<2>(step, &planes::<2, 0>(codes)),
+            Codes::U3 => self.step::<3>(step, &planes::<2, 1>(codes)),
+            Codes::U4 | Codes::Table(_) => self.step::<4>(step, &planes::<4, 0>(codes)),
+            Codes::U5 => self.step::<5>(step, &planes::<4, 1>(codes)),
+            Codes::U6 => self.step::<6>(step, &planes::<4, 2>(codes)),
+            Codes::U8 => self.step::<8>(step, &planes::<8, 0>(codes)),
         }
     }
 
@@ -168,8 +170,27 @@ impl<'a> UnitMut<'a> {
     }
 }
 
+/// The words of a step's codes: a plane of `LOW` bits, then one of `HIGH`.
+#[inline(always)]
+fn planes<const LOW: usize, const HIGH: usize>(codes: &[u8; STEP]) -> [u32; 8] {
+    let mut planes = [0u32; 8];
+    let low_bits = 0x0101_0101 * ((1u32 << LOW) - 1);
+    let high_bits = 0x0101_0101 * ((1u32 << HIGH) - 1);
+    for (j, four) in codes.as_chunks::<4>().0.iter().enumerate() {
+        let word = u32::from_le_bytes(*four);
+        let (row, shift) = place(LOW, j);
+        planes[row] |= (word & low_bits) << shift;
+        if HIGH > 0 {
+            let (row, shift) = place(HIGH, j);
+            planes[LOW + row] |= (word >> LOW & high_bits) << shift;
+        }
+    }
+    planes
+}
+
 /// Where a plane of some bits keeps the codes of columns `4 j..4 j + 4`: row of 64 bytes, and lowest bit. Vectors `j` with
 /// the same remainder share a row.
+#[inline(always)]
 fn place(bits: usize, j: usize) -> (usize, usize) {
     (j % bits, j / bits * bits)
 }
