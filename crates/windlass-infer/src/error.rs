@@ -42,8 +42,9 @@ pub enum InferError {
         /// What to give instead.
         hint: String,
     },
-    /// The file has biases that the configuration does not know: the model would compute something else.
-    #[error("{}: the configuration asks for no bias where the file has one: {}", path.display(), names.join(", "))]
+    /// The file has biases, or scales of whole matrices, that the configuration does not know: the model would compute
+    /// something else.
+    #[error("{}: the configuration asks for no bias or scale where the file has one: {}", path.display(), names.join(", "))]
     UnknownBias {
         /// The folder.
         path: PathBuf,

@@ -159,7 +159,7 @@ impl Reader<'_> {
         Ok(weight)
     }
 
-    /// The tensors that no parameter was made of, but for the known ones, biases of zeros, and a tied model's output.
+    /// The tensors that no parameter was made of, but for the known ones, biases of zeros, scales of one, and a tied model's output.
     fn unused(&self) -> Result<BTreeSet<String>, InferError> {
         let mut unused = BTreeSet::new();
         for info in self.file.tensors() {
@@ -168,10 +168,15 @@ impl Reader<'_> {
             if known || self.used.contains(&info.name) {
                 continue;
             }
-            if info.name.ends_with(".bias") {
+            let neutral = match info.name.rsplit_once('.') {
+                Some((_, "bias")) => Some(0.0),
+                Some((_, "scale")) => Some(1.0),
+                _ => None,
+            };
+            if let Some(neutral) = neutral {
                 let mut values = vec![0f32; info.elements()];
                 dequantize(info.block_type, self.file.bytes(&info.name)?, &mut values);
-                if values.iter().all(|&value| value == 0.0) {
+                if values.iter().all(|&value| value == neutral) {
                     continue;
                 }
             }

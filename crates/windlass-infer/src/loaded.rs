@@ -426,7 +426,7 @@ pub(crate) fn sort_out_unused(
         .collect();
     let biases: Vec<String> = unused
         .iter()
-        .filter(|name| name.ends_with(".bias"))
+        .filter(|name| name.ends_with(".bias") || name.ends_with(".scale"))
         .take(SHOWN)
         .cloned()
         .collect();

@@ -239,6 +239,8 @@ fn tensors_without_use_are_told() {
         ("rope_freqs.weight", 1.0f32, "", false),
         ("blk.0.attn_norm.bias", 0.0, "", false),
         ("blk.0.attn_norm.bias", 0.5, "", true),
+        ("blk.0.attn_q.scale", 1.0, "", false),
+        ("blk.0.attn_q.scale", 0.5, "", true),
         (
             "blk.0.attn_q_norm.weight",
             1.0,

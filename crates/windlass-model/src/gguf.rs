@@ -62,6 +62,7 @@ const ARCHITECTURES: &[Architecture] = &[
     plain("gemma3", "gemma3_text"),
     plain("stablelm", "stablelm"),
     plain("olmo2", "olmo2"),
+    plain("bitnet", "bitnet"),
     fused("phi3", "phi3", true),
     fused("gpt2", "gpt2", false),
     fused("gptneox", "gpt_neox", false),
@@ -400,6 +401,8 @@ pub fn place(config: &DecoderConfig, name: &str, rows: usize) -> Place {
         "self_attn.o_proj" => "attn_output",
         "self_attn.q_norm" => "attn_q_norm",
         "self_attn.k_norm" => "attn_k_norm",
+        "self_attn.attn_sub_norm" => "attn_sub_norm",
+        "mlp.ffn_sub_norm" => "ffn_sub_norm",
         "input_layernorm" => "attn_norm",
         "post_attention_layernorm" => match config.placement {
             Placement::Sandwich | Placement::Post => "post_attention_norm",

@@ -1,6 +1,6 @@
 //! Self-attention of a block: projections, norms of queries and keys, rotation, the key-value cache.
 
-use super::params::{Linear, NormSlots, Params};
+use super::params::{Linear, NormSlots, Params, normed};
 use crate::families::{DecoderConfig, LayerOptions, Norm, QkNorm};
 use crate::rope::Rope;
 use crate::tokens::Tokens;
@@ -58,6 +58,7 @@ pub(super) struct Attention {
     k: Linear,
     v: Linear,
     o: Linear,
+    o_norm: Option<NormSlots>,
     q_norm: QkNormSlots,
     k_norm: QkNormSlots,
     rope: Option<Arc<Rope>>,
@@ -76,11 +77,15 @@ impl Attention {
         let at = format!("{at}.self_attn");
         let q_norm = QkNormSlots::declare(c, &format!("{at}.q"), q_dim, p);
         let k_norm = QkNormSlots::declare(c, &format!("{at}.k"), kv_dim, p);
+        let o_norm = c
+            .sub_norms
+            .then(|| p.norm(&format!("{at}.attn_sub_norm"), q_dim, c.norm));
         Attention {
             q: p.linear(&format!("{at}.q_proj"), q_dim, d, c.qkv_bias),
             k: p.linear(&format!("{at}.k_proj"), kv_dim, d, c.qkv_bias),
             v: p.linear(&format!("{at}.v_proj"), kv_dim, d, c.qkv_bias),
             o: p.output(&format!("{at}.o_proj"), d, q_dim, c.o_bias),
+            o_norm,
             q_norm,
             k_norm,
             rope: options.rope.map(|i| c.ropes[i].clone()),
@@ -121,6 +126,7 @@ impl Attention {
                 tape.attention_paged(&self.shape, &batch.segments, &q, kv, &cache.table)
             }
         };
+        let a = normed(&self.o_norm, w, a, tape);
         self.o.forward(w, &a, residual, tape)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::attention::Attention;
 use super::mlp::{Ffn, Mlp};
-use super::params::{NormSlots, Params};
+use super::params::{NormSlots, Params, normed};
 use crate::families::{DecoderConfig, LayerOptions, Placement};
 use crate::model::Layer;
 use crate::tokens::Tokens;
@@ -95,14 +95,9 @@ impl Block {
     }
 }
 
-fn normed(norm: &Option<NormSlots>, w: &Weights, x: &Var, tape: &mut Tape) -> Var {
-    norm.as_ref()
-        .map_or_else(|| x.clone(), |norm| norm.forward(w, x, tape))
-}
-
 impl Layer<Tokens> for Block {
     fn forward(&self, w: &Weights, x: Var, batch: &Tokens, tape: &mut Tape) -> Var {
-        let h = normed(&self.norm_in, w, &x, tape);
+        let h = normed(&self.norm_in, w, x.clone(), tape);
         let attention = |residual: Option<&Var>, tape: &mut Tape| {
             self.attention
                 .forward(w, &h, residual, self.index, batch, tape)
@@ -113,7 +108,7 @@ impl Layer<Tokens> for Block {
         ) {
             let after = attention(Some(&x), tape);
             let h = if self.mlp_norm_in.is_some() {
-                normed(&self.mlp_norm_in, w, &x, tape)
+                normed(&self.mlp_norm_in, w, x.clone(), tape)
             } else {
                 h.clone()
             };
@@ -121,7 +116,7 @@ impl Layer<Tokens> for Block {
         }
         let x = Self::residual(&self.norm_out, w, &x, tape, attention);
         drop(h);
-        let h = normed(&self.mlp_norm_in, w, &x, tape);
+        let h = normed(&self.mlp_norm_in, w, x.clone(), tape);
         Self::residual(&self.mlp_norm_out, w, &x, tape, |residual, tape| {
             self.mlp.forward(w, &h, residual, batch, tape)
         })

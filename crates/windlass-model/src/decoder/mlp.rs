@@ -1,6 +1,6 @@
 //! The MLP of a block: a feed-forward network, or experts behind a router.
 
-use super::params::{Linear, Params};
+use super::params::{Linear, NormSlots, Params, normed};
 use crate::families::{DecoderConfig, Experts};
 use crate::tokens::Tokens;
 use windlass_tensor::{Activation, Tape, Var, Weights};
@@ -10,6 +10,7 @@ pub(super) struct Ffn {
     gate: Option<Linear>,
     up: Linear,
     down: Linear,
+    down_norm: Option<NormSlots>,
     activation: Activation,
 }
 
@@ -22,6 +23,9 @@ impl Ffn {
                 .then(|| p.linear(&format!("{at}.gate_proj"), width, d, c.mlp_bias)),
             up: p.linear(&format!("{at}.up_proj"), width, d, c.mlp_bias),
             down: p.output(&format!("{at}.down_proj"), d, width, c.mlp_bias),
+            down_norm: c
+                .sub_norms
+                .then(|| p.norm(&format!("{at}.ffn_sub_norm"), width, c.norm)),
             activation: c.activation,
         }
     }
@@ -37,6 +41,7 @@ impl Ffn {
                 tape.activation(self.activation, &up)
             }
         };
+        let a = normed(&self.down_norm, w, a, tape);
         self.down.forward(w, &a, residual, tape)
     }
 }

@@ -130,3 +130,11 @@ impl NormSlots {
         }
     }
 }
+
+/// The norm of `x`, or `x` where there is none.
+pub(super) fn normed(norm: &Option<NormSlots>, w: &Weights, x: Var, tape: &mut Tape) -> Var {
+    match norm {
+        None => x,
+        Some(norm) => norm.forward(w, &x, tape),
+    }
+}

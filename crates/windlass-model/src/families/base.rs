@@ -53,6 +53,7 @@ pub(super) fn base(model_type: &'static str, f: &Fields<'_>) -> Result<DecoderCo
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
+        sub_norms: false,
         qk_norm: QkNorm::Without,
         attention_scale: (head_dim as f32).powf(-0.5),
         attn_logit_softcapping: None,

@@ -8,8 +8,8 @@ use crate::config::{Fields, ModelError, nearest};
 use base::base;
 pub use options::{DecoderConfig, Experts, LayerOptions, Norm, Placement, QkNorm};
 use rows::{
-    gemma2, gemma3, gpt_neox, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe,
-    smollm3, stablelm,
+    bitnet, gemma2, gemma3, gpt_neox, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3,
+    qwen3_moe, smollm3, stablelm,
 };
 use serde_json::Value;
 use std::path::Path;
@@ -35,6 +35,7 @@ const FAMILIES: &[Row] = &[
     ("gpt_neox", gpt_neox),
     ("mixtral", mixtral),
     ("qwen3_moe", qwen3_moe),
+    ("bitnet", bitnet),
 ];
 
 /// The known values of `model_type`.

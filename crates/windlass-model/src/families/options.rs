@@ -102,6 +102,8 @@ pub struct DecoderConfig {
     pub qkv_bias: bool,
     pub o_bias: bool,
     pub mlp_bias: bool,
+    /// Whether the inputs of the last product of attention and of the MLP have norms of their own (BitNet).
+    pub sub_norms: bool,
     pub qk_norm: QkNorm,
     /// Factor of the scores before the softmax.
     pub attention_scale: f32,

@@ -12,6 +12,13 @@ pub(super) fn llama(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelEr
     rope(f, c, None, 10_000.0, 1.0)
 }
 
+pub(super) fn bitnet(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelError> {
+    c.sub_norms = true;
+    let bias = f.flag("attention_bias")?.unwrap_or(false);
+    (c.qkv_bias, c.o_bias) = (bias, bias);
+    rope(f, c, None, 500_000.0, 1.0)
+}
+
 pub(super) fn mistral(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelError> {
     windows(f, c, |_| true)?;
     rope(f, c, None, 10_000.0, 1.0)

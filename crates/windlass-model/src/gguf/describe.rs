@@ -109,7 +109,7 @@ fn check(c: &DecoderConfig, arch: &Architecture) -> Result<(), ModelError> {
             "is not the width of a head",
         ),
         (
-            name == "gemma2" && !c.tie_word_embeddings,
+            ["gemma2", "bitnet"].contains(&name) && !c.tie_word_embeddings,
             "tie_word_embeddings",
             "is false",
         ),
@@ -315,7 +315,7 @@ impl Writer<'_> {
 }
 
 /// `model_type` and the class of transformers that computes it.
-const CLASSES: [(&str, &str); 13] = [
+const CLASSES: [(&str, &str); 14] = [
     ("llama", "LlamaForCausalLM"),
     ("mixtral", "MixtralForCausalLM"),
     ("smollm3", "SmolLM3ForCausalLM"),
@@ -326,6 +326,7 @@ const CLASSES: [(&str, &str); 13] = [
     ("gemma3_text", "Gemma3ForCausalLM"),
     ("stablelm", "StableLmForCausalLM"),
     ("olmo2", "Olmo2ForCausalLM"),
+    ("bitnet", "BitNetForCausalLM"),
     ("phi3", "Phi3ForCausalLM"),
     ("gpt2", "GPT2LMHeadModel"),
     ("gpt_neox", "GPTNeoXForCausalLM"),
