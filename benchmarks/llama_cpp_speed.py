@@ -50,11 +50,11 @@ def peer(args, repack, flash, kv):
             tokens -= count
         llama.llama_synchronize(context)
 
+    read(args.depth)
     rates = {"prompt": [], "generation": []}
     for run in range(args.reps + 1):
         for test in rates:
-            llama.llama_memory_clear(memory, True)
-            read(args.depth)
+            llama.llama_memory_seq_rm(memory, 0, args.depth, -1)
             start = time.perf_counter()
             if test == "prompt":
                 read(args.prompt)

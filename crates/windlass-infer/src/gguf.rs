@@ -1,6 +1,6 @@
 //! Models in GGUF files: the configuration from metadata, blocks straight into packed matrices.
 
-use crate::loaded::{LoadedModel, sort_out_unused};
+use crate::loaded::{LoadedModel, sort_out_unused, units_of};
 use crate::{InferError, LoadIn, vocabulary};
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
@@ -43,12 +43,12 @@ impl LoadedModel {
             rounded: Vec::new(),
             used: BTreeSet::new(),
         };
-        let mut weights = Vec::new();
-        for unit in model.units() {
-            let unit: Result<Vec<Weight>, InferError> =
-                unit.params.iter().map(|param| reader.take(param)).collect();
-            weights.push(Weights::new(unit?));
-        }
+        let weights = units_of(&model, |unit| {
+            let params = model.units()[unit].params.iter();
+            let read: Result<Vec<Weight>, InferError> =
+                params.map(|param| reader.take(param)).collect();
+            Ok(Weights::new(read?))
+        })?;
         if !reader.rounded.is_empty() {
             let kinds = reader.rounded.join(", ");
             notes.push(format!(

@@ -6,6 +6,7 @@
 use crate::InferError;
 use crate::convert::of_unit;
 use crate::quantized::{Checkpoint, Quantization};
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use windlass_model::{Adapter, DecoderConfig, Model, Tokenizer, TokenizerError, Tokens, decoder};
@@ -329,6 +330,25 @@ fn file_dtype(tensors: &Tensors, notes: &mut Vec<String>) -> Result<DType, Infer
     })
 }
 
+/// The weights of all units. A tensor is in memory twice while it is packed, so the units with the largest ones are read
+/// while there is little else.
+pub(crate) fn units_of(
+    model: &Model<Tokens>,
+    mut read: impl FnMut(usize) -> Result<Weights, InferError>,
+) -> Result<Vec<Weights>, InferError> {
+    let units = model.units();
+    let mut order: Vec<usize> = (0..units.len()).collect();
+    order.sort_by_key(|&unit| {
+        let params = units[unit].params.iter();
+        Reverse(params.map(|param| param.shape.len()).max())
+    });
+    let mut weights: Vec<Option<Weights>> = units.iter().map(|_| None).collect();
+    for unit in order {
+        weights[unit] = Some(read(unit)?);
+    }
+    Ok(weights.into_iter().flatten().collect())
+}
+
 /// What is needed to read the weights of a model.
 struct Reader<'a> {
     cpu: &'a Cpu,
@@ -345,13 +365,12 @@ impl Reader<'_> {
     fn read(&self, model: &Model<Tokens>) -> Result<(Vec<Weights>, BTreeSet<String>), InferError> {
         let map = self.config.naming.file_tensors(model);
         let mut unused: BTreeSet<String> = self.tensors.names().map(String::from).collect();
-        let mut weights = Vec::new();
-        for (index, unit) in model.units().iter().enumerate() {
-            let (unit, rest) = self.read_unit(unit, &of_unit(&map, index))?;
+        let weights = units_of(model, |index| {
+            let (unit, rest) = self.read_unit(&model.units()[index], &of_unit(&map, index))?;
             let rest: BTreeSet<String> = rest.into_iter().collect();
             unused.retain(|name| rest.contains(name));
-            weights.push(unit);
-        }
+            Ok(unit)
+        })?;
         if let Some(quantized) = &self.quantized {
             let used = quantized.tensors_of(&map)?;
             unused.retain(|name| !used.contains(name));
