@@ -150,6 +150,11 @@ CASES = {
         ),
     ),
     "olmo2": ("olmo2", "bfloat16", dict(BASE, rope_parameters=rope())),
+    "bitnet": (
+        "bitnet",
+        "float32",
+        dict(BASE, hidden_act="silu", tie_word_embeddings=True, rope_parameters=rope()),
+    ),
     "gpt2": ("gpt2", "float32", GPT2),
     "gpt_neox": (
         "gpt_neox",

@@ -16,7 +16,7 @@ fn cases() -> Vec<PathBuf> {
         .collect();
     cases.retain(|path| path.is_dir());
     cases.sort();
-    assert_eq!(cases.len(), 24);
+    assert_eq!(cases.len(), 25);
     cases
 }
 
