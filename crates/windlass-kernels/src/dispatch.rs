@@ -34,7 +34,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, VL, DQ: 16 lanes of `f32`.
     Avx512,
-    /// AMX tiles with BF16 products, on top of AVX-512.
+    /// AMX tiles with products of BF16 and of bytes, on top of AVX-512.
     Amx,
 }
 
@@ -155,7 +155,7 @@ fn detect(level: Level) -> bool {
 #[cfg(target_arch = "x86_64")]
 fn amx_usable() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
-    const BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
+    const BF16_TILE_INT8: u32 = 1 << 22 | 1 << 24 | 1 << 25;
     const TILE_STATE: u64 = 1 << 17 | 1 << 18;
     const OSXSAVE: u32 = 1 << 27;
 
@@ -165,7 +165,7 @@ fn amx_usable() -> bool {
         unsafe { _xgetbv(0) }
     }
     let cpu = __cpuid(0).eax >= 7
-        && __cpuid_count(7, 0).edx & BF16_AND_TILE == BF16_AND_TILE
+        && __cpuid_count(7, 0).edx & BF16_TILE_INT8 == BF16_TILE_INT8
         && __cpuid(1).ecx & OSXSAVE != 0;
     // SAFETY: OSXSAVE says that `xgetbv` exists.
     cpu && unsafe { enabled_state() } & TILE_STATE == TILE_STATE && amx_permitted()

@@ -23,7 +23,6 @@ mod lanes;
 mod micro;
 pub mod reference;
 
-pub(crate) use amx::spin as amx_spin;
 use kernel::{Kernel, Source};
 
 /// Which operands are read transposed; all are row-major.

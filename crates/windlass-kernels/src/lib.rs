@@ -31,6 +31,7 @@ pub mod softmax;
 pub mod split;
 mod stream;
 mod tasks;
+mod tiles;
 pub mod topk;
 
 pub use element::{DType, Element, Float};

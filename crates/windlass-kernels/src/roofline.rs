@@ -29,6 +29,15 @@ pub fn fma_peak(pool: &Pool, repeats: usize) -> f64 {
 /// Integer operations a second of byte products (two a product and sum) on registers, all threads together, with the
 /// instructions that packed products use at the pool's level; `None` for the scalar one.
 pub fn int8_peak(pool: &Pool, repeats: usize) -> Option<f64> {
+    if crate::packed::uses_tiles(pool.level()) {
+        // SAFETY: the pool's level is supported.
+        return Some(peak(
+            pool,
+            repeats,
+            4.0 * 2.0 * 16.0 * 16.0 * 64.0,
+            |rounds| unsafe { crate::tiles::spin_bytes(rounds) },
+        ));
+    }
     let (chunk, lanes): (unsafe fn(usize) -> i32, usize) = match pool.level() {
         Level::Scalar => return None,
         Level::Avx512 | Level::Amx if is_x86_feature_detected!("avx512vnni") => (bytes_vnni, 64),
@@ -50,7 +59,7 @@ pub fn amx_peak(pool: &Pool, repeats: usize) -> Option<f64> {
         pool,
         repeats,
         4.0 * 2.0 * 16.0 * 16.0 * 32.0,
-        |rounds| unsafe { crate::gemm::amx_spin(rounds) },
+        |rounds| unsafe { crate::tiles::spin_bf16(rounds) },
     ))
 }
 

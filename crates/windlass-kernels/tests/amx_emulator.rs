@@ -1,17 +1,24 @@
-//! The AMX path of matrix products, natively where the CPU has AMX, else on an emulator of the six instructions it uses.
+//! The AMX paths of matrix products and packed products, natively where the CPU has AMX, else on an emulator of the seven
+//! instructions they use.
 //!
-//! The emulator is a handler of `SIGILL`: it decodes the VEX instruction that failed, does to memory and to a software
-//! tile file what the manual says, and continues after it. One test, because the tile file belongs to one thread.
+//! The emulator is a handler of `SIGILL`: it decodes the VEX instruction that failed, does to memory and to its thread's
+//! tile file in software what the manual says, and continues after it.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
-use windlass_kernels::Element;
+use windlass_kernels::blocks::BlockType;
 use windlass_kernels::dispatch::Level;
 use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_kernel_name, reference};
+use windlass_kernels::memory::Memory;
+use windlass_kernels::packed::{
+    Activations, Codes, Layout as Packing, Min, PackedMatrix, Product, RowUnit, Scale,
+    kernel_names, multiply,
+};
 use windlass_kernels::pool::Pool;
+use windlass_kernels::{Element, roofline};
 
 /// Eight tiles of 16 rows by 64 bytes, and what `ldtilecfg` said of each: bytes of a row, rows.
 struct Tiles {
@@ -20,17 +27,17 @@ struct Tiles {
     configured: bool,
 }
 
-struct Global(UnsafeCell<Tiles>);
-// SAFETY: one thread uses it.
-unsafe impl Sync for Global {}
-
-static TILES: Global = Global(UnsafeCell::new(Tiles {
-    words: [[[0; 16]; 16]; 8],
-    shape: [(0, 0); 8],
-    configured: false,
-}));
-/// Tile products emulated.
-static PRODUCTS: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    static TILES: UnsafeCell<Tiles> = const {
+        UnsafeCell::new(Tiles {
+            words: [[[0; 16]; 16]; 8],
+            shape: [(0, 0); 8],
+            configured: false,
+        })
+    };
+}
+/// Tile products emulated: of `bf16`, of bytes.
+static PRODUCTS: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
 
 /// Denormals are zero.
 fn flush(x: f32) -> f32 {
@@ -53,7 +60,7 @@ impl Tiles {
     /// `tdpbf16ps`: even and odd products are summed in two chains, the chains added, then the destination. A product of
     /// two `bf16` is exact in `f32`, so the fused multiply-add is a multiplication and an addition.
     fn product(&mut self, to: usize, a: usize, b: usize) {
-        PRODUCTS.fetch_add(1, Ordering::Relaxed);
+        PRODUCTS[0].fetch_add(1, Ordering::Relaxed);
         let (a_tile, b_tile) = (self.words[a], self.words[b]);
         let ((_, rows), (bytes, _)) = (self.shape[to], self.shape[a]);
         assert!(self.shape[b].1 == bytes / 4, "tile shapes disagree");
@@ -68,6 +75,29 @@ impl Tiles {
             }
             for (word, sum) in to.iter_mut().zip(sums) {
                 *word = flush(flush(f32::from_bits(*word)) + flush(sum[0] + sum[1])).to_bits();
+            }
+        }
+    }
+
+    /// `tdpbsud`: signed bytes of A times unsigned ones of B, four a word, without saturation.
+    fn byte_product(&mut self, to: usize, a: usize, b: usize) {
+        PRODUCTS[1].fetch_add(1, Ordering::Relaxed);
+        let (a_tile, b_tile) = (self.words[a], self.words[b]);
+        let ((_, rows), (bytes, _)) = (self.shape[to], self.shape[a]);
+        assert!(self.shape[b].1 == bytes / 4, "tile shapes disagree");
+        assert!(
+            self.shape[a].1 == rows && self.shape[b].0 == self.shape[to].0,
+            "tile shapes disagree"
+        );
+        let columns = self.shape[to].0 / 4;
+        for (to, a_row) in self.words[to].iter_mut().zip(a_tile).take(rows) {
+            for (a_word, b_row) in a_row.iter().zip(b_tile).take(bytes / 4) {
+                let x = a_word.to_le_bytes().map(|x| i32::from(x as i8));
+                for (to, word) in to.iter_mut().zip(b_row).take(columns) {
+                    let y = word.to_le_bytes().map(i32::from);
+                    let dot: i32 = x.iter().zip(y).map(|(x, y)| x * y).sum();
+                    *to = to.wrapping_add(dot as u32);
+                }
             }
         }
     }
@@ -197,10 +227,10 @@ unsafe fn decode(code: *const u8, register: impl Fn(usize) -> usize) -> Decoded 
 }
 
 extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a ucontext; the tile file belongs to this thread.
+    // SAFETY: the kernel passes a ucontext; the tile file is this thread's own.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
-        let tiles = &mut *TILES.0.get();
+        let tiles = &mut *TILES.with(UnsafeCell::get);
         let rip = registers[libc::REG_RIP as usize] as *const u8;
         let d = decode(rip, |number| registers[REGISTERS[number] as usize] as usize);
         let (mode, reg, rm) = d.modrm;
@@ -211,6 +241,7 @@ extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut 
             (0x4b, 3, _) => tiles.transfer(reg, d.base as *mut u8, d.index, true),
             (0x4b, 2, _) => tiles.transfer(reg, d.base as *mut u8, d.index, false),
             (0x5c, 2, 3) => tiles.product(reg, rm, d.vvvv),
+            (0x5e, 2, 3) => tiles.byte_product(reg, rm, d.vvvv),
             other => panic!("an instruction outside the emulator: {other:x?}"),
         }
         assert!(
@@ -221,16 +252,16 @@ extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut 
     }
 }
 
-/// One pool at the AMX level, emulated where it has to be.
-fn amx_pool() -> Option<Pool> {
+/// A pool at the AMX level, emulated where it has to be.
+fn amx_pool(threads: usize) -> Option<Pool> {
     if Level::Amx.is_supported() {
-        return Some(Pool::with_level(1, Level::Amx));
+        return Some(Pool::with_level(threads, Level::Amx));
     }
     if !Level::Avx512.is_supported() {
         println!("skipped: the AMX path packs with AVX-512, which this CPU lacks");
         return None;
     }
-    // SAFETY: the action is valid, and the handler emulates every AMX instruction of the kernel.
+    // SAFETY: the action is valid, and the handler emulates every AMX instruction of the kernels.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_illegal as *const () as usize;
@@ -239,7 +270,7 @@ fn amx_pool() -> Option<Pool> {
             libc::sigaction(libc::SIGILL, &action, std::ptr::null_mut()),
             0
         );
-        Some(Pool::with_level_unchecked(1, Level::Amx))
+        Some(Pool::with_level_unchecked(threads, Level::Amx))
     }
 }
 
@@ -301,7 +332,7 @@ fn check<C: Element<Acc = f32>>(
 
 #[test]
 fn tiles_multiply_as_the_reference() {
-    let Some(pool) = amx_pool() else { return };
+    let Some(pool) = amx_pool(1) else { return };
     assert_eq!(gemm_kernel_name::<bf16>(&pool), "amx bf16");
     let sizes = [
         (1, 1, 1),
@@ -344,10 +375,128 @@ fn tiles_multiply_as_the_reference() {
             );
         }
     }
-    let emulated = PRODUCTS.load(Ordering::Relaxed);
+    let emulated = PRODUCTS[0].load(Ordering::Relaxed);
     println!("{emulated} tile products emulated");
     assert!(
         emulated > 1000 || Level::Amx.is_supported(),
         "the tile path did not run"
     );
+}
+
+/// Every way to store numbers that a kernel exists for.
+fn packings() -> Vec<Packing> {
+    let zeros = |codes| Packing {
+        codes,
+        offset: 0,
+        scale: Scale::Half { group: 128 },
+        min: Min::Zero,
+    };
+    let mut all = vec![
+        Packing::q4(64),
+        Packing::q4(128),
+        Packing::q4_asymmetric(128),
+        zeros(Codes::U2),
+        zeros(Codes::U3),
+        zeros(Codes::U8),
+    ];
+    for packing in BlockType::ALL.iter().filter_map(|&t| Packing::of(t)) {
+        if !all.contains(&packing) {
+            all.push(packing);
+        }
+    }
+    all
+}
+
+/// A number for each place, the same on every machine.
+fn noise(i: usize) -> u64 {
+    let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (x ^ x >> 31).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
+}
+
+fn noisy_matrix(packing: Packing, pool: &Pool, [n, k]: [usize; 2]) -> PackedMatrix {
+    let small = |i| half::f16::from_f64((noise(i) % 2001) as f64 / 1e5 - 0.01).to_bits();
+    let bits = packing.codes.bits();
+    PackedMatrix::pack(pool, &Memory::new(), packing, [n, k], |row, index, out| {
+        let mut unit = RowUnit::ZERO;
+        let seed = (row * 64 + index) * 512;
+        for (i, code) in unit.codes.iter_mut().enumerate() {
+            *code = (noise(seed + i) & ((1 << bits) - 1)) as u8;
+        }
+        for i in 0..unit.scales.len() {
+            unit.scales[i] = match packing.scale {
+                Scale::Exponent => 110 + (noise(seed + i) % 20) as u16,
+                _ => small(seed + 300 + i),
+            };
+            unit.mins[i] = match packing.min {
+                Min::Zero => (noise(seed + i) & ((1 << bits) - 1)) as u16,
+                _ => small(seed + 400 + i),
+            };
+        }
+        for (i, scale) in unit.sub_scales.iter_mut().enumerate() {
+            *scale = (noise(seed + i) % 127) as i8 - 63;
+            unit.sub_mins[i] = (noise(seed + i + 7) % 64) as u8;
+        }
+        out.write(&unit);
+    })
+}
+
+/// A packed product with a bias at the level of a pool.
+fn packed_product(pool: &Pool, matrix: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let x = Activations::quantize(pool, &Memory::new(), x, matrix.cols());
+    let bias: Vec<f32> = (0..matrix.rows()).map(|i| i as f32 / 64.0).collect();
+    let mut out = vec![0f32; x.rows() * matrix.rows()];
+    let product = Product {
+        matrix,
+        bias: Some(&bias),
+        residual: None,
+        out: &mut out,
+    };
+    multiply(pool, &x, &mut [product]);
+    out
+}
+
+#[test]
+fn packed_products_on_tiles_have_the_bits_of_the_specification() {
+    let Some(pool) = amx_pool(2) else { return };
+    if !is_x86_feature_detected!("avx512vnni") {
+        println!("skipped: tiles of bytes are used beside AVX-512 VNNI, which this CPU lacks");
+        return;
+    }
+    assert!(kernel_names(Level::Amx).starts_with("AMX-INT8"));
+    let scalar = Pool::with_level(2, Level::Scalar);
+    let mut cases: Vec<(Packing, [usize; 2], usize)> = Vec::new();
+    for packing in packings() {
+        // Odd numbers of panels, steps, spans and rows.
+        cases.extend([
+            (packing, [35, 1056], 9),
+            (packing, [16, 32], 16),
+            (packing, [64, 768], 29),
+        ]);
+    }
+    // Several tasks, of rows and of panels.
+    cases.push((Packing::q4(32), [270, 96], 300));
+    cases.push((Packing::q8(), [33, 544], 258));
+    for (packing, [n, k], m) in cases {
+        let matrix = noisy_matrix(packing, &scalar, [n, k]);
+        let mut x: Vec<f32> = (0..m * k)
+            .map(|i| (noise(i) % 20011) as f32 / 1e4 - 1.0)
+            .collect();
+        // What is not finite stays in its row.
+        x[3 * k + 7] = f32::NAN;
+        let want = packed_product(&scalar, &matrix, &x);
+        let got = packed_product(&pool, &matrix, &x);
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!(
+                got.to_bits() == want.to_bits() || got.is_nan() && i / n == 3,
+                "{packing:?}, {m} x {n} x {k}: element {i} is {got}, not {want}"
+            );
+        }
+    }
+    let emulated = PRODUCTS[1].load(Ordering::Relaxed);
+    println!("{emulated} tile products of bytes emulated");
+    assert!(
+        emulated > 10_000 || Level::Amx.is_supported(),
+        "the tile path did not run"
+    );
+    assert!(roofline::int8_peak(&pool, 1).is_some_and(|peak| peak > 0.0));
 }

@@ -692,6 +692,7 @@ fn eval_reports_its_measures() {
 fn info_names_the_kernels() {
     let info = windlass(&["info", "--json"], &[("WINDLASS_KERNELS", "scalar")], "").json();
     assert_eq!(info[0]["kernels"], "scalar");
+    assert_eq!(info[0]["packed_products"], "scalar");
     assert!(info[0]["threads"].as_u64().unwrap() > 0);
     assert!(windlass(&["info"], &[], "").ok().contains("kernels"));
 }

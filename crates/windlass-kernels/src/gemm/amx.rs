@@ -12,66 +12,22 @@ use std::arch::asm;
 use super::kernel::Source;
 use super::lanes::{Lanes, Pairs16};
 use super::micro::{self, PAIRS};
+use crate::tiles::Config;
+pub(super) use crate::tiles::leave;
 
 /// Words of a tile row.
 const ROW: usize = 16;
 
-/// What `ldtilecfg` reads: palette 1, eight tiles of 16 rows of 64 bytes.
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-static CONFIG: TileConfig = {
-    let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
-    let mut tile = 0;
-    while tile < 8 {
-        (row_bytes[tile], rows[tile]) = (64, 16);
-        tile += 1;
-    }
-    TileConfig {
-        palette: 1,
-        start_row: 0,
-        reserved: [0; 14],
-        row_bytes,
-        rows,
-    }
-};
+/// Whole tiles: every sum is over 32 steps.
+static WHOLE: Config = Config::new([(16, 64); 8]);
 
 /// Configures this thread's tiles.
 ///
 /// # Safety
 /// AMX can be used (see [`crate::dispatch::Level::Amx`]).
 pub(super) unsafe fn enter() {
-    // SAFETY: reads 64 bytes of a valid configuration.
-    unsafe {
-        asm!(
-            "ldtilecfg [{config}]", config = in(reg) &raw const CONFIG,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, preserves_flags, readonly)
-        );
-    }
-}
-
-/// Gives the tiles back, so that context switches need not save them.
-///
-/// # Safety
-/// As [`enter`].
-pub(super) unsafe fn leave() {
-    // SAFETY: touches tiles only.
-    unsafe {
-        asm!(
-            "tilerelease",
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, preserves_flags, nomem)
-        );
-    }
+    // SAFETY: the caller's promise.
+    unsafe { WHOLE.enter() }
 }
 
 /// Packs rows for tiles: for every 32 steps, `pitch` rows of 32 `bf16`; what is missing is zero.
@@ -220,27 +176,5 @@ unsafe fn multiply16(steps: usize, a: *const f32, b: *const f32, sums: *mut f32,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack)
         );
-    }
-}
-
-/// `rounds` times four tile products on registers: the ceiling that benchmarks compare with.
-///
-/// # Safety
-/// AMX can be used.
-pub(crate) unsafe fn spin(rounds: usize) {
-    // SAFETY: touches tiles only, between `enter` and `leave`.
-    unsafe {
-        enter();
-        asm!(
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {n}", "jnz 2b",
-            n = inout(reg) rounds.max(1) => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, nomem)
-        );
-        leave();
     }
 }

@@ -145,6 +145,12 @@ impl Activations {
         self.cols
     }
 
+    /// Steps of a row, padding included.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn steps(&self) -> usize {
+        self.steps
+    }
+
     /// Rows of a block.
     pub(super) fn height(&self) -> usize {
         self.height

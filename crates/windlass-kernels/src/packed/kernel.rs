@@ -62,7 +62,7 @@ pub(super) fn has_vnni() -> bool {
 }
 
 /// The codes of a step, four columns in each vector.
-trait Unpack {
+pub(super) trait Unpack {
     /// Bytes of a step of a panel.
     const BYTES: usize;
     /// Whether codes may be 128 or more.
@@ -73,9 +73,9 @@ trait Unpack {
 }
 
 /// `LOW` and `HIGH` bits.
-struct Planes<const LOW: usize, const HIGH: usize>;
+pub(super) struct Planes<const LOW: usize, const HIGH: usize>;
 /// 4 bits that name an entry of a table.
-struct Names;
+pub(super) struct Names;
 
 impl<const LOW: usize, const HIGH: usize> Unpack for Planes<LOW, HIGH> {
     const BYTES: usize = (LOW + HIGH) * 64;
@@ -230,10 +230,11 @@ unsafe fn merge<L: Lanes>(low: [L::I; 8], high: [L::I; 8]) -> [L::I; 8] {
 /// Scale and minimum (that of code zero) of the lanes for half `half` of step `step` (`BOTH`: for all of it).
 ///
 /// # Safety
-/// `base` is the unit's first byte; `lane` the first row.
+/// `base` is the unit's first byte; `lane` the first row; `zero` what [`Layout::zero`] says.
 #[inline(always)]
-unsafe fn scales<L: Lanes>(
-    work: &Tile<'_>,
+pub(super) unsafe fn scales<L: Lanes>(
+    layout: &Layout,
+    zero: &f32,
     unit: &Unit,
     base: *const u8,
     lane: usize,
@@ -248,7 +249,7 @@ unsafe fn scales<L: Lanes>(
             half => 2 * step + half,
         };
         let halves = |at: usize| L::halves(base.add(at + 2 * (head * PANEL + lane)));
-        let scale = match work.layout.scale {
+        let scale = match layout.scale {
             Scale::Half { .. } => halves(0),
             Scale::Exponent => L::exponents(base.add(head * PANEL + lane)),
             Scale::Super { .. } => L::mul(
@@ -256,17 +257,17 @@ unsafe fn scales<L: Lanes>(
                 L::signed(base.add(unit.sub_scales + sub * PANEL + lane)),
             ),
         };
-        let zero = L::zero();
-        let min = match work.layout.min {
-            Min::Without => L::fnma(scale, L::broadcast(&work.zero), zero),
+        let none = L::zero();
+        let min = match layout.min {
+            Min::Without => L::fnma(scale, L::broadcast(zero), none),
             Min::Half => halves(unit.mins),
             Min::Zero => {
                 let code = L::unsigned(base.add(unit.mins + head * PANEL + lane));
-                L::fnma(scale, code, zero)
+                L::fnma(scale, code, none)
             }
             Min::Super => {
                 let sub = L::unsigned(base.add(unit.sub_mins + sub * PANEL + lane));
-                L::fnma(halves(unit.mins), sub, zero)
+                L::fnma(halves(unit.mins), sub, none)
             }
         };
         (scale, min)
@@ -279,10 +280,10 @@ unsafe fn scales<L: Lanes>(
 unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
     work: &Tile<'_>,
 ) {
-    let units = work.units;
+    let (layout, units) = (work.layout, work.units);
     // SAFETY: as the caller promised.
     unsafe {
-        let table = match work.layout.codes {
+        let table = match layout.codes {
             Codes::Table(table) => L::table(table),
             _ => L::splat(0),
         };
@@ -309,12 +310,15 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                         let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
                         let codes = U::unpack::<L>(codes, table);
                         if HALF_STEPS {
-                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, 0);
+                            let (scale, min) =
+                                scales::<L>(layout, &work.zero, &unit, base, lane, step, 0);
                             add::<L, U, 0, M>(work, at, &codes, scale, min, sums);
-                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, 1);
+                            let (scale, min) =
+                                scales::<L>(layout, &work.zero, &unit, base, lane, step, 1);
                             add::<L, U, 1, M>(work, at, &codes, scale, min, sums);
                         } else {
-                            let (scale, min) = scales::<L>(work, &unit, base, lane, step, BOTH);
+                            let (scale, min) =
+                                scales::<L>(layout, &work.zero, &unit, base, lane, step, BOTH);
                             add::<L, U, BOTH, M>(work, at, &codes, scale, min, sums);
                         }
                     }
@@ -411,6 +415,25 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
     }
 }
 
+/// The function for a layout: `$run::<Unpack, HALF_STEPS, $more>`.
+macro_rules! body {
+    ($codes:expr, $half_steps:expr, $run:ident $(, $more:tt)*) => {
+        match ($codes, $half_steps) {
+            (Codes::U2, false) => $run::<Planes<2, 0>, false $(, $more)*>,
+            (Codes::U2, true) => $run::<Planes<2, 0>, true $(, $more)*>,
+            (Codes::U3, false) => $run::<Planes<2, 1>, false $(, $more)*>,
+            (Codes::U3, true) => $run::<Planes<2, 1>, true $(, $more)*>,
+            (Codes::U4, false) => $run::<Planes<4, 0>, false $(, $more)*>,
+            (Codes::U5, false) => $run::<Planes<4, 1>, false $(, $more)*>,
+            (Codes::U6, true) => $run::<Planes<4, 2>, true $(, $more)*>,
+            (Codes::U8, false) => $run::<Planes<8, 0>, false $(, $more)*>,
+            (Codes::Table(_), false) => $run::<Names, false $(, $more)*>,
+            (codes, _) => unreachable!("{codes:?}: layouts were checked when they were packed"),
+        }
+    };
+}
+pub(super) use body;
+
 macro_rules! level {
     ($name:ident, $lanes:ty, $features:literal) => {
         fn $name<const P: usize, const M: usize>(codes: Codes, half_steps: bool) -> Kernel {
@@ -421,18 +444,7 @@ macro_rules! level {
                 // SAFETY: the features are enabled here; the rest is the caller's promise.
                 unsafe { tile::<$lanes, U, HALF_STEPS, P, M>(work) }
             }
-            let run: unsafe fn(&Tile<'_>) = match (codes, half_steps) {
-                (Codes::U2, false) => run::<Planes<2, 0>, false, P, M>,
-                (Codes::U2, true) => run::<Planes<2, 0>, true, P, M>,
-                (Codes::U3, false) => run::<Planes<2, 1>, false, P, M>,
-                (Codes::U3, true) => run::<Planes<2, 1>, true, P, M>,
-                (Codes::U4, false) => run::<Planes<4, 0>, false, P, M>,
-                (Codes::U5, false) => run::<Planes<4, 1>, false, P, M>,
-                (Codes::U6, true) => run::<Planes<4, 2>, true, P, M>,
-                (Codes::U8, false) => run::<Planes<8, 0>, false, P, M>,
-                (Codes::Table(_), false) => run::<Names, false, P, M>,
-                (codes, _) => unreachable!("{codes:?}: layouts were checked when they were packed"),
-            };
+            let run: unsafe fn(&Tile<'_>) = body!(codes, half_steps, run, P, M);
             Kernel {
                 panels: P,
                 rows: M,

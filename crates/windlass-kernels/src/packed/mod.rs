@@ -12,6 +12,7 @@
 //! This module knows nothing of file formats; a [`RowUnit`] is what their blocks are taken apart into.
 
 mod activations;
+mod amx;
 mod from_blocks;
 mod kernel;
 mod lanes;
@@ -27,7 +28,8 @@ mod unit;
 pub use activations::Activations;
 pub use layout::{Codes, LAYOUT_VERSION, Layout, Min, Scale};
 pub use matrix::PackedMatrix;
-pub use product::{Product, multiply};
+pub(crate) use product::uses_tiles;
+pub use product::{Product, kernel_names, multiply};
 pub use unit::{RowUnit, UnitMut};
 
 /// Rows of a panel.

@@ -4,7 +4,9 @@ use super::activations::Activations;
 use super::matrix::PackedMatrix;
 use super::{PANEL, STEP, reference};
 use crate::Element;
-use crate::pool::{Pool, SharedMut};
+use crate::dispatch::Level;
+use crate::pool::{Pool, SharedMut, Worker};
+use std::ops::Range;
 
 /// One product of several that share their activations.
 pub struct Product<'a, E> {
@@ -22,8 +24,40 @@ pub struct Product<'a, E> {
 const TASK_PANELS: usize = 16;
 /// Rows of activations of a task: they stay in the second cache while panels pass by.
 const TASK_ROWS: usize = 128;
+/// As [`TASK_ROWS`], with tiles: they unpack a panel once for all of a task's rows.
+const TILE_TASK_ROWS: usize = 256;
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
+
+/// Rows from which tiles are used. A panel's codes are unpacked to memory for them, which pays from the second block of
+/// eight rows on; fewer rows wait for the panel's bytes in either way.
+const TILE_ROWS: usize = 9;
+
+/// Whether products of many rows run on AMX tiles.
+pub(crate) fn uses_tiles(level: Level) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        level == Level::Amx && super::kernel::has_vnni()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = level;
+        false
+    }
+}
+
+/// The instructions that packed products use at a level, for people.
+pub fn kernel_names(level: Level) -> &'static str {
+    if uses_tiles(level) {
+        return "AMX-INT8 tiles from 9 rows on, AVX-512 VNNI below";
+    }
+    match level {
+        Level::Scalar => "scalar",
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Amx if super::kernel::has_vnni() => "AVX-512 VNNI",
+        _ => "AVX2",
+    }
+}
 
 struct Job<'a, E> {
     matrix: &'a PackedMatrix,
@@ -43,7 +77,11 @@ struct Job<'a, E> {
 #[track_caller]
 pub fn multiply<E: Element>(pool: &Pool, x: &Activations, products: &mut [Product<'_, E>]) {
     let m = x.rows();
-    let row_blocks = m.div_ceil(TASK_ROWS);
+    let task_rows = match uses_tiles(pool.level()) {
+        true => TILE_TASK_ROWS,
+        false => TASK_ROWS,
+    };
+    let row_blocks = m.div_ceil(task_rows);
     let mut tasks = 0;
     let mut jobs = Vec::with_capacity(products.len());
     for product in products {
@@ -75,35 +113,38 @@ pub fn multiply<E: Element>(pool: &Pool, x: &Activations, products: &mut [Produc
         });
         tasks += n.div_ceil(PANEL * TASK_PANELS) * row_blocks;
     }
-    pool.run(tasks, |task, _| {
+    pool.run(tasks, |task, worker| {
         let job = jobs.partition_point(|job| job.first <= task) - 1;
         let job = &jobs[job];
         let panels = job.matrix.rows().div_ceil(PANEL);
         let groups = panels.div_ceil(TASK_PANELS);
         let (block, group) = ((task - job.first) / groups, (task - job.first) % groups);
         let panels = group * TASK_PANELS..((group + 1) * TASK_PANELS).min(panels);
-        let rows = block * TASK_ROWS..((block + 1) * TASK_ROWS).min(m);
-        run_task(pool, x, job, panels, rows);
+        let rows = block * task_rows..((block + 1) * task_rows).min(m);
+        run_task(pool, worker, x, job, panels, rows);
     });
 }
 
 fn run_task<E: Element>(
     pool: &Pool,
+    worker: &mut Worker,
     x: &Activations,
     job: &Job<'_, E>,
-    panels: std::ops::Range<usize>,
-    rows: std::ops::Range<usize>,
+    panels: Range<usize>,
+    rows: Range<usize>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(kernel) = super::kernel::choose(
-        pool.level(),
-        job.matrix.layout().codes,
-        job.matrix.layout().sub() == 16,
-        rows.len(),
-    ) {
-        return run_tiles(kernel, x, job, panels, rows);
+    {
+        let (level, layout) = (pool.level(), job.matrix.layout());
+        if uses_tiles(level) && rows.len() >= TILE_ROWS {
+            return run_amx(worker, x, job, panels, rows);
+        }
+        let half_steps = layout.sub() == STEP / 2;
+        if let Some(kernel) = super::kernel::choose(level, layout.codes, half_steps, rows.len()) {
+            return run_tiles(kernel, x, job, panels, rows);
+        }
     }
-    let _ = pool;
+    let _ = (pool, worker);
     for panel in panels {
         for row in rows.clone() {
             let mut sums = [0f32; PANEL];
@@ -123,11 +164,11 @@ fn run_tiles<E: Element>(
     kernel: super::kernel::Kernel,
     x: &Activations,
     job: &Job<'_, E>,
-    panels: std::ops::Range<usize>,
-    rows: std::ops::Range<usize>,
+    panels: Range<usize>,
+    rows: Range<usize>,
 ) {
     use super::kernel::Tile;
-    let last = |range: &std::ops::Range<usize>, at: usize| at.min(range.end - 1);
+    let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let mut sums = [[0f32; PANEL]; TILE];
     for panel in panels.clone().step_by(kernel.panels) {
         // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
@@ -158,6 +199,53 @@ fn run_tiles<E: Element>(
                 }
             }
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn run_amx<E: Element>(
+    worker: &mut Worker,
+    x: &Activations,
+    job: &Job<'_, E>,
+    panels: Range<usize>,
+    rows: Range<usize>,
+) {
+    use super::amx::{Kernel, PANELS, ROWS, Space, Work};
+    assert_eq!(x.height(), ROWS, "rows of a block of activations");
+    let matrix = job.matrix;
+    let kernel = Kernel::choose(matrix.layout());
+    let blocks = rows.len().div_ceil(ROWS);
+    let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, blocks * PANELS * ROWS * PANEL);
+    let cell = x.cell(rows.start, 0);
+    // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to
+    // whole units and blocks), `space` and `sums` have the sizes that the kernel asks for.
+    unsafe {
+        kernel.config.enter();
+        for panel in panels.clone().step_by(PANELS) {
+            let at = |p: usize| matrix.panel((panel + p).min(panels.end - 1)).as_ptr();
+            (kernel.run)(&Work {
+                layout: matrix.layout(),
+                units: matrix.units(),
+                panels: std::array::from_fn(at),
+                zero: matrix.layout().zero(),
+                quants: x.quants()[cell * STEP..].as_ptr(),
+                scales: x.scales()[cell..].as_ptr(),
+                steps: x.steps(),
+                blocks,
+                space: space.as_mut_ptr().cast(),
+                sums: sums.as_mut_ptr(),
+            });
+            for (tile, sums) in sums.as_chunks::<PANEL>().0.chunks(ROWS).enumerate() {
+                let (block, panel) = (tile / PANELS, panel + tile % PANELS);
+                let first = rows.start + block * ROWS;
+                if panel < panels.end {
+                    for (row, sums) in (first..rows.end).zip(sums) {
+                        finish(job, panel, row, sums);
+                    }
+                }
+            }
+        }
+        crate::tiles::leave();
     }
 }
 

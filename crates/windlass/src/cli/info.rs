@@ -4,6 +4,7 @@ use super::usage;
 use anyhow::Result;
 use serde::Serialize;
 use windlass::tensor::kernels::dispatch::Level;
+use windlass::tensor::kernels::packed;
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -23,6 +24,7 @@ struct Info {
     kernels: &'static str,
     kernels_reason: String,
     kernels_supported: Vec<&'static str>,
+    packed_products: &'static str,
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     huge_pages: Option<String>,
@@ -50,6 +52,7 @@ pub fn run(args: Args) -> Result<()> {
     println!("features     {}", or_none(&info.features));
     println!("kernels      {}: {}", info.kernels, info.kernels_reason);
     println!("supported    {}", info.kernels_supported.join(" "));
+    println!("packed       {}", info.packed_products);
     println!(
         "memory       {}, {} available",
         gib(info.memory_total_bytes),
@@ -84,6 +87,7 @@ impl Info {
                 .iter()
                 .map(|level| level.name())
                 .collect(),
+            packed_products: packed::kernel_names(level),
             memory_total_bytes: kilobytes(&meminfo, "MemTotal:"),
             memory_available_bytes: kilobytes(&meminfo, "MemAvailable:"),
             huge_pages: huge.ok().and_then(|text| bracketed(&text)),
@@ -135,7 +139,7 @@ fn features() -> Vec<&'static str> {
         .map(|(name, _)| *name)
         .collect();
     if Level::Amx.is_supported() {
-        present.push("amx-bf16");
+        present.extend(["amx-bf16", "amx-int8"]);
     }
     present
 }
