@@ -14,7 +14,9 @@ mod weight;
 
 pub use half::{bf16, f16};
 pub use layout::{FileTensor, Layout, ParamId, UnitSpec};
-pub use ops::{IGNORED, Lora, RopeTable, RouterStats, Routing, Sloped, row_norms};
+pub use ops::{
+    Expert, IGNORED, Lora, Projection, RopeTable, RouterStats, Routing, Sloped, row_norms,
+};
 pub use packed::Packed;
 pub use rng::Rng;
 pub use shape::Shape;

@@ -5,6 +5,7 @@ use crate::dispatch::Level;
 use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
 use crate::{Element, tasks::Tasks};
+use std::ops::Range;
 
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
@@ -135,6 +136,87 @@ impl Activations {
         }
     }
 
+    /// Groups of these rows side by side, to be multiplied with a matrix each by [`super::multiply_groups`]: rows keep the
+    /// numbers that they were rounded to, and may be in several groups or in none. Also says which rows of the result are
+    /// those of each group.
+    ///
+    /// # Panics
+    /// When a group names a row that is not there.
+    #[track_caller]
+    pub fn grouped(
+        self,
+        pool: &Pool,
+        memory: &Memory,
+        groups: &[Vec<u32>],
+    ) -> (Activations, Vec<Range<usize>>) {
+        let largest = groups.iter().map(Vec::len).max().unwrap_or(0);
+        let rows = groups.iter().flatten().map(|&row| row as usize + 1);
+        let rows = rows.max().unwrap_or(0);
+        assert!(rows <= self.rows, "row {rows} of {}", self.rows);
+        if largest <= 1 {
+            // A row alone is read where it is.
+            let range =
+                |group: &Vec<u32>| group.first().map_or(0..0, |&r| r as usize..r as usize + 1);
+            return (self, groups.iter().map(range).collect());
+        }
+        // A group starts at a block; what its last block lacks is its last row again.
+        let height = largest.next_power_of_two().min(BLOCK);
+        let (mut from, mut ranges) = (Vec::new(), Vec::with_capacity(groups.len()));
+        for group in groups {
+            let start = from.len();
+            from.extend_from_slice(group);
+            ranges.push(start..from.len());
+            if let Some(&last) = group.last() {
+                from.resize(from.len().next_multiple_of(height), last);
+            }
+        }
+        (self.select(pool, memory, &from, height), ranges)
+    }
+
+    /// Some rows in blocks of `height`, which must divide their number.
+    fn select(&self, pool: &Pool, memory: &Memory, from: &[u32], height: usize) -> Activations {
+        let (rows, steps) = (from.len(), self.steps);
+        let bytes = steps * height * size_of::<StepScales>();
+        let mut quants = memory.alloc(rows * steps * STEP, Category::Workspace);
+        let mut scales = memory.alloc(rows / height * bytes, Category::Workspace);
+        {
+            let q = SharedMut::new(quants.block_mut());
+            let s = SharedMut::new(scales.block_mut());
+            let (quants, scales) = (self.quants().as_chunks::<STEP>().0, self.scales());
+            let tasks = Tasks::rows(rows / height, self.cols * height);
+            pool.run(tasks.count(), |task, _| {
+                for block in tasks.part(task) {
+                    // SAFETY: as in `quantize_ordered`; `i8` and `u8` have the same layout.
+                    let (q, s) = unsafe {
+                        let cells = steps * height;
+                        let q = q.slice(block * cells * STEP, cells * STEP).as_mut_ptr();
+                        let s = s.slice(block * bytes, bytes).as_mut_ptr();
+                        (
+                            std::slice::from_raw_parts_mut(q.cast::<[i8; STEP]>(), cells),
+                            std::slice::from_raw_parts_mut(s.cast::<StepScales>(), cells),
+                        )
+                    };
+                    let from = &from[block * height..][..height];
+                    for (step, (q, s)) in q.chunks_mut(height).zip(s.chunks_mut(height)).enumerate()
+                    {
+                        for ((&row, q), s) in from.iter().zip(q).zip(s) {
+                            let cell = self.cell(row as usize, step);
+                            (*q, *s) = (quants[cell], scales[cell]);
+                        }
+                    }
+                }
+            });
+        }
+        Activations {
+            rows,
+            height,
+            quants,
+            scales,
+            cols: self.cols,
+            steps,
+        }
+    }
+
     /// Rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -154,6 +236,12 @@ impl Activations {
     /// Rows of a block.
     pub(super) fn height(&self) -> usize {
         self.height
+    }
+
+    /// Whether a kernel finds these rows in blocks: they start at one that is high enough, or are no more than one row.
+    pub(super) fn is_group(&self, rows: &Range<usize>) -> bool {
+        let height = rows.len().next_power_of_two().min(BLOCK);
+        height == 1 || rows.start.is_multiple_of(self.height) && height <= self.height
     }
 
     /// The quants of all rows: step `s` of row `r` is at `cell(r, s) * 32`.

@@ -29,7 +29,7 @@ pub use activations::Activations;
 pub use layout::{Codes, LAYOUT_VERSION, Layout, Min, Scale};
 pub use matrix::PackedMatrix;
 pub(crate) use product::uses_tiles;
-pub use product::{Product, kernel_names, multiply};
+pub use product::{Product, kernel_names, multiply, multiply_groups};
 pub use unit::{RowUnit, UnitMut};
 
 /// Rows of a panel.

@@ -64,6 +64,8 @@ struct Job<'a, E> {
     bias: Option<&'a [E]>,
     residual: Option<&'a [E]>,
     out: SharedMut<'a, E>,
+    /// Rows of the activations, the first of which is the first of the result.
+    rows: Range<usize>,
     /// Number of the first task.
     first: usize,
 }
@@ -76,15 +78,45 @@ struct Job<'a, E> {
 /// When shapes do not fit.
 #[track_caller]
 pub fn multiply<E: Element>(pool: &Pool, x: &Activations, products: &mut [Product<'_, E>]) {
-    let m = x.rows();
+    multiply_some(pool, x, products.iter_mut().map(|p| (0..x.rows(), p)));
+}
+
+/// As [`multiply`], each product of some of the rows: a group that [`Activations::grouped`] has made, or any row alone.
+///
+/// # Panics
+/// When shapes do not fit, or rows are no such group.
+#[track_caller]
+pub fn multiply_groups<E: Element>(
+    pool: &Pool,
+    x: &Activations,
+    products: &mut [(Range<usize>, Product<'_, E>)],
+) {
+    multiply_some(
+        pool,
+        x,
+        products.iter_mut().map(|(rows, p)| (rows.clone(), p)),
+    );
+}
+
+#[track_caller]
+fn multiply_some<'p, 'a: 'p, E: Element>(
+    pool: &Pool,
+    x: &Activations,
+    products: impl Iterator<Item = (Range<usize>, &'p mut Product<'a, E>)>,
+) {
     let task_rows = match uses_tiles(pool.level()) {
         true => TILE_TASK_ROWS,
         false => TASK_ROWS,
     };
-    let row_blocks = m.div_ceil(task_rows);
     let mut tasks = 0;
-    let mut jobs = Vec::with_capacity(products.len());
-    for product in products {
+    let mut jobs = Vec::new();
+    for (rows, product) in products {
+        let m = rows.len();
+        assert!(
+            rows.end <= x.rows() && x.is_group(&rows),
+            "rows {rows:?} of {} are no group",
+            x.rows()
+        );
         let (n, k) = (product.matrix.rows(), product.matrix.cols());
         assert_eq!(
             x.cols(),
@@ -109,9 +141,10 @@ pub fn multiply<E: Element>(pool: &Pool, x: &Activations, products: &mut [Produc
             bias: product.bias,
             residual: product.residual,
             out: SharedMut::new(product.out),
+            rows,
             first: tasks,
         });
-        tasks += n.div_ceil(PANEL * TASK_PANELS) * row_blocks;
+        tasks += n.div_ceil(PANEL * TASK_PANELS) * m.div_ceil(task_rows);
     }
     pool.run(tasks, |task, worker| {
         let job = jobs.partition_point(|job| job.first <= task) - 1;
@@ -120,7 +153,8 @@ pub fn multiply<E: Element>(pool: &Pool, x: &Activations, products: &mut [Produc
         let groups = panels.div_ceil(TASK_PANELS);
         let (block, group) = ((task - job.first) / groups, (task - job.first) % groups);
         let panels = group * TASK_PANELS..((group + 1) * TASK_PANELS).min(panels);
-        let rows = block * task_rows..((block + 1) * task_rows).min(m);
+        let start = job.rows.start + block * task_rows;
+        let rows = start..(start + task_rows).min(job.rows.end);
         run_task(pool, worker, x, job, panels, rows);
     });
 }
@@ -253,6 +287,7 @@ fn run_amx<E: Element>(
 #[inline]
 fn finish<E: Element>(job: &Job<'_, E>, panel: usize, row: usize, sums: &[f32; PANEL]) {
     let n = job.matrix.rows();
+    let row = row - job.rows.start;
     let start = panel * PANEL;
     let len = PANEL.min(n - start);
     let mut sums = *sums;

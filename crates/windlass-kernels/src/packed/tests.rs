@@ -245,6 +245,71 @@ fn several_products_share_a_run_with_bias_and_residual() {
 }
 
 #[test]
+fn groups_of_rows_have_the_bits_of_all_rows() {
+    let memory = Memory::new();
+    let (rows, n, k) = (23, 40, 288);
+    let mut next = random(11);
+    let x: Vec<f32> = (0..rows * k)
+        .map(|_| (next() >> 40) as f32 / 8e6 - 1.0)
+        .collect();
+    // In several groups or in none, alone, in more than a block, out of order.
+    let wide: Vec<Vec<u32>> = vec![
+        (0..20).collect(),
+        vec![],
+        vec![22],
+        vec![5, 3, 4],
+        (2..11).collect(),
+    ];
+    let alone: Vec<Vec<u32>> = vec![vec![7], vec![], vec![0], vec![7]];
+    let two: Vec<Vec<u32>> = vec![vec![1, 9], vec![4]];
+    for &level in Level::supported() {
+        let pool = Pool::with_level(2, level);
+        for groups in [&wide, &alone, &two] {
+            let matrices: Vec<PackedMatrix> = (0..groups.len())
+                .map(|i| random_matrix(&pool, Layout::q4(32), [n + i, k]).0)
+                .collect();
+            let all = Activations::quantize(&pool, &memory, &x, k);
+            let whole: Vec<Vec<f32>> = matrices
+                .iter()
+                .map(|matrix| {
+                    let mut out = vec![0f32; rows * matrix.rows()];
+                    let product = Product {
+                        matrix,
+                        bias: None,
+                        residual: None,
+                        out: &mut out,
+                    };
+                    multiply(&pool, &all, &mut [product]);
+                    out
+                })
+                .collect();
+            let (some, ranges) = all.grouped(&pool, &memory, groups);
+            let mut outs: Vec<Vec<f32>> = (groups.iter().zip(&matrices))
+                .map(|(group, matrix)| vec![0f32; group.len() * matrix.rows()])
+                .collect();
+            let mut products: Vec<_> = (ranges.into_iter().zip(&matrices).zip(&mut outs))
+                .map(|((rows, matrix), out)| {
+                    let product = Product {
+                        matrix,
+                        bias: None,
+                        residual: None,
+                        out,
+                    };
+                    (rows, product)
+                })
+                .collect();
+            multiply_groups(&pool, &some, &mut products);
+            for (i, (group, out)) in groups.iter().zip(&outs).enumerate() {
+                for (row, out) in group.iter().zip(out.chunks(n + i)) {
+                    let want = &whole[i][*row as usize * (n + i)..][..n + i];
+                    assert_bits(&format!("{level}: row {row} of group {i}"), out, want);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
     let memory = Memory::new();
     for &level in Level::supported() {

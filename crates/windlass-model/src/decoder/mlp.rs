@@ -3,7 +3,7 @@
 use super::params::{Linear, NormSlots, Params, normed};
 use crate::families::{DecoderConfig, Experts};
 use crate::tokens::Tokens;
-use windlass_tensor::{Activation, Tape, Var, Weights};
+use windlass_tensor::{Activation, Expert, Tape, Var, Weights};
 
 /// A feed-forward network, gated or not.
 pub(super) struct Ffn {
@@ -27,6 +27,14 @@ impl Ffn {
                 .sub_norms
                 .then(|| p.norm(&format!("{at}.ffn_sub_norm"), width, c.norm)),
             activation: c.activation,
+        }
+    }
+
+    fn params<'w>(&self, w: &'w Weights) -> Expert<'w> {
+        Expert {
+            gate: self.gate.map(|gate| gate.params(w)),
+            up: self.up.params(w),
+            down: self.down.params(w),
         }
     }
 
@@ -100,16 +108,22 @@ impl Mlp {
             normalize,
             batch.router.as_ref().map(|(stats, _)| stats),
         );
-        let outputs: Vec<Var> = experts
-            .iter()
-            .zip(&routing.rows)
-            .map(|(expert, rows)| {
-                let rows: Vec<u32> = rows.iter().map(|(row, _)| *row).collect();
-                let x = tape.gather_rows(h, &rows);
-                expert.forward(w, &x, None, tape)
-            })
-            .collect();
-        let y = tape.combine(&routing, &outputs, h.tensor.cols());
+        let packed: Vec<Expert<'_>> = experts.iter().map(|e| e.params(w)).collect();
+        let grouped = experts
+            .first()
+            .and_then(|e| tape.packed_experts(e.activation, h, &routing, &packed));
+        let y = match grouped {
+            Some(y) => y,
+            None => {
+                let outputs = experts.iter().zip(&routing.rows).map(|(expert, rows)| {
+                    let rows: Vec<u32> = rows.iter().map(|(row, _)| *row).collect();
+                    let x = tape.gather_rows(h, &rows);
+                    expert.forward(w, &x, None, tape)
+                });
+                let outputs: Vec<Var> = outputs.collect();
+                tape.combine(&routing, &outputs, h.tensor.cols())
+            }
+        };
         match residual {
             Some(x) => tape.add(x, &y),
             None => y,

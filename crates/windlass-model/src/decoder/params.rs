@@ -1,7 +1,7 @@
 //! Declaring parameters: names, shapes and initial values, and the layers that are nothing but parameters.
 
 use crate::families::{DecoderConfig, Norm};
-use windlass_tensor::{Init, Param, ParamSpec, Tape, Var, Weights};
+use windlass_tensor::{Init, ParamSpec, Projection, Tape, Var, Weights};
 
 /// Collects the parameters of a unit while its layer is declared.
 pub(super) struct Params<'a> {
@@ -104,7 +104,7 @@ impl Linear {
         tape.linear(x, weight, bias, residual)
     }
 
-    fn params<'w>(&self, w: &'w Weights) -> (Param<'w>, Option<Param<'w>>) {
+    pub(super) fn params<'w>(&self, w: &'w Weights) -> Projection<'w> {
         (w.at(self.weight), self.bias.map(|b| w.at(b)))
     }
 

@@ -4,6 +4,7 @@ mod activation;
 mod attention;
 mod cross_entropy;
 mod embedding;
+mod experts;
 mod glue;
 mod linear;
 mod lora;
@@ -12,6 +13,7 @@ mod norm;
 mod rope;
 
 pub use cross_entropy::{IGNORED, Sloped};
+pub use experts::{Expert, Projection};
 pub use lora::{Lora, row_norms};
 pub use moe::{RouterStats, Routing};
 pub use rope::RopeTable;

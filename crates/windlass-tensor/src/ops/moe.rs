@@ -79,6 +79,32 @@ pub struct Routing {
     pub rows: Vec<Vec<(u32, u32)>>,
 }
 
+impl Routing {
+    /// Adds the experts' rows, weighted, in the order of the experts; `outputs` has those of each expert.
+    pub(super) fn sum<'a, E: Element>(
+        &self,
+        outputs: impl Iterator<Item = &'a [E]>,
+        d: usize,
+        y: &mut [E],
+    ) {
+        let (weights, k) = (
+            self.weights.tensor.as_slice::<E>(),
+            self.weights.tensor.cols(),
+        );
+        let mut sums = vec![<E as Element>::Acc::default(); y.len()];
+        for (rows, output) in self.rows.iter().zip(outputs) {
+            for (&(row, j), out) in rows.iter().zip(output.chunks(d)) {
+                let w = weights[row as usize * k + j as usize].load();
+                let sum = &mut sums[row as usize * d..(row as usize + 1) * d];
+                sum.iter_mut()
+                    .zip(out)
+                    .for_each(|(s, o)| *s += w * o.load());
+            }
+        }
+        y.iter_mut().zip(&sums).for_each(|(y, s)| *y = E::store(*s));
+    }
+}
+
 impl Tape {
     /// Chooses the `k` most probable experts of each row: `softmax(logits)`, the `k` largest, divided by their sum when
     /// `normalize`.
@@ -160,16 +186,8 @@ impl Tape {
         let t = weights.rows();
         let mut y = Tensor::zeros(&cpu, [t, d], weights.dtype(), Category::Activations);
         each_dtype!(weights.dtype(), E => {
-            let k = weights.cols();
-            let mut sums = vec![<E as Element>::Acc::default(); t * d];
-            for (rows, output) in routing.rows.iter().zip(outputs) {
-                for (&(row, j), out) in rows.iter().zip(output.tensor.as_slice::<E>().chunks(d)) {
-                    let w = weights.as_slice::<E>()[row as usize * k + j as usize].load();
-                    let sum = &mut sums[row as usize * d..(row as usize + 1) * d];
-                    sum.iter_mut().zip(out).for_each(|(s, o)| *s += w * o.load());
-                }
-            }
-            y.as_mut_slice::<E>().iter_mut().zip(&sums).for_each(|(y, s)| *y = E::store(*s));
+            let outputs = outputs.iter().map(|output| output.tensor.as_slice::<E>());
+            routing.sum(outputs, d, y.as_mut_slice::<E>());
         });
         let flows = outputs
             .iter()
