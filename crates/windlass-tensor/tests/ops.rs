@@ -5,8 +5,8 @@ use half::bf16;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use windlass_tensor::{
-    Activation, AttentionShape, Category, Cpu, DType, Grads, IGNORED, Packed, Rng, RopeTable,
-    RouterStats, Segment, Tape, Tensor, Var, Weight, Weights, kernels::packed,
+    Activation, AttentionShape, Category, Cpu, DType, Expert, Grads, IGNORED, Packed, Rng,
+    RopeTable, RouterStats, Segment, Tape, Tensor, Var, Weight, Weights, kernels::packed,
 };
 
 /// What an op is given: tensors that gradients flow to, weights, and the forward code.
@@ -929,6 +929,84 @@ fn packed_products_know_their_order() {
         let head = tape.logits(&x, weights.at(slot), None).tensor.to_f64();
         assert_eq!(head, y.tensor.to_f64(), "weight {slot} as a head");
     }
+}
+
+/// Experts with packed weights give together the bits that they give one by one.
+#[test]
+fn packed_experts_are_what_each_is_alone() {
+    let cpu = Cpu::new(2);
+    let (d, f, count) = (64, 96, 6);
+    let mut weights = Vec::new();
+    for expert in 0..count {
+        for [n, k] in [[f, d], [f, d], [d, f]] {
+            let values = normal(31 + weights.len() as u64 + expert, n * k);
+            let values = tensor(&cpu, DType::F32, &values, &[n, k]);
+            weights.push(Packed::quantize(&cpu, packed::Layout::q4(32), &values));
+        }
+    }
+    let mut checked = 0;
+    let cases = [(1, 1), (1, 3), (2, 2), (7, 1), (40, 2)];
+    for ((rows, per_token), dtype) in cases
+        .into_iter()
+        .flat_map(|case| [(case, DType::F32), (case, DType::Bf16)])
+    {
+        for gated in [true, false] {
+            let bias = tensor(&cpu, dtype, &normal(8, f), &[f]);
+            let all = weights.iter().cloned().map(Weight::Packed);
+            let w = Weights::new(all.chain([bias.into()]).collect());
+            let mut tape = Tape::inference(&cpu);
+            let h = tape.constant(tensor(&cpu, dtype, &normal(9, rows * d), &[rows, d]));
+            let logits = normal(rows as u64, rows * count as usize);
+            let logits = tensor(&cpu, dtype, &logits, &[rows, count as usize]);
+            let logits = tape.constant(logits);
+            let routing = tape.routing(&logits, per_token, true, None);
+            let bias = Some(w.at(weights.len()));
+            let experts: Vec<Expert<'_>> = (0..count as usize)
+                .map(|e| Expert {
+                    gate: gated.then(|| (w.at(3 * e), bias)),
+                    up: (w.at(3 * e + 1), None),
+                    down: (w.at(3 * e + 2), None),
+                })
+                .collect();
+            let kind = Activation::Silu;
+            let together = tape.packed_experts(kind, &h, &routing, &experts);
+            let together = together.expect("all weights are packed");
+            let outputs: Vec<Var> = (experts.iter().zip(&routing.rows))
+                .map(|(expert, rows)| {
+                    let rows: Vec<u32> = rows.iter().map(|(row, _)| *row).collect();
+                    let x = tape.gather_rows(&h, &rows);
+                    let up = tape.linear(&x, expert.up.0, None, None);
+                    let a = match expert.gate {
+                        Some((gate, bias)) => {
+                            let gate = tape.linear(&x, gate, bias, None);
+                            tape.gated(kind, &gate, &up)
+                        }
+                        None => tape.activation(kind, &up),
+                    };
+                    tape.linear(&a, expert.down.0, None, None)
+                })
+                .collect();
+            let alone = tape.combine(&routing, &outputs, d);
+            assert_eq!(
+                together.tensor.to_f64(),
+                alone.tensor.to_f64(),
+                "{rows} rows, {per_token} experts each, {dtype}, gated: {gated}"
+            );
+            checked += 1;
+            for mut refused in [
+                Tape::training(&cpu),
+                Tape::rehearsal(&cpu),
+                Tape::watched(&cpu, Arc::new(|_, _| {})),
+            ] {
+                let grouped = refused.packed_experts(kind, &h, &routing, &experts);
+                assert!(
+                    grouped.is_none(),
+                    "a tape that rounds nothing, or is watched"
+                );
+            }
+        }
+    }
+    assert_eq!(checked, 20);
 }
 
 /// An op without a backward pass refuses to stand on the way of a gradient, and nowhere else.

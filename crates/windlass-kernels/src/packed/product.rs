@@ -20,12 +20,24 @@ pub struct Product<'a, E> {
     pub out: &'a mut [E],
 }
 
-/// Panels of a task, 256 rows of the matrix: what is asked for at the end of a tile is read by the same core.
-const TASK_PANELS: usize = 16;
-/// Rows of activations of a task: they stay in the second cache while panels pass by.
-const TASK_ROWS: usize = 128;
-/// As [`TASK_ROWS`], with tiles: they unpack a panel once for all of a task's rows.
-const TILE_TASK_ROWS: usize = 256;
+/// What a task computes: panels and rows of activations. No result depends on it.
+#[derive(Clone, Copy)]
+struct Cut {
+    panels: usize,
+    rows: usize,
+}
+
+/// 256 rows of the matrix, for what is asked for at the end of a tile is read by the same core; rows of activations that
+/// stay in the second cache while panels pass by.
+const VECTORS: Cut = Cut {
+    panels: 16,
+    rows: 128,
+};
+/// With AMX, a panel is unpacked once for all of a task's rows; two pairs of panels of that many are work enough.
+const TILES: Cut = Cut {
+    panels: 4,
+    rows: 256,
+};
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
 
@@ -66,6 +78,7 @@ struct Job<'a, E> {
     out: SharedMut<'a, E>,
     /// Rows of the activations, the first of which is the first of the result.
     rows: Range<usize>,
+    cut: Cut,
     /// Number of the first task.
     first: usize,
 }
@@ -104,14 +117,14 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
     x: &Activations,
     products: impl Iterator<Item = (Range<usize>, &'p mut Product<'a, E>)>,
 ) {
-    let task_rows = match uses_tiles(pool.level()) {
-        true => TILE_TASK_ROWS,
-        false => TASK_ROWS,
-    };
     let mut tasks = 0;
     let mut jobs = Vec::new();
     for (rows, product) in products {
         let m = rows.len();
+        let cut = match uses_tiles(pool.level()) && m >= TILE_ROWS {
+            true => TILES,
+            false => VECTORS,
+        };
         assert!(
             rows.end <= x.rows() && x.is_group(&rows),
             "rows {rows:?} of {} are no group",
@@ -142,19 +155,21 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             residual: product.residual,
             out: SharedMut::new(product.out),
             rows,
+            cut,
             first: tasks,
         });
-        tasks += n.div_ceil(PANEL * TASK_PANELS) * m.div_ceil(task_rows);
+        tasks += n.div_ceil(PANEL * cut.panels) * m.div_ceil(cut.rows);
     }
     pool.run(tasks, |task, worker| {
         let job = jobs.partition_point(|job| job.first <= task) - 1;
         let job = &jobs[job];
         let panels = job.matrix.rows().div_ceil(PANEL);
-        let groups = panels.div_ceil(TASK_PANELS);
+        let cut = job.cut;
+        let groups = panels.div_ceil(cut.panels);
         let (block, group) = ((task - job.first) / groups, (task - job.first) % groups);
-        let panels = group * TASK_PANELS..((group + 1) * TASK_PANELS).min(panels);
-        let start = job.rows.start + block * task_rows;
-        let rows = start..(start + task_rows).min(job.rows.end);
+        let panels = group * cut.panels..((group + 1) * cut.panels).min(panels);
+        let start = job.rows.start + block * cut.rows;
+        let rows = start..(start + cut.rows).min(job.rows.end);
         run_task(pool, worker, x, job, panels, rows);
     });
 }

@@ -9,6 +9,9 @@ use windlass_kernels::packed::{Activations, Product, multiply_groups};
 /// A weight and its bias.
 pub type Projection<'w> = (Param<'w>, Option<Param<'w>>);
 
+/// One weight of an expert and its bias.
+type PackedWeight<'w> = (&'w Packed, Option<&'w Tensor>);
+
 /// The projections of a feed-forward network.
 pub struct Expert<'w> {
     /// What the activation is applied to; without it, that is `up`.
@@ -62,7 +65,7 @@ impl Tape {
             places.push((total..end).collect());
             total = end;
         }
-        let [up, gate] = self.products(&h.tensor, &groups, [Some(&ups), gates.as_ref()]);
+        let [up, gate] = self.products(&h.tensor, &groups, [Some(&ups), gates.as_deref()]);
         let up = self.record_opaque("a packed product", up?, &[]);
         let a = match gate {
             Some(gate) => {
@@ -91,7 +94,7 @@ impl Tape {
         &self,
         experts: &'w [Expert<'w>],
         which: impl Fn(&'w Expert<'w>) -> Option<&'w Projection<'w>>,
-    ) -> Option<Vec<(&'w Packed, Option<&'w Tensor>)>> {
+    ) -> Option<Vec<PackedWeight<'w>>> {
         let weight = |expert| {
             let (weight, bias) = which(expert)?;
             match weight.weight {
@@ -113,7 +116,7 @@ impl Tape {
         &self,
         x: &Tensor,
         groups: &[Vec<u32>],
-        weights: [Option<&Vec<(&Packed, Option<&Tensor>)>>; 2],
+        weights: [Option<&[PackedWeight<'_>]>; 2],
     ) -> [Option<Tensor>; 2] {
         let cpu = self.cpu();
         let rows: usize = groups.iter().map(Vec::len).sum();
