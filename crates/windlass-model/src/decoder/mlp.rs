@@ -30,12 +30,13 @@ impl Ffn {
         }
     }
 
-    fn params<'w>(&self, w: &'w Weights) -> Expert<'w> {
-        Expert {
+    /// Its weights, where they are all there is to it: nothing stands between them.
+    fn params<'w>(&self, w: &'w Weights) -> Option<Expert<'w>> {
+        self.down_norm.is_none().then(|| Expert {
             gate: self.gate.map(|gate| gate.params(w)),
             up: self.up.params(w),
             down: self.down.params(w),
-        }
+        })
     }
 
     fn forward(&self, w: &Weights, h: &Var, residual: Option<&Var>, tape: &mut Tape) -> Var {
@@ -108,10 +109,10 @@ impl Mlp {
             normalize,
             batch.router.as_ref().map(|(stats, _)| stats),
         );
-        let packed: Vec<Expert<'_>> = experts.iter().map(|e| e.params(w)).collect();
-        let grouped = experts
-            .first()
-            .and_then(|e| tape.packed_experts(e.activation, h, &routing, &packed));
+        let packed: Option<Vec<Expert<'_>>> = experts.iter().map(|e| e.params(w)).collect();
+        let grouped = packed.zip(experts.first()).and_then(|(packed, first)| {
+            tape.packed_experts(first.activation, h, &routing, &packed)
+        });
         let y = match grouped {
             Some(y) => y,
             None => {
