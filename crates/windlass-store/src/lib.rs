@@ -19,7 +19,7 @@ mod transfer;
 
 pub use error::{Error, Result};
 pub use store::{
-    ArrayKind, Gathered, Home, Placement, Shard, Shelved, Stage, StateEntry, StateSpec, Store,
-    Tier, Wire, partition,
+    ArrayKind, Deal, Gathered, Home, Placement, Shard, Shelved, Stage, StateEntry, StateSpec,
+    Store, Tier, Wire, partition,
 };
 pub use transfer::{Loader, elements, load_weights, save_weights};

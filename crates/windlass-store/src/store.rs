@@ -8,6 +8,7 @@
 //! Sums over ranks are taken in rank order and a parameter is cut into the same parts in every stage, so the bits of a
 //! run do not depend on the placement.
 
+mod deal;
 mod disk;
 mod owner;
 mod placement;
@@ -16,6 +17,7 @@ mod slot;
 mod state;
 mod whole;
 
+pub use deal::Deal;
 pub use owner::{ArrayKind, Shard, StateSpec};
 pub use placement::{Placement, Stage, Tier, Wire, partition};
 pub use shelf::Shelved;
@@ -104,34 +106,19 @@ impl Store {
     #[track_caller]
     pub fn new(cpu: &Cpu, units: &[UnitSpec], weights: Vec<Weights>) -> Self {
         assert_eq!(units.len(), weights.len(), "units against lists of weights");
-        let units = units.iter().zip(weights).map(|(spec, weights)| {
-            assert_eq!(
-                spec.params.len(),
-                weights.len(),
-                "parameters of unit {}",
-                spec.name
-            );
-            let slots = spec
-                .params
-                .iter()
-                .zip(weights.iter())
-                .map(|(param, weight)| {
-                    assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
-                    let shards = partition(param.shape.len(), 1);
-                    Slot::new(shards, 0, Residence::Whole(weight.clone()))
-                });
-            Unit::new(spec, slots.collect())
-        });
-        Store {
-            cpu: cpu.clone(),
-            group: Group::solo(),
-            placement: Placement::default(),
-            units: units.collect(),
-            deferred: false,
-            disk: Disk::new(None, 1),
-            ahead: Mutex::default(),
-            shelf: Arc::default(),
+        let mut store = Self::bare(cpu, Home::alone());
+        for (spec, weights) in units.iter().zip(weights) {
+            let given = weights.len();
+            assert_eq!(spec.params.len(), given, "parameters of unit {}", spec.name);
+            let params = spec.params.iter().zip(weights.iter());
+            let slots = params.map(|(param, weight)| {
+                assert_eq!(&param.shape, weight.shape(), "shape of {}", param.name);
+                let shards = partition(param.shape.len(), 1);
+                Slot::new(shards, 0, Residence::Whole(weight.clone()))
+            });
+            store.units.push(Unit::new(spec, slots.collect()));
         }
+        store
     }
 
     /// A store on one rank. `fill` gives the elements of a range of a parameter as a vector: it is asked for
@@ -149,53 +136,69 @@ impl Store {
         units: &[UnitSpec],
         mut fill: impl FnMut(ParamId, &ParamSpec, Range<usize>) -> Result<Tensor>,
     ) -> Result<Self> {
+        let mut store = Self::bare(cpu, home);
+        let (rank, ranks) = (store.group.rank(), store.group.size());
+        for (unit, spec) in units.iter().enumerate() {
+            let mut slots = Vec::with_capacity(spec.params.len());
+            for (slot, param) in spec.params.iter().enumerate() {
+                let (id, len) = (ParamId { unit, slot }, param.shape.len());
+                let shards = partition(len, ranks);
+                let residence = match store.keep(&shards) {
+                    Keep::Whole => {
+                        Residence::Whole(fill(id, param, 0..len)?.reshape(param.shape).into())
+                    }
+                    Keep::Part => Residence::Part(fill(id, param, shards[rank].clone())?),
+                    Keep::Disk => rest(&store.disk, fill(id, param, shards[rank].clone())?)?,
+                };
+                slots.push(Slot::new(shards, rank, residence));
+            }
+            store.units.push(Unit::new(spec, slots));
+        }
+        store.disk.flush()?;
+        Ok(store)
+    }
+
+    /// A store without units.
+    ///
+    /// # Panics
+    /// When a [`Tier`] needs a disk and there is none, or the placement contradicts itself.
+    #[track_caller]
+    fn bare(cpu: &Cpu, home: Home) -> Self {
         let Home {
             group,
             placement,
             swap,
         } = home;
         placement.check();
-        let swapped = |tier| tier == Tier::Nvme;
         assert!(
             !placement.needs_disk() || swap.is_some() || cpu.pool.is_dry(),
             "a disk for {placement:?}"
         );
-        let disk = Disk::new(swap, 2 * placement.buffers);
-        let (rank, ranks) = (group.rank(), group.size());
-        let mut held = Vec::with_capacity(units.len());
-        for (unit, spec) in units.iter().enumerate() {
-            let mut slots = Vec::with_capacity(spec.params.len());
-            for (slot, param) in spec.params.iter().enumerate() {
-                let (id, len) = (ParamId { unit, slot }, param.shape.len());
-                let shards = partition(len, ranks);
-                let persistent =
-                    placement.stage < Stage::Parameters || len <= placement.persistence_threshold;
-                let swaps = swapped(placement.parameters) && shards[0].len() >= placement.swap_from;
-                let residence = if persistent || (ranks == 1 && !swaps) {
-                    Residence::Whole(fill(id, param, 0..len)?.reshape(param.shape).into())
-                } else {
-                    let part = fill(id, param, shards[rank].clone())?;
-                    if swaps {
-                        rest(&disk, part)?
-                    } else {
-                        Residence::Part(part)
-                    }
-                };
-                slots.push(Slot::new(shards, rank, residence));
-            }
-            held.push(Unit::new(spec, slots));
-        }
-        disk.flush()?;
-        Ok(Store {
+        Store {
             cpu: cpu.clone(),
             group,
             placement,
-            units: held,
+            units: Vec::new(),
             deferred: false,
-            disk,
+            disk: Disk::new(swap, 2 * placement.buffers),
             ahead: Mutex::default(),
             shelf: Arc::default(),
-        })
+        }
+    }
+
+    /// How this rank keeps a parameter whose elements are cut into `shards`.
+    fn keep(&self, shards: &[Range<usize>]) -> Keep {
+        let placement = &self.placement;
+        let len = shards.last().map_or(0, |shard| shard.end);
+        let swaps = placement.parameters == Tier::Nvme && shards[0].len() >= placement.swap_from;
+        if placement.stage < Stage::Parameters || len <= placement.persistence_threshold {
+            return Keep::Whole;
+        }
+        match (swaps, shards.len()) {
+            (true, _) => Keep::Disk,
+            (false, 1) => Keep::Whole,
+            (false, _) => Keep::Part,
+        }
     }
 
     /// A store of freshly filled weights, rounded to `dtype`, whole and on one rank.
@@ -245,7 +248,7 @@ impl Store {
     pub fn prefetch(&self, unit: usize) {
         let mut ahead = self.ahead();
         for (index, slot) in self.units[unit].slots.iter().enumerate() {
-            if matches!(slot.residence, Residence::Disk(..)) {
+            if slot.rests() {
                 ahead
                     .entry((unit, index))
                     .or_insert_with(|| self.start_fetch(slot));
@@ -264,6 +267,7 @@ impl Store {
             match &slot.residence {
                 Residence::Whole(weight) => Ok(weight.clone()),
                 Residence::Part(part) => self.gather_param(param, slot, part).map(Weight::from),
+                Residence::Packed(cut) => self.gather_packed(id, cut),
                 Residence::Disk(..) if slot.ranks() == 1 => {
                     Ok(self.fetch(id)?.reshape(param.shape).into())
                 }
@@ -386,6 +390,16 @@ impl Store {
         let all = self.group.collect("gradient norm", &[own])?;
         Ok(all.iter().sum())
     }
+}
+
+/// How a rank keeps a parameter.
+enum Keep {
+    /// All of it, in memory.
+    Whole,
+    /// Its part, in memory.
+    Part,
+    /// Its part, on the disk.
+    Disk,
 }
 
 /// Moves the elements of a parameter to the disk.

@@ -111,6 +111,11 @@ impl Weights {
         self.weights.iter_mut()
     }
 
+    /// The weights themselves.
+    pub fn into_vec(self) -> Vec<Weight> {
+        self.weights
+    }
+
     /// Number of weights.
     pub fn len(&self) -> usize {
         self.weights.len()

@@ -5,7 +5,7 @@ use half::bf16;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use windlass_tensor::{
-    Activation, AttentionShape, Category, Cpu, DType, Expert, Grads, IGNORED, Packed, Rng,
+    Activation, AttentionShape, Category, Cpu, DType, Expert, Grads, IGNORED, Lora, Packed, Rng,
     RopeTable, RouterStats, Segment, Tape, Tensor, Var, Weight, Weights, kernels::packed,
 };
 
@@ -1059,4 +1059,97 @@ fn inference_keeps_nothing_alive() {
     };
     assert_eq!(in_use(&mut Tape::inference(&cpu)), 0);
     assert!(in_use(&mut Tape::training(&cpu)) >= 19 * 64 * 16 * 4);
+}
+
+/// Dropout before an adapter with magnitudes, as PEFT has it: `W x + (g - 1) W x' + g s B A x'` of the dropped input `x'`,
+/// where `g` is the magnitude over the norm.
+#[test]
+fn dropout_leaves_alone_what_magnitudes_do() {
+    let cpu = Cpu::new(1);
+    let (n, r, rows) = (6, 2, 9);
+    let lora = Lora {
+        a: 1,
+        b: 2,
+        magnitude: Some(3),
+        scale: 2.0,
+        dropout: 0.25,
+    };
+    let identity: Vec<f64> = (0..n * n)
+        .map(|i| f64::from(u8::from(i % (n + 1) == 0)))
+        .collect();
+    let weights = |b: &[f64], magnitudes: &[f64]| {
+        let of = |values: &[f64], shape: &[usize]| tensor(&cpu, DType::F64, values, shape).into();
+        let a = normal(2, r * n);
+        Weights::new(vec![
+            of(&identity, &[n, n]),
+            of(&a, &[r, n]),
+            of(b, &[n, r]),
+            of(magnitudes, &[n]),
+        ])
+        .with_adapters(&vec![(0, lora)].into())
+    };
+    let x = normal(5, rows * n);
+    let run = |weights: &Weights, x: &[f64], noise: Option<u64>| {
+        let tape = Tape::training(&cpu);
+        let mut tape = match noise {
+            Some(noise) => tape.with_noise(noise),
+            None => tape,
+        };
+        let x = tape.input(tensor(&cpu, DType::F64, x, &[rows, n]));
+        let y = tape.linear(&x, weights.at(0), None, None);
+        (y.tensor.to_f64(), tape.finish(&y).0)
+    };
+    // The norm of a row is 1 while B is 0: what is added is the dropped input, with a magnitude of 2.
+    let (y, _) = run(&weights(&vec![0.0; n * r], &[2.0; 6]), &x, Some(4));
+    let added: Vec<f64> = y.iter().zip(&x).map(|(y, x)| y - x).collect();
+    let dropped = added.iter().filter(|v| v.abs() < 1e-12).count();
+    assert!(
+        (4..30).contains(&dropped),
+        "{dropped} of 54 with a quarter dropped"
+    );
+    for (added, x) in added.iter().zip(&x) {
+        let kept = (added - x / 0.75).abs() < 1e-12;
+        assert!(added.abs() < 1e-12 || kept, "{added} of {x}");
+    }
+    let (y, _) = run(&weights(&vec![0.0; n * r], &[1.0; 6]), &x, Some(4));
+    assert!(difference(&y, &x) < 1e-12, "magnitudes that change nothing");
+
+    let b = normal(3, n * r);
+    let dy = normal(6, rows * n);
+    let magnitudes = normal(7, n);
+    let all = weights(&b, &magnitudes);
+    let (_, recorded) = run(&all, &x, Some(4));
+    let seed = tensor(&cpu, DType::F64, &dy, &[rows, n]);
+    let mut grads = Grads::new([false, true, true, true]);
+    let dx = recorded.backward(&all, seed, &mut grads).unwrap().to_f64();
+    let value = |x: &[f64], magnitudes: &[f64]| -> f64 {
+        let y = run(&weights(&b, magnitudes), x, Some(4)).0;
+        y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+    };
+    let slope = |values: &[f64], at: usize, value: &dyn Fn(&[f64]) -> f64| {
+        let moved = |by: f64| {
+            let mut values = values.to_vec();
+            values[at] += by;
+            value(&values)
+        };
+        (moved(1e-5) - moved(-1e-5)) / 2e-5
+    };
+    for at in 0..x.len() {
+        let want = slope(&x, at, &|x| value(x, &magnitudes));
+        assert!(
+            (dx[at] - want).abs() < 1e-6,
+            "dx {at}: {} and {want}",
+            dx[at]
+        );
+    }
+    let dm = grads.get(3).unwrap().to_f64();
+    for at in 0..n {
+        let want = slope(&magnitudes, at, &|m| value(&x, m));
+        assert!(
+            (dm[at] - want).abs() < 1e-6,
+            "dm {at}: {} and {want}",
+            dm[at]
+        );
+    }
+    assert!(grads.get(1).is_some() && grads.get(2).is_some());
 }

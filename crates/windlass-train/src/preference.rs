@@ -41,6 +41,15 @@ impl Preference {
         !matches!(self, Preference::Kto { .. })
     }
 
+    /// Passes through the model that come before the one that gives the loss.
+    pub fn passes(&self) -> usize {
+        match self {
+            Preference::Orpo { .. } => 0,
+            Preference::Dpo { .. } => 1,
+            Preference::Kto { .. } => 3,
+        }
+    }
+
     /// Whether the model is compared with what it was before.
     pub fn has_reference(&self) -> bool {
         !matches!(self, Preference::Orpo { .. })
@@ -70,6 +79,28 @@ impl Rewards {
         self.right += other.right;
         self.count_chosen += other.count_chosen;
         self.count_rejected += other.count_rejected;
+    }
+
+    pub(crate) fn to_array(self) -> [f64; 5] {
+        [
+            self.chosen,
+            self.rejected,
+            self.right,
+            self.count_chosen,
+            self.count_rejected,
+        ]
+    }
+
+    pub(crate) fn from_array(
+        [chosen, rejected, right, count_chosen, count_rejected]: [f64; 5],
+    ) -> Self {
+        Rewards {
+            chosen,
+            rejected,
+            right,
+            count_chosen,
+            count_rejected,
+        }
     }
 
     /// Means by TRL's names. Accuracies are of pairs.

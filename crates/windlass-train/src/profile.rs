@@ -101,7 +101,7 @@ pub(crate) fn profile(
         let clock = Instant::now();
         let mut tape = match (again, last) {
             (true, _) => Tape::rehearsal(cpu),
-            (false, true) => Tape::training_eager(cpu, zeros(&weights), scale),
+            (false, true) => Tape::training_eager(cpu, zeros(model, unit, &weights), scale),
             (false, false) => Tape::training(cpu),
         };
         let kept = again.then(|| x.clone());
@@ -142,7 +142,7 @@ pub(crate) fn profile(
         };
         let recorded = recorded.or_else(|| kept.map(again));
         let recorded = recorded.expect("a pass is recorded, or its input is kept");
-        dx = recorded.backward(&weights, dy, &mut zeros(&weights));
+        dx = recorded.backward(&weights, dy, &mut zeros(model, unit, &weights));
         layers[index].backward = clock.elapsed().as_secs_f64();
     }
     Ok(layers)
@@ -161,11 +161,8 @@ fn parameters(model: &Model<Tokens>, index: usize, unit: usize) -> usize {
     params.iter().map(|param| param.shape.len()).sum()
 }
 
-/// Gradients that nobody will ask for.
-fn zeros(weights: &Weights) -> Grads {
-    Grads::new(
-        weights
-            .iter()
-            .map(|weight| matches!(weight, Weight::Dense(_))),
-    )
+/// Gradients that nobody will ask for, of what is trained.
+fn zeros(model: &Model<Tokens>, unit: usize, weights: &Weights) -> Grads {
+    let params = model.units()[unit].params.iter().zip(weights.iter());
+    Grads::new(params.map(|(param, weight)| param.trained && matches!(weight, Weight::Dense(_))))
 }

@@ -371,6 +371,7 @@ impl Trainer {
             timed(&mut times.backward, || self.engine.backward(loss))?;
         }
         let mean: f64 = self.all("loss", &[mean])?.iter().sum();
+        let rewards = self.all_rewards(rewards)?;
         // With a loss scale, what overflows in the forward pass is skipped like an overflowing gradient.
         if !mean.is_finite() && self.options.engine.loss_scale.is_none() {
             return Err(self.non_finite(step, "loss", mean));
@@ -437,7 +438,7 @@ impl Trainer {
         }
     }
 
-    /// Writes the model alone as a Hugging Face folder.
+    /// Writes the model alone as a Hugging Face folder, from the first rank. Collective.
     ///
     /// # Errors
     /// Whatever hinders writing.

@@ -4,14 +4,20 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use windlass_comm::Group;
 use windlass_model::{
-    AdapterConfig, ChatTemplate, DecoderConfig, Goal, Targets, Tokenizer, Tokens, decoder,
+    Adapter, AdapterConfig, ChatTemplate, DecoderConfig, Goal, Model, Targets, Tokenizer, Tokens,
+    decoder,
 };
-use windlass_store::Store;
 use windlass_store::checkpoint::Checkpoints;
 use windlass_store::safetensors::Tensors;
-use windlass_tensor::{Cpu, DType};
+use windlass_store::swap::{AioOptions, SwapFile};
+use windlass_store::{Deal, Home, Loader, Placement, Stage, Store, Tier};
+use windlass_tensor::kernels::packed::Layout;
+use windlass_tensor::{Cpu, DType, FileTensor, Packed, ParamId, Weight, Weights};
 use windlass_train::data::Packing;
+use windlass_train::preference::Preference;
 use windlass_train::schedule::{Decay, Schedule, Warmup};
 use windlass_train::tune::{Encoder, Example, Examples, Form, Learned, Long, Report, read_rows};
 use windlass_train::{
@@ -305,7 +311,8 @@ fn lessons(count: usize) -> Vec<Vec<Example>> {
     (0..count).map(one).collect()
 }
 
-fn subject(adapted: bool) -> Subject {
+/// A tiny model without weights, adapted or not, with a part of its adapters' inputs dropped.
+fn declared(adapted: bool, lora_dropout: f64) -> (DecoderConfig, Model<Tokens>, Option<Adapter>) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arch/llama");
     let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
     let text = text.replace("\"vocab_size\": 24", "\"vocab_size\": 257");
@@ -313,11 +320,16 @@ fn subject(adapted: bool) -> Subject {
     let mut model = decoder(&config);
     let settings = AdapterConfig {
         r: 4,
-        lora_dropout: 0.1,
+        lora_dropout,
         target_modules: Targets::AllLinear,
         ..AdapterConfig::default()
     };
     let adapter = adapted.then(|| model.adapt(config.naming, &settings).unwrap());
+    (config, model, adapter)
+}
+
+fn subject(adapted: bool) -> Subject {
+    let (config, model, adapter) = declared(adapted, 0.1);
     let store = Store::init(&Cpu::new(2), model.units(), DType::F32, 5);
     Subject {
         config,
@@ -402,6 +414,41 @@ fn options(out: &Path, steps: u64) -> TrainOptions {
     }
 }
 
+/// Weights with those of a checkpoint in place of what is trained.
+fn learned(
+    model: &Model<Tokens>,
+    map: &[FileTensor],
+    base: Vec<Weights>,
+    folder: &Path,
+) -> Vec<Weights> {
+    let (cpu, units) = (Cpu::new(2), model.units());
+    let name = ["adapter_model.safetensors", "model.safetensors"]
+        .map(|name| folder.join(name))
+        .into_iter()
+        .find(|file| file.is_file());
+    // Ranks write a file each.
+    let file = Tensors::open(name.as_deref().unwrap_or(folder)).unwrap();
+    let mut loader = Loader::new(&cpu, &file, units, map, |_| None);
+    let base = base.into_iter().enumerate();
+    let unit = |(unit, weights): (usize, Weights)| {
+        let slots = units[unit]
+            .params
+            .iter()
+            .zip(weights.into_vec())
+            .enumerate();
+        let weights = slots.map(|(slot, (param, old))| match param.trained {
+            true => {
+                let id = ParamId { unit, slot };
+                let new = loader.read(id, 0..param.shape.len(), DType::F32).unwrap();
+                new.reshape(param.shape).into()
+            }
+            false => old,
+        });
+        Weights::new(weights.collect())
+    };
+    base.map(unit).collect()
+}
+
 fn trainer(out: &Path, steps: u64, patience: Option<u64>, resume: bool) -> Trainer {
     let (train, held_out) = Examples::split(lessons(20), 0.2, 1);
     assert_eq!((train.len(), held_out.len()), (16, 4));
@@ -415,27 +462,10 @@ fn trainer(out: &Path, steps: u64, patience: Option<u64>, resume: bool) -> Train
     let mut checkpoint = None;
     if resume {
         let found = Checkpoints::open(out).latest().unwrap().unwrap().checkpoint;
-        let file = Tensors::open(&found.path().join("adapter_model.safetensors")).unwrap();
-        let adapter = subject.adapter.clone().unwrap();
-        let units = subject.model.units().to_vec();
-        let cpu = Cpu::new(2);
-        let mut loader =
-            windlass_store::Loader::new(&cpu, &file, &units, &adapter.tensors, |_| None);
-        let base = subject.store.into_weights();
-        let weights = base.into_iter().enumerate().map(|(unit, weights)| {
-            let slots = units[unit].params.iter().zip(weights.iter()).enumerate();
-            let weights = slots.map(|(slot, (param, old))| match param.trained {
-                true => {
-                    let id = windlass_tensor::ParamId { unit, slot };
-                    let new = loader.read(id, 0..param.shape.len(), DType::F32).unwrap();
-                    new.reshape(param.shape).into()
-                }
-                false => old.clone(),
-            });
-            windlass_tensor::Weights::new(weights.collect())
-        });
-        let weights = weights.collect();
-        subject.store = Store::new(&cpu, subject.model.units(), weights);
+        let weights = std::mem::replace(&mut subject.store, Store::new(&Cpu::new(2), &[], vec![]));
+        let map = subject.adapter.clone().unwrap().tensors;
+        let weights = learned(&subject.model, &map, weights.into_weights(), found.path());
+        subject.store = Store::new(&Cpu::new(2), subject.model.units(), weights);
         checkpoint = Some(found);
     }
     let options = options(out, steps);
@@ -499,4 +529,320 @@ fn a_run_that_gets_no_better_ends() {
     let last = &evaluations[evaluations.len() - 2..];
     assert!(last.iter().all(|&loss| loss >= lowest), "{evaluations:?}");
     assert!(out.0.path().join("best/adapter_config.json").is_file());
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Method {
+    Lora,
+    Qlora,
+    Full,
+}
+
+/// A run of the tests over ranks that are threads.
+#[derive(Clone, Copy, Debug)]
+struct Job<'a> {
+    method: Method,
+    ranks: usize,
+    accumulation: usize,
+    placement: Placement,
+    preference: Option<Preference>,
+    out: &'a Path,
+    /// The step after which it is interrupted.
+    stop: Option<u64>,
+    resume: bool,
+}
+
+impl<'a> Job<'a> {
+    fn new(method: Method, ranks: usize, accumulation: usize, out: &'a Path) -> Self {
+        Job {
+            method,
+            ranks,
+            accumulation,
+            placement: Placement::default(),
+            preference: None,
+            out,
+            stop: None,
+            resume: false,
+        }
+    }
+
+    fn stage(self, stage: Stage) -> Self {
+        let placement = Placement {
+            stage,
+            persistence_threshold: 0,
+            ..self.placement
+        };
+        Job { placement, ..self }
+    }
+
+    /// The weights of all units; with `qlora` matrices that are not trained are packed.
+    fn weights(&self) -> Vec<Weights> {
+        let (_, model, adapter) = declared(self.method != Method::Full, 0.0);
+        let cpu = Cpu::new(1);
+        let mut weights = Store::init(&cpu, model.units(), DType::F32, 5).into_weights();
+        let params = model.units().iter().map(|unit| &unit.params);
+        for (params, weights) in params.zip(&mut weights) {
+            for (param, weight) in params.iter().zip(weights.iter_mut()) {
+                let frozen = !param.trained && weight.dense().rows() > 1;
+                if self.method == Method::Qlora && frozen {
+                    let packed = Packed::quantize(&cpu, Layout::q4(32), weight.dense());
+                    *weight = Weight::Packed(packed);
+                }
+            }
+        }
+        if !self.resume {
+            return weights;
+        }
+        let (config, ..) = declared(false, 0.0);
+        let map = match &adapter {
+            Some(adapter) => adapter.tensors.clone(),
+            None => config.naming.file_tensors(&model),
+        };
+        let checkpoint = Checkpoints::open(self.out).latest().unwrap().unwrap();
+        learned(&model, &map, weights, checkpoint.checkpoint.path())
+    }
+
+    /// Pairs or rated answers where they are compared, else texts.
+    fn lessons(&self) -> Lessons {
+        let mut samples = lessons(20);
+        if self.preference.is_some_and(|method| method.is_paired()) {
+            let all: Vec<Example> = samples.into_iter().flatten().collect();
+            samples = all.chunks(2).map(<[Example]>::to_vec).collect();
+            samples.iter_mut().for_each(|pair| pair[1].label = false);
+        } else if self.preference.is_some() {
+            let rated = samples.iter_mut().enumerate();
+            rated.for_each(|(at, sample)| sample[0].label = at % 3 == 0);
+        }
+        let (train, held_out) = Examples::split(samples, 0.25, 1);
+        Lessons {
+            train: Arc::new(Examples::new(train, None)),
+            held_out: Some(Arc::new(Examples::new(held_out, None))),
+            patience: None,
+            preference: self.preference,
+        }
+    }
+
+    fn rank(&self, group: Group, deal: &Deal) -> Vec<f64> {
+        let cpu = Cpu::new(1);
+        let (config, model, adapter) = declared(self.method != Method::Full, 0.0);
+        let mut home = Home::on(group, self.placement);
+        if self.placement.needs_disk() {
+            let name = format!("tune-{}", home.group.rank());
+            let swap = SwapFile::create(&std::env::temp_dir(), &name, AioOptions::default(), None);
+            home.swap = Some(swap.unwrap());
+        }
+        let checkpoint = self.resume.then(|| {
+            Checkpoints::open(self.out)
+                .latest()
+                .unwrap()
+                .unwrap()
+                .checkpoint
+        });
+        let subject = Subject {
+            store: Store::of(&cpu, home, model.units(), deal).unwrap(),
+            config,
+            tokenizer: tokenizer(),
+            model,
+            adapter,
+        };
+        let mut options = options(self.out, 8);
+        options.shape.gradient_accumulation_steps = self.accumulation;
+        let lessons = self.lessons();
+        let mut trainer = Trainer::tune(subject, lessons, options, checkpoint.as_ref()).unwrap();
+        let (stop, mut seen) = (AtomicBool::new(false), Vec::new());
+        let end = trainer.run(&stop, &mut |event| match event {
+            Event::Step(step) => {
+                seen.push(step.loss);
+                seen.extend(
+                    step.rewards
+                        .iter()
+                        .flat_map(|r| r.means())
+                        .map(|(_, mean)| mean),
+                );
+                let now = self.stop == Some(step.step);
+                stop.store(now, std::sync::atomic::Ordering::Relaxed);
+            }
+            Event::Evaluated { loss, .. } => seen.push(loss),
+            _ => {}
+        });
+        let end = end.unwrap();
+        assert_eq!(end == End::Interrupted, self.stop.is_some(), "{self:?}");
+        if let Some(io) = trainer.engine().store().io_stats() {
+            assert!(io.bytes_read > 0 && io.bytes_written > 0, "{self:?} {io:?}");
+        }
+        trainer.save_trained(&self.out.join("last")).unwrap();
+        seen
+    }
+
+    /// Losses and means of rewards as all ranks have seen them, and the file of what was learned.
+    fn run(&self) -> (Vec<f64>, Vec<u8>) {
+        let deal = Deal::new(self.weights(), self.ranks);
+        let seen = std::thread::scope(|scope| {
+            let groups = Group::local(self.ranks, Duration::from_secs(60)).into_iter();
+            let rank = |group| scope.spawn(|| self.rank(group, &deal));
+            let ranks: Vec<_> = groups.map(rank).collect();
+            ranks
+                .into_iter()
+                .map(|r| r.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        assert!(seen.iter().all(|one| *one == seen[0]), "{self:?}");
+        let name = match self.method {
+            Method::Full => "model.safetensors",
+            _ => "adapter_model.safetensors",
+        };
+        let file = std::fs::read(self.out.join("last").join(name)).unwrap();
+        (seen[0].clone(), file)
+    }
+
+    /// The values in the file of what was learned, which is complete.
+    fn learned(&self) -> Vec<f32> {
+        let (config, model, adapter) = declared(self.method != Method::Full, 0.0);
+        let (name, map) = match adapter {
+            Some(adapter) => ("adapter_model.safetensors", adapter.tensors),
+            None => ("model.safetensors", config.naming.file_tensors(&model)),
+        };
+        let file = Tensors::open(&self.out.join("last").join(name)).unwrap();
+        let mut values = Vec::new();
+        for tensor in &map {
+            let view = file.get(&tensor.name).unwrap();
+            view.expect_shape(&tensor.shape).unwrap();
+            let read = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+            let own: Vec<f32> = view.bytes.chunks(4).map(read).collect();
+            assert!(own.iter().any(|v| *v != 0.0), "{} is empty", tensor.name);
+            values.extend(own);
+        }
+        values
+    }
+}
+
+/// Everything partitioned and on the disk, however small.
+const ON_DISK: Placement = Placement {
+    stage: Stage::Parameters,
+    persistence_threshold: 0,
+    bucket: 700,
+    wire: windlass_store::Wire::Exact,
+    grad_accum: DType::F32,
+    reduce_once: false,
+    parameters: Tier::Nvme,
+    optimizer: Tier::Nvme,
+    activations: Tier::Memory,
+    swap_from: 16,
+    buffers: 2,
+    sub_group: 9000,
+};
+
+const STAGES: [Stage; 4] = [
+    Stage::Replicated,
+    Stage::Optimizer,
+    Stage::Gradients,
+    Stage::Parameters,
+];
+
+/// All stages and tiers give the same bits, one rank with the same batch the same numbers but for the order of sums, and what is
+/// written is whole.
+#[test]
+fn ranks_and_stages_learn_the_same() {
+    for method in [Method::Lora, Method::Qlora, Method::Full] {
+        for accumulation in [1, 2] {
+            let alone = Folder::new();
+            let one = Job::new(method, 1, 2 * accumulation, alone.0.path());
+            let (losses, _) = one.run();
+            let values = one.learned();
+            assert!(losses.last() < losses.get(2), "{losses:?}");
+            let mut same: Option<(Vec<f64>, Vec<u8>)> = None;
+            let placements = STAGES.map(|stage| one.stage(stage).placement);
+            for placement in placements.into_iter().chain([ON_DISK]) {
+                let folder = Folder::new();
+                let job = Job {
+                    ranks: 2,
+                    accumulation,
+                    placement,
+                    out: folder.0.path(),
+                    ..one
+                };
+                let found = job.run();
+                close(&found.0, &losses, 1e-5, &job);
+                let learned: Vec<f64> = job.learned().iter().map(|&v| v.into()).collect();
+                let wanted: Vec<f64> = values.iter().map(|&v| v.into()).collect();
+                close(&learned, &wanted, 1e-4, &job);
+                let same = same.get_or_insert_with(|| found.clone());
+                assert!(*same == found, "{job:?}");
+            }
+        }
+    }
+}
+
+fn close(found: &[f64], wanted: &[f64], tolerance: f64, job: &Job<'_>) {
+    assert_eq!(found.len(), wanted.len(), "{job:?}");
+    for (at, (a, b)) in found.iter().zip(wanted).enumerate() {
+        let room = tolerance * b.abs().max(1.0);
+        assert!((a - b).abs() <= room, "{at}: {a} and {b}, {job:?}");
+    }
+}
+
+/// Comparisons need passes of their own, which partitioned weights are gathered for, by ranks without a batch too.
+#[test]
+fn ranks_compare_answers_as_one_does() {
+    let dpo = Preference::Dpo {
+        beta: 0.1,
+        label_smoothing: 0.0,
+    };
+    let kto = Preference::Kto {
+        beta: 0.1,
+        desirable_weight: 1.0,
+        undesirable_weight: 1.0,
+    };
+    for (method, preference) in [
+        (Method::Qlora, dpo),
+        (Method::Full, Preference::Orpo { beta: 0.1 }),
+        (Method::Lora, kto),
+    ] {
+        let alone = Folder::new();
+        let one = Job {
+            preference: Some(preference),
+            ..Job::new(method, 1, 2, alone.0.path())
+        };
+        let (losses, _) = one.run();
+        for stage in [Stage::Replicated, Stage::Parameters] {
+            let folder = Folder::new();
+            let job = Job {
+                ranks: 2,
+                accumulation: 1,
+                out: folder.0.path(),
+                ..one.stage(stage)
+            };
+            close(&job.run().0, &losses, 1e-4, &job);
+        }
+    }
+}
+
+/// A run that two ranks began in stage 3 goes on in another stage to the same end, and on one rank to about the same.
+#[test]
+fn runs_over_ranks_are_resumed() {
+    for method in [Method::Qlora, Method::Full] {
+        let whole = Folder::new();
+        let expected = Job::new(method, 2, 1, whole.0.path()).run();
+        for (ranks, stage) in [(2, Stage::Gradients), (1, Stage::Replicated)] {
+            let parts = Folder::new();
+            let job = Job::new(method, 2, 1, parts.0.path());
+            let first = Job {
+                stop: Some(5),
+                ..job.stage(Stage::Parameters)
+            };
+            let mut seen = first.run().0;
+            let second = Job {
+                ranks,
+                accumulation: 2 / ranks,
+                resume: true,
+                ..job.stage(stage)
+            };
+            let (losses, file) = second.run();
+            seen.extend(losses);
+            match ranks {
+                2 => assert!((seen, file) == expected, "{method:?}"),
+                _ => close(&seen, &expected.0, 1e-5, &second),
+            }
+        }
+    }
 }

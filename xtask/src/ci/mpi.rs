@@ -155,12 +155,42 @@ fn training(hosts: &Hosts, root: &Path, windlass: &Path) -> anyhow::Result<usize
         .addresses()
         .map(|address| format!("{address} slots=2\n"));
     std::fs::write(folder.join("hosts"), slots.concat())?;
+    let lines = (0..20).map(|n| {
+        let line = serde_json::json!({ "prompt": format!("The ship {n}"), "completion": line(n) });
+        line.to_string() + "\n"
+    });
+    std::fs::write(folder.join("samples.jsonl"), lines.collect::<String>())?;
+    // Parameters of any size are partitioned.
+    let config = serde_json::json!({
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "optimizer": { "type": "AdamW", "params": { "lr": 1e-2 } },
+        "zero_optimization": { "stage": 3, "stage3_param_persistence_threshold": 0 },
+    });
+    std::fs::write(folder.join("zero3.json"), config.to_string())?;
     let windlass = windlass.to_string_lossy();
     let train = "train text.txt --size 1m --vocab-size 300 --steps 6 --batch 1 --accumulate 2 --seq-len 64 \
                  --dtype bf16 --zero-stage 3 --save-every 3";
-    let train: Vec<&str> = train.split_whitespace().collect();
-    let threads = [&train[..], &["--ranks", "4", "--out", "threads"]].concat();
-    output(command(&folder, &windlass, &threads))?;
+    let steps = ["step-00000003", "step-00000006"];
+    let trained = compared(hosts, &folder, &windlass, train, &steps)?;
+    let tune = "finetune --model train-threads --data samples.jsonl --method qlora --steps 4 --max-length 64 --held-out 0.3 \
+                --config zero3.json --save-every 2";
+    let steps = ["step-00000002", "step-00000004", "best", "last"];
+    Ok(trained + compared(hosts, &folder, &windlass, tune, &steps)?)
+}
+
+/// Runs a verb by four threads and by four processes on two hosts; how many files of some folders are equal.
+fn compared(
+    hosts: &Hosts,
+    folder: &Path,
+    windlass: &str,
+    words: &str,
+    folders: &[&str],
+) -> anyhow::Result<usize> {
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let names = ["threads", "processes"].map(|how| format!("{}-{how}", words[0]));
+    let threads = [&words[..], &["--ranks", "4", "--out", &names[0]]].concat();
+    output(command(folder, windlass, &threads))?;
     let network = hosts.network().join(" ");
     let launch = [
         "launch",
@@ -172,29 +202,25 @@ fn training(hosts: &Hosts, root: &Path, windlass: &Path) -> anyhow::Result<usize
         &network,
         "--",
     ];
-    let launch = [
-        &[windlass.as_ref()],
-        &launch[..],
-        &train,
-        &["--out", "processes"],
-    ]
-    .concat();
-    output(hosts.on_first(&folder, &launch))?;
-    let [expected, found] = ["threads", "processes"].map(|run| folder.join(run));
+    let launch = [&[windlass], &launch[..], &words, &["--out", &names[1]]].concat();
+    output(hosts.on_first(folder, &launch))?;
+    let [expected, found] = names.map(|run| folder.join(run));
     if losses(&expected)? != losses(&found)? {
         bail!(
-            "the losses are not those of four threads: {}",
+            "{}: the losses are not those of four threads: {}",
+            words[0],
             folder.display()
         );
     }
     let mut equal = 0;
-    for step in ["step-00000003", "step-00000006"] {
-        for entry in expected.join(step).read_dir()? {
+    for inner in folders {
+        for entry in expected.join(inner).read_dir()? {
             let name = entry?.file_name();
-            let read = |run: &Path| std::fs::read(run.join(step).join(&name));
+            let read = |run: &Path| std::fs::read(run.join(inner).join(&name));
             if read(&expected)? != read(&found)? {
                 bail!(
-                    "{step}/{} is not that of four threads",
+                    "{} {inner}/{} is not that of four threads",
+                    words[0],
                     name.to_string_lossy()
                 );
             }

@@ -1,5 +1,6 @@
 //! One parameter as a rank keeps it, and its collectives.
 
+use super::deal::Cut;
 use super::disk::{Coming, Disk, Spot};
 use super::owner::Array;
 use super::{Store, Wire};
@@ -19,6 +20,8 @@ pub(super) enum Residence {
     Part(Tensor),
     /// This rank's shard, on the disk.
     Disk(Spot, DType),
+    /// This rank's part of the bytes of a packed matrix.
+    Packed(Cut),
 }
 
 /// One parameter.
@@ -65,6 +68,15 @@ impl Slot {
         &self.shards[self.rank]
     }
 
+    /// Whether this rank's part is on the disk.
+    pub(super) fn rests(&self) -> bool {
+        match &self.residence {
+            Residence::Disk(..) => true,
+            Residence::Packed(cut) => cut.rests(),
+            Residence::Whole(_) | Residence::Part(_) => false,
+        }
+    }
+
     /// The storage type of a dense parameter.
     pub(super) fn dtype(&self) -> Option<DType> {
         match &self.residence {
@@ -72,7 +84,7 @@ impl Slot {
                 Some(tensor.dtype())
             }
             Residence::Disk(_, dtype) => Some(*dtype),
-            Residence::Whole(Weight::Packed(_)) => None,
+            Residence::Whole(Weight::Packed(_)) | Residence::Packed(_) => None,
         }
     }
 }
@@ -242,10 +254,13 @@ impl Store {
 
     /// Starts to read this rank's shard of a parameter that rests on the disk.
     pub(super) fn start_fetch(&self, slot: &Slot) -> Coming {
-        let Residence::Disk(spot, dtype) = &slot.residence else {
-            unreachable!("only what rests on the disk is fetched");
+        let (spot, bytes) = match &slot.residence {
+            Residence::Disk(spot, dtype) => (spot, slot.shard().len() * dtype.size()),
+            Residence::Packed(cut) => cut.spot(slot.rank),
+            Residence::Whole(_) | Residence::Part(_) => {
+                unreachable!("only what rests on the disk is fetched")
+            }
         };
-        let bytes = slot.shard().len() * dtype.size();
         let buffer = self.cpu.memory.alloc(bytes, Category::Workspace);
         self.disk.read(spot, 0, buffer)
     }

@@ -159,7 +159,7 @@ impl Store {
                         let buffer = part.into_buffer().expect("a part that nobody shares");
                         self.disk.write(spot, 0, buffer)?;
                     }
-                    Residence::Whole(Weight::Packed(_)) => {}
+                    Residence::Whole(Weight::Packed(_)) | Residence::Packed(_) => {}
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! `y = x Wᵀ + b + r`: the one place that looks at a weight's representation.
 
+use super::Lora;
 use crate::tape::{Backprop, Backward, Kept};
 use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::ops::Range;
@@ -14,7 +15,7 @@ const PANEL: usize = 512;
 
 impl Tape {
     /// `y = x Wᵀ (+ bias) (+ residual)`, sums in the accumulator type, rounded once; where the weight has an adapter
-    /// ([`Lora`](crate::Lora)), `W` is the adapted weight.
+    /// ([`Lora`]), `W` is the adapted weight.
     ///
     /// # Shapes
     /// `x [.., K]`, `W [N, K]`, `bias [N]`, `residual` and `y [.., N]`.
@@ -47,9 +48,20 @@ impl Tape {
                     self.low_rank(x, y, lora, weights)
                 }
                 Some(slot) => {
-                    let y = self.product(x, w, None, None);
-                    let t = self.low_rank(x, y, lora, weights);
-                    self.magnitude(&t, (w, lora, slot), weights, bias, residual)
+                    // What is dropped is dropped from what the magnitudes change, and what they leave alone has all of it.
+                    let Some((kept, rest)) = self.dropped(x, lora) else {
+                        let y = self.product(x, w, None, None);
+                        let t = self.low_rank(x, y, lora, weights);
+                        return self.magnitude(&t, (w, lora, slot), weights, bias, residual);
+                    };
+                    let base = self.product(&rest, w, bias, residual);
+                    let y = self.product(&kept, w, None, None);
+                    let whole = Lora {
+                        dropout: 0.0,
+                        ..*lora
+                    };
+                    let t = self.low_rank(&kept, y, &whole, weights);
+                    self.magnitude(&t, (w, lora, slot), weights, None, Some(&base))
                 }
             },
         }

@@ -68,11 +68,7 @@ impl Tape {
             x.shape(),
             y.shape()
         );
-        let drop = self.noise(lora.a).filter(|_| lora.dropout > 0.0);
-        let drop = drop.map(|seed| Drop {
-            seed,
-            part: lora.dropout,
-        });
+        let drop = self.drop(lora);
         let input = Drop::apply(drop, &cpu, &x.tensor);
         let node = y.node();
         let mut out = y.tensor;
@@ -92,6 +88,32 @@ impl Tape {
             lora,
             drop,
         })
+    }
+
+    /// What an adapter drops of its input; nothing but in training.
+    fn drop(&self, lora: &Lora) -> Option<Drop> {
+        let seed = self.noise(lora.a).filter(|_| lora.dropout > 0.0)?;
+        Some(Drop {
+            seed,
+            part: lora.dropout,
+        })
+    }
+
+    /// What an adapter keeps of its input, made larger in proportion, and what is missing from it to the whole; `None` where
+    /// nothing is dropped.
+    pub(super) fn dropped(&mut self, x: &Var, lora: &Lora) -> Option<(Var, Var)> {
+        let drop = self.drop(lora)?;
+        let cpu = self.cpu().clone();
+        let mut part = |rest: bool| {
+            let value = drop.part_of(&cpu, &x.tensor, rest);
+            let node = x.node();
+            self.record(value, node.is_some(), || SavedDrop {
+                x: node,
+                drop,
+                rest,
+            })
+        };
+        Some((part(false), part(true)))
     }
 
     /// `t * m / ‖W + s B A‖ (+ bias) (+ residual)`, the norm taken of each row of the weight and held constant in the
@@ -217,6 +239,35 @@ impl Drop {
                 false => E::from_f64(value.to_f64() * gain),
             };
         });
+    }
+}
+
+impl Drop {
+    /// What is kept of a value, or with `rest` what is missing from that to the whole.
+    fn part_of(self, cpu: &Cpu, x: &Tensor, rest: bool) -> Tensor {
+        let mut kept = x.deep_clone(cpu, Category::Activations);
+        self.mask(cpu, &mut kept);
+        if !rest {
+            return kept;
+        }
+        let mut missing = x.deep_clone(cpu, Category::Activations);
+        each_dtype!(x.dtype(), E =>
+            axpy(&cpu.pool, -1.0, kept.as_slice::<E>(), missing.as_mut_slice::<E>()));
+        missing
+    }
+}
+
+/// A part of a value: its gradient is the same part of the gradient.
+struct SavedDrop {
+    x: Option<usize>,
+    drop: Drop,
+    rest: bool,
+}
+
+impl Backward for SavedDrop {
+    fn backward(self: Box<Self>, cx: &mut Backprop<'_>, dy: Tensor) {
+        let part = self.drop.part_of(&cx.cpu(), &dy, self.rest);
+        cx.add(self.x, part);
     }
 }
 

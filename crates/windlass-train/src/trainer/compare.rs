@@ -4,7 +4,7 @@ use super::{Trainer, to_tokens};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::evaluate::run_on;
-use crate::preference::{Comparison, Preference};
+use crate::preference::{Comparison, Preference, Rewards};
 use std::ops::Range;
 use std::sync::Arc;
 use windlass_model::{Goal, Tokens};
@@ -85,6 +85,19 @@ impl Trainer {
             start += length;
         }
         (count as f64, chosen as f64)
+    }
+
+    /// What the comparisons of all ranks have shown.
+    pub(super) fn all_rewards(&self, own: Option<Rewards>) -> Result<Option<Rewards>> {
+        if self.preference.is_none() {
+            return Ok(None);
+        }
+        let all = self.all("rewards", &own.unwrap_or_default().to_array())?;
+        let mut sum = Rewards::default();
+        for rank in all.as_chunks().0 {
+            sum.add(&Rewards::from_array(*rank));
+        }
+        Ok(Some(sum))
     }
 
     /// A batch as the model reads it, in a step of `micro_batches` batches that counts as [`Trainer::weight`] says in all.

@@ -129,11 +129,8 @@ impl Trainer {
                 loss: Some(loss),
                 stale: 0,
             };
-            // A whole model is kept by one rank alone: all would write the same files.
-            if self.adapter.is_some() || self.engine.store().group().size() == 1 {
-                self.save_trained(&self.best_folder())?;
-                tell(Event::Best { step, loss });
-            }
+            self.save_trained(&self.best_folder())?;
+            tell(Event::Best { step, loss });
             return Ok(None);
         }
         self.best.stale += 1;

@@ -6,6 +6,7 @@ use super::encode::Example;
 use crate::data::sampler::Permutation;
 use crate::data::{Batch, SamplerState};
 use crate::error::{Error, Result};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use windlass_tensor::IGNORED;
 
@@ -104,6 +105,35 @@ impl Examples {
     /// Tokens of all sequences.
     pub fn tokens(&self) -> usize {
         self.samples.iter().flatten().map(|e| e.ids.len()).sum()
+    }
+
+    /// The mean number of tokens of a sequence.
+    pub fn mean(&self) -> f64 {
+        self.tokens() as f64 / self.len().max(1) as f64
+    }
+
+    /// A number that other examples do not have.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for example in self.samples.iter().flatten() {
+            (&example.ids, &example.learned, example.label).hash(&mut hasher);
+        }
+        self.sequences.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// The longest sequence, of at most so many tokens of its longest example.
+    pub fn sample(&self, tokens: usize) -> Batch {
+        let largest = self.largest(1);
+        let length = largest.segments.iter().max().map_or(0, |&n| n.min(tokens));
+        Batch {
+            ids: largest.ids[..length].to_vec(),
+            targets: largest.targets[..length].to_vec(),
+            positions: (0..length as u32).collect(),
+            segments: vec![length],
+            sequences: 1,
+            labels: Vec::new(),
+        }
     }
 
     /// Adds a sequence to a batch.

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use windlass::progress::{Progress, say};
+use windlass::tensor::kernels::memory::Memory;
 use windlass::train::{End, Event, Trainer};
 
 /// Raised by Ctrl-C.
@@ -86,13 +87,25 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
 /// Sees a trainer, with what shows a text.
 pub type Look<'a> = &'a mut dyn FnMut(&Trainer, &mut dyn FnMut(&str));
 
-/// Runs a trainer that fine-tunes to its end, as [`train`]. `look` sees it after every evaluation, with what shows a text.
+/// Runs a trainer that fine-tunes to its end, as [`train`]. `look` sees it after every evaluation, with what shows a text; in
+/// `shared` are the weights that ranks have in common.
 ///
 /// # Errors
 /// Those of the run.
-pub fn tune(trainer: &mut Trainer, steps: u64, look: Look<'_>) -> Result<()> {
+pub fn tune(
+    trainer: &mut Trainer,
+    steps: u64,
+    observer: Option<Observer>,
+    shared: &Memory,
+    look: Look<'_>,
+) -> Result<()> {
+    let Some(mut observer) = observer else {
+        let look = &mut |trainer: &Trainer| look(trainer, &mut |_| ());
+        trainer.run_watched(&STOP, &mut |_| (), look)?;
+        return Ok(());
+    };
     listen()?;
-    let memory = trainer.cpu().memory.clone();
+    let (memory, shared) = (trainer.cpu().memory.clone(), shared.now().reserved);
     let bar = RefCell::new(Progress::new(steps, "tuning"));
     let (mut last, mut speed) = (String::new(), 0.0);
     let mut tell = |event| match event {
@@ -103,7 +116,7 @@ pub fn tune(trainer: &mut Trainer, steps: u64, look: Look<'_>) -> Result<()> {
             } else {
                 0.9 * speed + 0.1 * now
             };
-            let held = bytes(memory.now().reserved);
+            let held = bytes(shared + memory.now().reserved);
             let rewards = s.rewards.map_or(String::new(), |rewards| {
                 let means = rewards.means();
                 format!(
@@ -114,13 +127,21 @@ pub fn tune(trainer: &mut Trainer, steps: u64, look: Look<'_>) -> Result<()> {
             });
             last = format!("loss {:.3}{rewards} · {speed:.0} tokens/s · {held}", s.loss);
             bar.borrow_mut().set(s.step, &last);
+            for line in observer.step(&s) {
+                bar.borrow().note(&line);
+            }
         }
         Event::Evaluated { step, loss } => {
             let perplexity = loss.exp();
             let line = format!("step {step}: held-out loss {loss:.4}, perplexity {perplexity:.2}");
             bar.borrow().note(&line);
         }
-        Event::Best { .. } | Event::Profiled(_) => {}
+        Event::Profiled(layers) => {
+            for line in observer.profile(layers) {
+                bar.borrow().note(&line);
+            }
+        }
+        Event::Best { .. } => {}
         Event::Saved(path) => bar.borrow().note(&format!("saved {}", path.display())),
     };
     let mut show = |trainer: &Trainer| look(trainer, &mut |text| bar.borrow().note(text));
@@ -133,6 +154,9 @@ pub fn tune(trainer: &mut Trainer, steps: u64, look: Look<'_>) -> Result<()> {
             bar.finish("interrupted");
             say("continue with the same command and --resume");
         }
+    }
+    for line in observer.end() {
+        say(&line);
     }
     Ok(())
 }

@@ -1,28 +1,31 @@
 //! `windlass finetune`: adapters on any model that can be opened, or the whole model, on samples of the user's own.
 
-use super::drive::{self, bytes, machine_memory};
 use super::lessons;
 use super::recipe::Tuning;
 use super::settings::{self, Settings};
 use super::source::Packing;
+use super::world::{Ranks, World};
 use super::{Machine, failure, usage};
 use anyhow::Result;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use windlass::infer::{LoadIn, LoadedModel};
-use windlass::model::{Adapter, AdapterConfig, Targets};
+use windlass::model::{AdapterConfig, Targets};
 use windlass::progress::say;
-use windlass::store::Placement;
 use windlass::store::checkpoint::CheckpointDir;
-use windlass::tensor::Cpu;
-use windlass::train::data::Packing as Sharing;
+use windlass::store::{Deal, Stage, Store};
+use windlass::tensor::{Cpu, DType};
 use windlass::train::tune::Examples;
-use windlass::train::{Lessons, Plan, Subject, TrainOptions, Trainer, plan_batch};
+use windlass::train::{Lessons, TrainOptions};
 
 mod compare;
+mod job;
+mod outlook;
 mod samples;
 
+use job::Job;
+use outlook::Course;
 use samples::Speaker;
 
 /// Flags of the verb.
@@ -74,7 +77,7 @@ pub struct Args {
     /// Continue the run in --out from its latest checkpoint
     #[arg(long)]
     resume: bool,
-    /// Say what the run needs, and stop
+    /// Say what the run needs and how long it takes, and stop
     #[arg(long)]
     plan: bool,
     /// Steps between evaluations [default: ten in a run]
@@ -95,6 +98,8 @@ pub struct Args {
     /// Checkpoints kept
     #[arg(long, default_value = "2")]
     keep: NonZeroUsize,
+    #[command(flatten)]
+    world: World,
     #[command(flatten)]
     machine: Machine,
 }
@@ -138,12 +143,45 @@ struct AdapterArgs {
     rslora: bool,
 }
 
+impl Args {
+    /// The run's folder.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+}
+
 /// Runs the verb.
 pub fn run(mut args: Args) -> Result<()> {
     args.how.tune(match args.method {
         Method::Full => Tuning::Full,
         _ => Tuning::Adapter,
     });
+    args.machine.cpu_threads()?;
+    let ranks = args.world.join()?;
+    let path = ranks.prepare(|| Ok(windlass::hub::resolve(&args.model)?))?;
+    let Some(job) = prepare(&args, &path, &ranks)? else {
+        return Ok(());
+    };
+    let best = ranks.run(&args.machine, |group, cpu| job.run(group, &cpu))?;
+    let folder = match best {
+        Some(loss) => {
+            let best = args.out.join("best");
+            let shown = best.display();
+            say(&format!("best: held-out loss {loss:.4}, in {shown}"));
+            best
+        }
+        None => args.out.join("last"),
+    };
+    let how = match args.method {
+        Method::Full => format!("--model {}", folder.display()),
+        _ => format!("--model {} --adapter {}", args.model, folder.display()),
+    };
+    say(&format!("next: windlass generate {how} --prompt \"...\""));
+    Ok(())
+}
+
+/// What all ranks of this process train; none if only the plan was asked for.
+fn prepare<'a>(args: &'a Args, path: &Path, ranks: &Ranks) -> Result<Option<Job<'a>>> {
     let resume = match args.resume {
         true => Some(super::train::latest(&args.out)?),
         false => super::train::fresh(&args.out)?,
@@ -152,10 +190,10 @@ pub fn run(mut args: Args) -> Result<()> {
         true => Cpu::dry(),
         false => args.machine.cpu()?,
     };
-    let model = open(&args, &cpu, resume.as_ref())?;
+    let mut model = open(args, &cpu, path, ranks.count(), resume.as_ref())?;
     let (context, tokenizer) = (model.context(), model.tokenizer()?.clone());
     let read = args.lessons.read(&args.lessons.data, &tokenizer, context)?;
-    let preference = compare::method(&args, read.form, &model)?;
+    let preference = compare::method(args, read.form, &model)?;
     let (train, held_out) = match args.eval_data.is_empty() {
         true => Examples::split(read.samples, args.held_out, args.seed),
         false => {
@@ -169,80 +207,81 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     let train = Examples::new(train, pack);
     let held_out = (!held_out.is_empty()).then(|| Arc::new(Examples::new(held_out, pack)));
-    let settings = settings(&args, &model, &train)?;
+    let known = settings(args, &model, &train, ranks.count(), args.steps.unwrap_or(1))?;
     let rated = preference.is_some_and(|preference| !preference.is_paired());
-    if rated && settings.shape.micro_batch < 2 {
+    if rated && known.shape.micro_batch < 2 {
         let message = "--batch 1 with rated answers";
         let hint = "kto pairs each prompt with the answer to another one: at least 2";
         return Err(usage(message, hint));
     }
-    let steps = steps(&args, &settings, &train);
-    say(&parameters(&model));
+    let steps = steps(args, &known, &train, ranks.count());
+    let settings = settings(args, &model, &train, ranks.count(), steps)?;
+    settings.announce();
+    say(&outlook::parameters(&model));
     if args.plan {
-        describe(&plan(model, &settings, &train), steps);
-        return Ok(());
+        let course = Course {
+            settings: &settings,
+            train: &train,
+            preference,
+            steps,
+            ranks,
+        };
+        outlook::plan(model, &settings, &train, ranks)?.tell(args, &course)?;
+        return Ok(None);
     }
-    let options = options(&args, &settings, steps)?;
-    let speaker = Speaker::new(&args, &model)?;
-    let lessons = Lessons {
-        train: Arc::new(train),
-        held_out,
-        patience: args.patience,
-        preference,
+    let observe = settings.observe();
+    let theory = match observe.comms_logger.is_some() {
+        true => {
+            let dry = open(args, &Cpu::dry(), path, ranks.count(), None)?;
+            Some(outlook::plan(dry, &settings, &train, ranks)?.plan)
+        }
+        false => None,
     };
-    let subject = Subject {
+    let cut = settings.placement.stage == Stage::Parameters && ranks.count() > 1;
+    if cut && !args.sample.is_empty() {
+        say("note: --sample in stage 3: the first rank has the whole model in memory while it answers");
+    }
+    let speaker = Speaker::new(args, &model)?;
+    let store = std::mem::replace(&mut model.store, Store::new(&cpu, &[], Vec::new()));
+    cpu.memory.trim();
+    let here = match ranks {
+        Ranks::Threads(ranks, _) => *ranks,
+        Ranks::Process(_) => 1,
+    };
+    Ok(Some(Job {
+        options: options(args, &settings, steps)?,
+        adapter: model.adapter.map(|adapter| adapter.config),
         config: model.config,
         tokenizer,
-        model: model.model,
-        store: model.store,
-        adapter: model.adapter,
-    };
-    let mut trainer = Trainer::tune(subject, lessons, options, resume.as_ref())?;
-    drive::tune(&mut trainer, steps, &mut |trainer, note| {
-        speaker.speak(trainer, note)
-    })?;
-    finish(&args, &trainer)
-}
-
-/// Writes what was learned last, and says how to use it.
-fn finish(args: &Args, trainer: &Trainer) -> Result<()> {
-    let last = args.out.join("last");
-    trainer.save_trained(&last)?;
-    let best = trainer.best_folder();
-    let folder = match trainer.best_loss() {
-        Some(loss) => {
-            say(&format!(
-                "best: held-out loss {loss:.4}, in {}",
-                best.display()
-            ));
-            best
-        }
-        None => last.clone(),
-    };
-    if let Some(source) = args.lessons.template_source()? {
-        for folder in [&folder, &last] {
-            let file = folder.join("chat_template.jinja");
-            windlass::store::atomic::write_atomic(
-                &windlass::store::atomic::RealDisk,
-                &file,
-                source.as_bytes(),
-            )?;
-        }
-    }
-    let how = match args.method {
-        Method::Full => format!("--model {}", folder.display()),
-        _ => format!("--model {} --adapter {}", args.model, folder.display()),
-    };
-    say(&format!("next: windlass generate {how} --prompt \"...\""));
-    Ok(())
+        deal: Deal::new(store.into_weights(), here),
+        memory: cpu.memory.clone(),
+        lessons: Lessons {
+            train: Arc::new(train),
+            held_out,
+            patience: args.patience,
+            preference,
+        },
+        settings,
+        observe,
+        theory,
+        speaker,
+        resume,
+        args,
+    }))
 }
 
 /// The model, with the adapter that is to be trained.
-fn open(args: &Args, cpu: &Cpu, resume: Option<&CheckpointDir>) -> Result<LoadedModel> {
+fn open(
+    args: &Args,
+    cpu: &Cpu,
+    path: &Path,
+    ranks: usize,
+    resume: Option<&CheckpointDir>,
+) -> Result<LoadedModel> {
     let full = args.method == Method::Full;
     let path = match resume.filter(|_| full) {
-        Some(checkpoint) => checkpoint.path().to_owned(),
-        None => windlass::hub::resolve(&args.model)?,
+        Some(checkpoint) => checkpoint.path(),
+        None => path,
     };
     let load_in = match (args.method, args.load_in) {
         (Method::Qlora, packing) => LoadIn::Packed(packing.unwrap_or(Packing::Q4).layout()),
@@ -260,7 +299,7 @@ fn open(args: &Args, cpu: &Cpu, resume: Option<&CheckpointDir>) -> Result<Loaded
         true => LoadIn::AsStored,
         false => load_in,
     };
-    let mut model = LoadedModel::open_in(cpu, &path, args.how.dtype(), load_in)?;
+    let mut model = LoadedModel::open_in(cpu, path, args.how.dtype(ranks)?, load_in)?;
     if let Some(tokenizer) = &args.tokenizer {
         model.set_tokenizer(tokenizer)?;
     }
@@ -294,13 +333,6 @@ fn config(args: &Args) -> Result<AdapterConfig> {
         some => Targets::Names(some.to_vec()),
     };
     let use_dora = args.method == Method::Dora;
-    if use_dora && given.dropout > 0.0 {
-        let message = "--dropout with --method dora";
-        return Err(usage(
-            message,
-            "DoRA's magnitudes are trained without dropout here: leave it out",
-        ));
-    }
     let config = AdapterConfig {
         file: "the flags".into(),
         r: given.rank,
@@ -317,102 +349,28 @@ fn config(args: &Args) -> Result<AdapterConfig> {
     Ok(config)
 }
 
-/// Trainable parameters, in PEFT's words.
-fn parameters(model: &LoadedModel) -> String {
-    let params = || model.model.units().iter().flat_map(|unit| &unit.params);
-    let trained: usize = params().filter(|p| p.trained).map(|p| p.shape.len()).sum();
-    let saved = |adapter: &Adapter| -> usize {
-        let whole = adapter
-            .tensors
-            .iter()
-            .filter(|file| !file.name.contains(".lora_"));
-        whole.map(|file| file.shape.len()).sum()
-    };
-    // PEFT counts a module that is saved whole twice: as it was, and its copy.
-    let all = model.model.num_params() + model.adapter.as_ref().map_or(0, saved);
-    format!(
-        "trainable params: {} || all params: {} || trainable%: {:.4}",
-        grouped(trained),
-        grouped(all),
-        100.0 * trained as f64 / all as f64
-    )
-}
-
-fn grouped(n: usize) -> String {
-    let digits = n.to_string();
-    let groups: Vec<&str> = digits
-        .as_bytes()
-        .rchunks(3)
-        .rev()
-        .map(|group| std::str::from_utf8(group).expect("digits"))
-        .collect();
-    groups.join(",")
-}
-
-fn settings(args: &Args, model: &LoadedModel, train: &Examples) -> Result<Settings> {
-    let longest = train.longest();
-    let known = args.steps.unwrap_or(1);
-    let mut settings = args
-        .how
-        .settings(1, known, model.config.hidden_size, longest)?;
-    if settings.placement != Placement::default() {
-        let message = "fine-tuning runs on one rank with everything in memory";
-        return Err(usage(
-            message,
-            "leave --zero-stage, --reduce-once and \"offload_...\" of --config out",
-        ));
-    }
+fn settings(
+    args: &Args,
+    model: &LoadedModel,
+    train: &Examples,
+    ranks: usize,
+    steps: u64,
+) -> Result<Settings> {
+    let (width, longest) = (model.config.hidden_size, train.longest());
+    let mut settings = args.how.settings(ranks, steps, width, longest)?;
     settings.dtype = model.dtype;
-    settings.announce();
+    if model.dtype == DType::F16 {
+        settings.engine.loss_scale.get_or_insert_default();
+    }
     Ok(settings)
 }
 
-fn steps(args: &Args, settings: &Settings, train: &Examples) -> u64 {
+fn steps(args: &Args, settings: &Settings, train: &Examples, ranks: usize) -> u64 {
     let shape = settings.shape;
-    let per_step = (shape.micro_batch * shape.gradient_accumulation_steps) as f64;
+    let per_step = (shape.micro_batch * shape.gradient_accumulation_steps * ranks) as f64;
     let passes = args.epochs.unwrap_or(1.0);
     let all = (passes * train.len() as f64 / per_step).ceil() as u64;
     args.steps.unwrap_or(all.max(1))
-}
-
-fn plan(model: LoadedModel, settings: &Settings, train: &Examples) -> Plan {
-    let map = match &model.adapter {
-        Some(adapter) => adapter.tensors.clone(),
-        None => model.config.naming.file_tensors(&model.model),
-    };
-    let (shape, batch) = (settings.shape, train.largest(settings.shape.micro_batch));
-    let parts = (model.model, model.store, map);
-    plan_batch(
-        parts,
-        &model.config,
-        settings.dtype,
-        settings.engine,
-        (shape, batch),
-    )
-}
-
-fn describe(plan: &Plan, steps: u64) {
-    use windlass::tensor::Category;
-    let parts: Vec<String> = Category::ALL
-        .iter()
-        .map(|c| format!("{} {}", c.name(), bytes(plan.memory.of(*c))))
-        .collect();
-    say(&format!(
-        "memory: {} ({})",
-        bytes(plan.memory.reserved),
-        parts.join(", ")
-    ));
-    say(&format!(
-        "steps: {steps}, of at most {} tokens",
-        plan.tokens_per_step
-    ));
-    if let Some(available) = machine_memory().filter(|&room| room < plan.memory.reserved) {
-        say(&format!(
-            "note: only {} are available: --checkpoint-activations, a smaller --batch with --accumulate, a shorter --max-length \
-             or --method qlora need less",
-            bytes(available)
-        ));
-    }
 }
 
 fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions> {
@@ -426,7 +384,7 @@ fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions>
         shape: settings.shape,
         schedule: args.how.rate(settings, steps)?,
         steps,
-        packing: Sharing::Documents,
+        packing: windlass::train::data::Packing::Documents,
         seed: args.seed,
         eval_every: Some(every).filter(|&n| n > 0),
         eval_sequences: None,

@@ -79,6 +79,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let run = match &verb {
         crate::Command::Train(train) => Some(Checkpoints::open(train.out())),
+        crate::Command::Finetune(tune) => Some(Checkpoints::open(tune.out())),
         crate::Command::Launch(_) => {
             return Err(usage("launch cannot launch itself", "name the verb to run"));
         }
@@ -87,7 +88,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.max_restarts > 0 && run.is_none() {
         return Err(usage(
             format!("--max-restarts: '{}' cannot be resumed", args.verb[0]),
-            "only `train` continues from a checkpoint; leave --max-restarts out",
+            "`train` and `finetune` continue from a checkpoint; leave --max-restarts out",
         ));
     }
     let plan = args.plan()?;

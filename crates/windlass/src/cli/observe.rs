@@ -28,11 +28,11 @@ struct Sums {
 }
 
 impl Observer {
-    /// An observer of the first rank of a run.
-    pub fn new(observe: Observe, plan: &Plan) -> Self {
+    /// An observer of the first rank of a run. The plan is what its communication is compared with, where it is to be told.
+    pub fn new(observe: Observe, plan: Option<&Plan>) -> Self {
         Self {
             observe,
-            theory: plan.collectives,
+            theory: plan.map_or_else(Theory::default, |plan| plan.collectives),
             ..Self::default()
         }
     }

@@ -11,7 +11,7 @@ use windlass::model::DecoderConfig;
 use windlass::progress::say;
 use windlass::store::{Home, Placement, Stage};
 use windlass::tensor::DType;
-use windlass::train::config::{Config, Context, Origin, Row, Status};
+use windlass::train::config::{Config, Context, Observe, Origin, Row, Status};
 use windlass::train::schedule::Rate;
 use windlass::train::{EngineOptions, Error, Outline, Plan, StepShape, plan_rank};
 
@@ -72,6 +72,12 @@ impl Settings {
             let rows: Vec<&Row> = config.report().iter().filter(told).collect();
             table(&rows).iter().for_each(|line| say(line));
         }
+    }
+
+    /// What a --config asks to be said about the run.
+    pub fn observe(&self) -> Observe {
+        let config = self.config.as_ref();
+        config.map_or_else(Observe::default, |config| config.observe.clone())
     }
 
     fn notes(&self) -> Vec<String> {
@@ -135,9 +141,19 @@ impl Args {
         }
     }
 
-    /// The storage type, where one was asked for.
-    pub fn dtype(&self) -> Option<DType> {
-        self.recipe.given_dtype()
+    /// The storage type, where flags or a --config with `bf16` or `fp16` ask for one.
+    ///
+    /// # Errors
+    /// As [`Args::settings`].
+    pub fn dtype(&self, ranks: usize) -> Result<Option<DType>> {
+        if self.config.is_none() {
+            return Ok(self.recipe.given_dtype());
+        }
+        // Neither the number of steps nor the sizes of the model decide it.
+        let dtype = self.settings(ranks, 1, 1, 1)?.dtype;
+        Ok(Some(dtype)
+            .filter(|dtype| *dtype != DType::F32)
+            .or(self.recipe.given_dtype()))
     }
 
     /// The settings of a run on `ranks` ranks, of `steps` steps, of a model of a width.

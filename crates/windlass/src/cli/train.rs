@@ -244,7 +244,7 @@ impl Job {
             self.options.clone(),
             self.resume.as_ref(),
         )?;
-        let observer = first.then(|| Observer::new(self.observe.clone(), &self.plan));
+        let observer = first.then(|| Observer::new(self.observe.clone(), Some(&self.plan)));
         drive::train(&mut trainer, self.options.steps, observer)
     }
 
@@ -331,8 +331,7 @@ fn options(args: &Args, settings: &Settings, steps: u64) -> Result<TrainOptions>
 
 /// What is said about the run.
 fn observe(args: &Args, settings: &Settings) -> Observe {
-    let config = settings.config.as_ref();
-    let mut observe = config.map_or_else(Observe::default, |config| config.observe.clone());
+    let mut observe = settings.observe();
     if args.comms {
         observe.comms_logger.get_or_insert_default();
     }

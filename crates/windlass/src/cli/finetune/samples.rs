@@ -43,9 +43,16 @@ impl Speaker {
         })
     }
 
-    /// Answers all prompts, greedily; `note` is told each answer.
+    /// Answers all prompts, greedily, on the first rank; `note` is told each answer there. Collective: where weights are
+    /// partitioned, that rank has all of them for as long.
     pub fn speak(&self, trainer: &Trainer, note: &mut dyn FnMut(&str)) {
         if self.prompts.is_empty() {
+            return;
+        }
+        let store = trainer.engine().store();
+        if store.group().rank() > 0 {
+            // What hinders this hinders the next step as well.
+            let _ = (0..store.units().len()).try_for_each(|unit| store.gather(unit).map(|_| ()));
             return;
         }
         for (prompt, answer) in self.prompts.iter().zip(self.answers(trainer)) {
