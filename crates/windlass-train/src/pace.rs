@@ -9,12 +9,15 @@ use crate::trainer::to_tokens;
 use std::sync::Arc;
 use std::time::Instant;
 use windlass_model::{DecoderConfig, Layer, Model, Tokens};
+use windlass_tensor::kernels::Element;
+use windlass_tensor::kernels::elementwise::fill as fill_with;
 use windlass_tensor::kernels::packed::{Layout, PackedMatrix};
 use windlass_tensor::{
     Category, Cpu, DType, Grads, Packed, ParamSpec, Shape, Tape, Tensor, UnitSpec, Weight, Weights,
+    each_dtype,
 };
 
-/// The largest parameter that is filled by chance; others are zeros, which take as long.
+/// The largest parameter that is filled by chance; others have one number everywhere, which takes as long.
 const FILLED: usize = 1 << 20;
 
 /// Seconds of passes over a batch.
@@ -54,10 +57,16 @@ impl Like {
         let shape = param.shape;
         match self {
             Like::Dense(dtype) if shape.len() <= FILLED => param.fill(cpu, 0, *dtype).into(),
-            Like::Dense(dtype) => Tensor::zeros(cpu, shape, *dtype, Category::Weights).into(),
+            Like::Dense(dtype) => {
+                let mut tensor = Tensor::empty(cpu, shape, *dtype, Category::Weights);
+                each_dtype!(*dtype, E =>
+                    fill_with(&cpu.pool, E::from_f64(1e-3), tensor.as_mut_slice::<E>()));
+                tensor.into()
+            }
             Like::Packed(layout, order) => {
                 let shape = [shape[0], shape[1]];
-                let bytes = vec![0u8; PackedMatrix::packed_bytes(layout, shape)];
+                // Not zeros: pages that nobody wrote are all the same page, which is in a cache.
+                let bytes = vec![1u8; PackedMatrix::packed_bytes(layout, shape)];
                 let matrix = PackedMatrix::from_bytes(*layout, shape, Arc::new(bytes));
                 let packed = Packed::from(matrix);
                 Weight::Packed(match order {
@@ -126,7 +135,11 @@ pub fn pace(
             None => {
                 let weights = fill(cpu, spec, like);
                 let again = checkpointing && kind.role == Role::Middle;
-                let batch = || to_tokens(batch.clone(), config, dtype, 1.0, 1);
+                let batch = || Tokens {
+                    // The balance of experts couples layers, and costs next to nothing.
+                    router: None,
+                    ..to_tokens(batch.clone(), config, dtype, 1.0, 1)
+                };
                 let (mut best, mut y) = (None::<Pace>, None);
                 for _ in 0..2 {
                     let (took, out) =

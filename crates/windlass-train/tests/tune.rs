@@ -679,7 +679,8 @@ impl<'a> Job<'a> {
         let deal = Deal::new(self.weights(), self.ranks);
         let seen = std::thread::scope(|scope| {
             let groups = Group::local(self.ranks, Duration::from_secs(60)).into_iter();
-            let rank = |group| scope.spawn(|| self.rank(group, &deal));
+            let deal = &deal;
+            let rank = |group| scope.spawn(move || self.rank(group, deal));
             let ranks: Vec<_> = groups.map(rank).collect();
             ranks
                 .into_iter()

@@ -191,55 +191,37 @@ fn prepare<'a>(args: &'a Args, path: &Path, ranks: &Ranks) -> Result<Option<Job<
         false => args.machine.cpu()?,
     };
     let mut model = open(args, &cpu, path, ranks.count(), resume.as_ref())?;
-    let (context, tokenizer) = (model.context(), model.tokenizer()?.clone());
-    let read = args.lessons.read(&args.lessons.data, &tokenizer, context)?;
-    let preference = compare::method(args, read.form, &model)?;
-    let (train, held_out) = match args.eval_data.is_empty() {
-        true => Examples::split(read.samples, args.held_out, args.seed),
-        false => {
-            let other = args.lessons.read(&args.eval_data, &tokenizer, context)?;
-            (read.samples, other.samples)
-        }
-    };
-    let pack = match args.pack {
-        true => Some(args.lessons.max_length(context)?),
-        false => None,
-    };
-    let train = Examples::new(train, pack);
-    let held_out = (!held_out.is_empty()).then(|| Arc::new(Examples::new(held_out, pack)));
-    let known = settings(args, &model, &train, ranks.count(), args.steps.unwrap_or(1))?;
-    let rated = preference.is_some_and(|preference| !preference.is_paired());
-    if rated && known.shape.micro_batch < 2 {
-        let message = "--batch 1 with rated answers";
-        let hint = "kto pairs each prompt with the answer to another one: at least 2";
-        return Err(usage(message, hint));
-    }
-    let steps = steps(args, &known, &train, ranks.count());
-    let settings = settings(args, &model, &train, ranks.count(), steps)?;
+    let tokenizer = model.tokenizer()?.clone();
+    let lessons = read(args, &model)?;
+    let train = &lessons.train;
+    let (settings, steps) = decide(args, &model, &lessons, ranks.count())?;
     settings.announce();
     say(&outlook::parameters(&model));
     if args.plan {
         let course = Course {
             settings: &settings,
-            train: &train,
-            preference,
+            train,
+            preference: lessons.preference,
             steps,
             ranks,
         };
-        outlook::plan(model, &settings, &train, ranks)?.tell(args, &course)?;
+        outlook::plan(model, &settings, train, ranks)?.tell(args, &course)?;
         return Ok(None);
     }
     let observe = settings.observe();
+    // What communication is compared with, where it is to be told.
     let theory = match observe.comms_logger.is_some() {
         true => {
             let dry = open(args, &Cpu::dry(), path, ranks.count(), None)?;
-            Some(outlook::plan(dry, &settings, &train, ranks)?.plan)
+            Some(outlook::plan(dry, &settings, train, ranks)?.plan)
         }
         false => None,
     };
     let cut = settings.placement.stage == Stage::Parameters && ranks.count() > 1;
     if cut && !args.sample.is_empty() {
-        say("note: --sample in stage 3: the first rank has the whole model in memory while it answers");
+        say(
+            "note: --sample in stage 3: the first rank has the whole model in memory while it answers",
+        );
     }
     let speaker = Speaker::new(args, &model)?;
     let store = std::mem::replace(&mut model.store, Store::new(&cpu, &[], Vec::new()));
@@ -255,12 +237,7 @@ fn prepare<'a>(args: &'a Args, path: &Path, ranks: &Ranks) -> Result<Option<Job<
         tokenizer,
         deal: Deal::new(store.into_weights(), here),
         memory: cpu.memory.clone(),
-        lessons: Lessons {
-            train: Arc::new(train),
-            held_out,
-            patience: args.patience,
-            preference,
-        },
+        lessons,
         settings,
         observe,
         theory,
@@ -268,6 +245,32 @@ fn prepare<'a>(args: &'a Args, path: &Path, ranks: &Ranks) -> Result<Option<Job<
         resume,
         args,
     }))
+}
+
+/// The samples to train on and to measure on, and how they are compared.
+fn read(args: &Args, model: &LoadedModel) -> Result<Lessons> {
+    let (context, tokenizer) = (model.context(), model.tokenizer()?);
+    let read = args.lessons.read(&args.lessons.data, tokenizer, context)?;
+    let preference = compare::method(args, read.form, model)?;
+    let (train, held_out) = match args.eval_data.is_empty() {
+        true => Examples::split(read.samples, args.held_out, args.seed),
+        false => {
+            let other = args.lessons.read(&args.eval_data, tokenizer, context)?;
+            (read.samples, other.samples)
+        }
+    };
+    let pack = match args.pack {
+        true => Some(args.lessons.max_length(context)?),
+        false => None,
+    };
+    let train = Examples::new(train, pack);
+    let held_out = (!held_out.is_empty()).then(|| Arc::new(Examples::new(held_out, pack)));
+    Ok(Lessons {
+        train: Arc::new(train),
+        held_out,
+        patience: args.patience,
+        preference,
+    })
 }
 
 /// The model, with the adapter that is to be trained.
@@ -347,6 +350,25 @@ fn config(args: &Args) -> Result<AdapterConfig> {
     };
     config.check()?;
     Ok(config)
+}
+
+/// How the run trains, and its steps, which the settings may need and which depend on the batch.
+fn decide(
+    args: &Args,
+    model: &LoadedModel,
+    lessons: &Lessons,
+    ranks: usize,
+) -> Result<(Settings, u64)> {
+    let train = &lessons.train;
+    let known = settings(args, model, train, ranks, args.steps.unwrap_or(1))?;
+    let rated = lessons.preference.is_some_and(|method| !method.is_paired());
+    if rated && known.shape.micro_batch < 2 {
+        let message = "--batch 1 with rated answers";
+        let hint = "kto pairs each prompt with the answer to another one: at least 2";
+        return Err(usage(message, hint));
+    }
+    let steps = steps(args, &known, train, ranks);
+    Ok((settings(args, model, train, ranks, steps)?, steps))
 }
 
 fn settings(
