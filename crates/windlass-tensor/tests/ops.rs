@@ -1134,22 +1134,13 @@ fn dropout_leaves_alone_what_magnitudes_do() {
         };
         (moved(1e-5) - moved(-1e-5)) / 2e-5
     };
-    for at in 0..x.len() {
+    for (at, found) in dx.iter().enumerate() {
         let want = slope(&x, at, &|x| value(x, &magnitudes));
-        assert!(
-            (dx[at] - want).abs() < 1e-6,
-            "dx {at}: {} and {want}",
-            dx[at]
-        );
+        assert!((found - want).abs() < 1e-6, "dx {at}: {found} and {want}");
     }
-    let dm = grads.get(3).unwrap().to_f64();
-    for at in 0..n {
+    for (at, found) in grads.get(3).unwrap().to_f64().iter().enumerate() {
         let want = slope(&magnitudes, at, &|m| value(&x, m));
-        assert!(
-            (dm[at] - want).abs() < 1e-6,
-            "dm {at}: {} and {want}",
-            dm[at]
-        );
+        assert!((found - want).abs() < 1e-6, "dm {at}: {found} and {want}");
     }
     assert!(grads.get(1).is_some() && grads.get(2).is_some());
 }
