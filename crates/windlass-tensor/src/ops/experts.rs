@@ -1,7 +1,8 @@
 //! The experts of a layer with packed weights: all of them in a few runs of the threads.
 
 use super::moe::Routing;
-use crate::{Activation, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
+use crate::{Activation, DType, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
+use std::ops::Range;
 use windlass_kernels::Element;
 use windlass_kernels::memory::Category;
 use windlass_kernels::packed::{Activations, Product, multiply_groups};
@@ -25,7 +26,7 @@ pub struct Expert<'w> {
 impl Tape {
     /// What [`Tape::combine`] makes of the experts' outputs for their rows, `down(act(gate(h)) * up(h))`, with the bits that
     /// the experts would give one by one. Rows are rounded once, however many experts they have; the products of all experts
-    /// that have rows are one run of the threads for `gate` and `up`, and one for `down`.
+    /// that have rows (of as many as fit a cache) are one run of the threads for `gate` and `up`, and one for `down`.
     ///
     /// `None` where that cannot be: weights that are not packed or have adapters, columns in an order of their own, tapes
     /// that do not round or are watched.
@@ -57,36 +58,44 @@ impl Tape {
             .iter()
             .map(|rows| rows.iter().map(|(row, _)| *row).collect())
             .collect();
-        // Rows of all experts one after another.
-        let mut places = Vec::with_capacity(groups.len());
-        let mut total = 0;
-        for group in &groups {
-            let end = total + group.len() as u32;
-            places.push((total..end).collect());
-            total = end;
-        }
-        let [up, gate] = self.products(&h.tensor, &groups, [Some(&ups), gates.as_deref()]);
-        let up = self.record_opaque("a packed product", up?, &[]);
-        let a = match gate {
-            Some(gate) => {
-                let gate = self.record_opaque("a packed product", gate, &[]);
-                self.gated(kind, &gate, &up)
+        let dtype = h.tensor.dtype();
+        let shape = [h.tensor.rows(), downs.first()?.0.shape()[0]];
+        let mut y = Tensor::zeros(self.cpu(), shape, dtype, Category::Activations);
+        if groups.iter().any(|group| !group.is_empty()) {
+            let (x, ranges) = self.rounded(&h.tensor, &groups);
+            let mut parts = Vec::new();
+            for span in spans(&groups) {
+                let gates = gates.as_ref().map(|gates| &gates[span.clone()]);
+                let weights = [Some(&ups[span.clone()]), gates];
+                let [up, gate] = self.products(&x, &ranges[span.clone()], dtype, weights);
+                let up = self.record_opaque("a packed product", up?, &[]);
+                let a = match gate {
+                    Some(gate) => {
+                        let gate = self.record_opaque("a packed product", gate, &[]);
+                        self.gated(kind, &gate, &up)
+                    }
+                    None => self.activation(kind, &up),
+                };
+                let (a, ranges) = self.rounded(&a.tensor, &in_order(&groups[span.clone()]));
+                let [part, _] = self.products(&a, &ranges, dtype, [Some(&downs[span]), None]);
+                parts.push(part?);
             }
-            None => self.activation(kind, &up),
-        };
-        let [y, _] = self.products(&a.tensor, &places, [Some(&downs), None]);
-        let parts = y?;
-        let shape = [h.tensor.rows(), parts.cols()];
-        let mut y = Tensor::zeros(self.cpu(), shape, h.tensor.dtype(), Category::Activations);
-        each_dtype!(y.dtype(), E => {
-            let d = parts.cols();
-            let of = |rows: &Vec<u32>| {
-                let first = rows.first().map_or(0, |&row| row as usize * d);
-                &parts.as_slice::<E>()[first..first + rows.len() * d]
-            };
-            routing.sum(places.iter().map(of), d, y.as_mut_slice::<E>());
-        });
+            each_dtype!(dtype, E => {
+                // The spans' rows one after another are those of all experts.
+                let rows = parts.iter().flat_map(|part| part.as_slice::<E>().chunks(shape[1]));
+                routing.sum(rows, y.as_mut_slice::<E>());
+            });
+        }
         Some(self.record_opaque("a packed product", y, &[]))
+    }
+
+    /// Rows rounded to integers, in groups.
+    fn rounded(&self, x: &Tensor, groups: &[Vec<u32>]) -> (Activations, Vec<Range<usize>>) {
+        let cpu = self.cpu();
+        each_dtype!(x.dtype(), E => {
+            let x = Activations::quantize(&cpu.pool, &cpu.memory, x.as_slice::<E>(), x.cols());
+            x.grouped(&cpu.pool, &cpu.memory, groups)
+        })
     }
 
     /// One weight of each expert with its bias, where all are packed and nothing else is asked for.
@@ -114,44 +123,68 @@ impl Tape {
     #[track_caller]
     fn products(
         &self,
-        x: &Tensor,
-        groups: &[Vec<u32>],
+        x: &Activations,
+        groups: &[Range<usize>],
+        dtype: DType,
         weights: [Option<&[PackedWeight<'_>]>; 2],
     ) -> [Option<Tensor>; 2] {
         let cpu = self.cpu();
-        let rows: usize = groups.iter().map(Vec::len).sum();
+        let rows: usize = groups.iter().map(Range::len).sum();
         let mut outputs = weights.map(|weights| {
             let cols = weights?.first()?.0.shape()[0];
             Some(Tensor::empty(
                 cpu,
                 [rows, cols],
-                x.dtype(),
+                dtype,
                 Category::Activations,
             ))
         });
-        if rows == 0 {
-            return outputs;
-        }
-        each_dtype!(x.dtype(), E => {
-            let rounded = Activations::quantize(&cpu.pool, &cpu.memory, x.as_slice::<E>(), x.cols());
-            let (rounded, ranges) = rounded.grouped(&cpu.pool, &cpu.memory, groups);
+        each_dtype!(dtype, E => {
             let mut products = Vec::new();
             for (weights, output) in weights.iter().zip(&mut outputs) {
                 let (Some(weights), Some(output)) = (weights, output) else { continue };
                 let cols = output.cols();
                 let mut rest = output.as_mut_slice::<E>();
-                for (range, (packed, bias)) in ranges.iter().zip(weights.iter()) {
-                    let (out, after) = rest.split_at_mut(range.len() * cols);
+                for (group, (packed, bias)) in groups.iter().zip(weights.iter()) {
+                    let (out, after) = rest.split_at_mut(group.len() * cols);
                     rest = after;
-                    if !range.is_empty() {
-                        products.push((range.clone(), product::<E>(packed, *bias, out)));
+                    if !group.is_empty() {
+                        products.push((group.clone(), product::<E>(packed, *bias, out)));
                     }
                 }
             }
-            multiply_groups(&cpu.pool, &rounded, &mut products);
+            multiply_groups(&cpu.pool, x, &mut products);
         });
         outputs
     }
+}
+
+/// Rows of experts that are computed together, if one has not more: what lies between products stays in a cache.
+const ROWS: usize = 256;
+
+/// Neighboring groups of no more rows together than that.
+fn spans(groups: &[Vec<u32>]) -> Vec<Range<usize>> {
+    let (mut spans, mut start, mut rows) = (Vec::new(), 0, 0);
+    for (at, group) in groups.iter().enumerate() {
+        if rows > 0 && rows + group.len() > ROWS {
+            spans.push(start..at);
+            (start, rows) = (at, 0);
+        }
+        rows += group.len();
+    }
+    spans.push(start..groups.len());
+    spans
+}
+
+/// Groups of the same sizes, of rows that stand one after another.
+fn in_order(groups: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut total = 0;
+    let mut next = |group: &Vec<u32>| {
+        let start = total;
+        total += group.len() as u32;
+        (start..total).collect()
+    };
+    groups.iter().map(&mut next).collect()
 }
 
 fn product<'a, E: Element>(

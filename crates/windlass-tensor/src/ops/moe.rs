@@ -80,26 +80,20 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Adds the experts' rows, weighted, in the order of the experts; `outputs` has those of each expert.
-    pub(super) fn sum<'a, E: Element>(
-        &self,
-        outputs: impl Iterator<Item = &'a [E]>,
-        d: usize,
-        y: &mut [E],
-    ) {
-        let (weights, k) = (
-            self.weights.tensor.as_slice::<E>(),
+    /// Adds the experts' rows, weighted, in the order of the experts: `outputs` are the first one's, then the next one's.
+    pub(super) fn sum<'a, E: Element>(&self, outputs: impl Iterator<Item = &'a [E]>, y: &mut [E]) {
+        let weights = self.weights.tensor.as_slice::<E>();
+        let (k, d) = (
             self.weights.tensor.cols(),
+            y.len() / self.weights.tensor.rows().max(1),
         );
         let mut sums = vec![<E as Element>::Acc::default(); y.len()];
-        for (rows, output) in self.rows.iter().zip(outputs) {
-            for (&(row, j), out) in rows.iter().zip(output.chunks(d)) {
-                let w = weights[row as usize * k + j as usize].load();
-                let sum = &mut sums[row as usize * d..(row as usize + 1) * d];
-                sum.iter_mut()
-                    .zip(out)
-                    .for_each(|(s, o)| *s += w * o.load());
-            }
+        for (&(row, j), out) in self.rows.iter().flatten().zip(outputs) {
+            let w = weights[row as usize * k + j as usize].load();
+            let sum = &mut sums[row as usize * d..(row as usize + 1) * d];
+            sum.iter_mut()
+                .zip(out)
+                .for_each(|(s, o)| *s += w * o.load());
         }
         y.iter_mut().zip(&sums).for_each(|(y, s)| *y = E::store(*s));
     }
@@ -186,8 +180,8 @@ impl Tape {
         let t = weights.rows();
         let mut y = Tensor::zeros(&cpu, [t, d], weights.dtype(), Category::Activations);
         each_dtype!(weights.dtype(), E => {
-            let outputs = outputs.iter().map(|output| output.tensor.as_slice::<E>());
-            routing.sum(outputs, d, y.as_mut_slice::<E>());
+            let rows = outputs.iter().flat_map(|output| output.tensor.as_slice::<E>().chunks(d));
+            routing.sum(rows, y.as_mut_slice::<E>());
         });
         let flows = outputs
             .iter()
