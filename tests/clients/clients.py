@@ -45,11 +45,11 @@ TOOL = {
 
 
 @contextmanager
-def running(windlass: str, model: str, key: str | None) -> Iterator[str]:
+def running(windlass: str, model: str, key: str | None, *flags: str) -> Iterator[str]:
     """The URL of a server that is ready; in the end it stops as it should."""
     template = Path(__file__).with_name("template.jinja")
     command = [windlass, "serve", "--model", model, "--template", str(template), "--port", "0", "--served-name", "tiny"]
-    command += ["--log-level", "error", *(["--api-key", key] if key else [])]
+    command += ["--log-level", "error", *(["--api-key", key] if key else []), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().strip()

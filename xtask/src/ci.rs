@@ -1,8 +1,10 @@
 //! Every check of the repository, one after the other: the command that the README names.
 //!
 //! All steps run even when an earlier one fails, so that one run shows everything. It needs Rust; the fuzz
-//! step also a C++ compiler and the last one Python; they are skipped in words without. What MPI needs is installed.
+//! step also a C++ compiler and the last ones Python; they are skipped in words without. What MPI needs is installed.
 
+mod clients;
+mod debian;
 mod hosts;
 mod mpi;
 
@@ -26,18 +28,6 @@ const PYTHON_PACKAGES: [&str; 5] = [
     "tensorboard",
     "tokenizers",
 ];
-
-/// What asks the server.
-const CLIENT_PACKAGES: [&str; 5] = [
-    "anthropic",
-    "openai",
-    "playwright",
-    "prometheus-client",
-    "pydantic",
-];
-
-/// The browser that uses the chat page, where it is installed.
-const BROWSER: &str = "/usr/bin/chromium";
 
 /// What a step came to.
 enum Outcome {
@@ -87,7 +77,7 @@ pub fn run(root: &Path, only: &[&str]) -> anyhow::Result<bool> {
     step("fuzzing", &mut || fuzz(root));
     step("quickstart", &mut || quickstart(root));
     step("python", &mut || python(root));
-    step("clients", &mut || clients(root));
+    step("clients", &mut || clients::run(root));
 
     println!();
     // A name that no step has must not pass for one that did.
@@ -297,37 +287,6 @@ fn python(root: &Path) -> anyhow::Result<Outcome> {
     })
 }
 
-/// Serves the model of the quickstart to the clients that people have.
-fn clients(root: &Path) -> anyhow::Result<Outcome> {
-    let model = quickstart_folder(root).join("quickstart/model");
-    if !model.join("config.json").is_file() {
-        let reason = "the step quickstart leaves the model that is served";
-        return Ok(Outcome::Failed(reason.to_owned()));
-    }
-    let build = ["build", "--release", "--package", "windlass"];
-    if let Outcome::Failed(detail) = cargo(root, &build)? {
-        return Ok(Outcome::Failed(format!("the build: {detail}")));
-    }
-    let target = std::env::var_os("CARGO_TARGET_DIR");
-    let target = target.map_or_else(|| root.join("target"), PathBuf::from);
-    with_python(root, "clients", &CLIENT_PACKAGES, |interpreter| {
-        let run = |script: &str| {
-            let mut command = Command::new(interpreter);
-            command.arg(root.join("tests/clients").join(script));
-            command.arg(target.join("release/windlass")).arg(&model);
-            command
-        };
-        if let Outcome::Failed(detail) = status(&mut run("clients.py"))? {
-            return Ok(Outcome::Failed(detail));
-        }
-        if !Path::new(BROWSER).exists() {
-            let detail = format!("but the page was not used: no {BROWSER}");
-            return Ok(Outcome::Passed(detail));
-        }
-        status(run("page.py").arg(root.join("target/ci-page")))
-    })
-}
-
 /// Does something with a Python that has packages, in an environment of its own; skipped where that cannot be.
 fn with_python(
     root: &Path,
@@ -351,6 +310,7 @@ fn with_python(
         "pip",
         "install",
         "--quiet",
+        "--no-compile",
         "--disable-pip-version-check",
     ]);
     install.args(packages);

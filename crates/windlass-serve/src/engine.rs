@@ -164,8 +164,11 @@ impl EngineThread {
     /// Steps until the server ends.
     pub fn run(mut self) -> Result<(), ServeError> {
         let mut failures = 0;
+        // The end of the last step, where another one follows at once.
+        let mut ended: Option<Instant> = None;
         loop {
             if self.engine.is_idle() {
+                ended = None;
                 self.app.metrics.engine(self.engine.stats());
                 match self.commands.blocking_recv() {
                     Some(Command::Submit(submission)) => self.submit(submission),
@@ -192,9 +195,11 @@ impl EngineThread {
                 Ok(step) => {
                     failures = 0;
                     let time = start.elapsed();
+                    let between = ended.map_or(Duration::ZERO, |ended| start - ended);
+                    ended = Some(start + time);
                     self.budget.learn(step.tokens, time);
                     self.app.metrics.token_budget(self.budget.tokens(true));
-                    self.app.metrics.step(step.tokens, step.sequences, time);
+                    self.app.metrics.step(&step, time, between);
                     self.report(step, start);
                 }
                 Err(error) => {

@@ -6,7 +6,7 @@ use histogram::Histogram;
 use std::fmt::Write;
 use std::sync::Mutex;
 use std::time::Duration;
-use windlass_infer::engine::EngineStats;
+use windlass_infer::engine::{EngineStats, Step};
 
 /// Bounds for the times of whole requests and of their parts, in seconds.
 const SECONDS: [f64; 18] = [
@@ -62,6 +62,7 @@ struct Counts {
     finished: [u64; REASONS.len()],
     rejected: u64,
     token_budget: usize,
+    overhead: Duration,
     first_token: Histogram,
     inter_token: Histogram,
     per_token: Histogram,
@@ -88,6 +89,7 @@ impl Metrics {
             finished: [0; REASONS.len()],
             rejected: 0,
             token_budget: 0,
+            overhead: Duration::ZERO,
             first_token: Histogram::new(&SECONDS),
             inter_token: Histogram::new(&TOKEN_SECONDS),
             per_token: Histogram::new(&TOKEN_SECONDS),
@@ -126,12 +128,13 @@ impl Metrics {
         self.with(|counts| counts.token_budget = tokens);
     }
 
-    /// A step: its tokens, its sequences and its time.
-    pub fn step(&self, tokens: usize, sequences: usize, time: Duration) {
+    /// A step and its time, and the time since the step before, where the one followed the other.
+    pub fn step(&self, step: &Step, time: Duration, between: Duration) {
         self.with(|counts| {
-            counts.iteration_tokens.observe(tokens as f64);
-            counts.batch.observe(sequences as f64);
+            counts.iteration_tokens.observe(step.tokens as f64);
+            counts.batch.observe(step.sequences as f64);
             counts.step.observe(time.as_secs_f64());
+            counts.overhead += between;
         });
     }
 
@@ -297,6 +300,12 @@ impl Counts {
             "Passes through the model.",
             self.engine.steps,
         );
+        page.value(
+            "counter",
+            "engine_overhead_seconds_total",
+            "Time between passes that follow one another: requests taken, answers handed out.",
+            self.overhead.as_secs_f64(),
+        );
     }
 
     fn write(&self, page: &mut Page) {
@@ -424,7 +433,12 @@ mod tests {
         metrics.token(true, Duration::from_millis(30));
         metrics.token(false, Duration::from_millis(3));
         metrics.arrived(2);
-        metrics.step(7, 2, Duration::from_millis(4));
+        let step = Step {
+            tokens: 7,
+            sequences: 2,
+            ..Step::default()
+        };
+        metrics.step(&step, Duration::from_millis(4), Duration::ZERO);
         metrics.finished(&Finished {
             reason: Finished::LENGTH,
             prompt_tokens: 5,

@@ -9,9 +9,9 @@ use std::process::Command;
 use anyhow::{Context, bail};
 
 use super::hosts::Hosts;
-use super::{Outcome, Totals, cargo, command, counted, status};
+use super::{Outcome, Totals, cargo, command, counted, debian, status};
 
-/// A program or library that is looked for, and the Debian packages that bring it.
+/// What is needed, and the Debian packages that bring it.
 const NEEDS: [(&str, &[&str]); 4] = [
     ("mpicc", &["libopenmpi-dev"]),
     ("mpirun", &["openmpi-bin"]),
@@ -25,36 +25,13 @@ pub fn may_skip(name: &str) -> bool {
     list.split(',').any(|skipped| skipped.trim() == name)
 }
 
-fn present(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
-}
-
 /// Installs what is missing.
 fn install() -> anyhow::Result<()> {
-    let missing = || NEEDS.iter().filter(|(program, _)| !present(program));
-    let packages: Vec<&str> = missing()
-        .flat_map(|(_, packages)| packages.iter().copied())
-        .collect();
-    if packages.is_empty() {
-        return Ok(());
-    }
-    println!("installing {}", packages.join(" "));
-    for arguments in [
-        &["update", "--quiet"][..],
-        &[&["install", "--yes", "--quiet"], &packages[..]].concat(),
-    ] {
-        let mut apt = Command::new("apt-get");
-        apt.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
-        // Whether it worked shows below.
-        let _ = apt.status();
-    }
-    let missing: Vec<&str> = missing().map(|(program, _)| *program).collect();
+    let missing = debian::install(&NEEDS, &[]);
     if !missing.is_empty() {
         bail!(
-            "{} not found and not installable here: install {}, or set WINDLASS_CI_SKIP=mpi,hosts",
-            missing.join(", "),
-            packages.join(" ")
+            "{} not found and not installable here: install it, or set WINDLASS_CI_SKIP=mpi,hosts",
+            missing.join(", ")
         );
     }
     Ok(())

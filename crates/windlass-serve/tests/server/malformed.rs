@@ -134,7 +134,8 @@ fn what_is_malformed_is_the_clients_fault() {
     let fields = prop::collection::vec((prop::sample::select(&NAMES[..]), value()), 0..6);
     let strategy = (prop::sample::select(&PATHS[..]), any::<bool>(), fields);
     let config = Config {
-        cases: 3000,
+        // With those of schemathesis in the check of the clients more than ten thousand.
+        cases: 8000,
         failure_persistence: None,
         ..Config::default()
     };
