@@ -9,7 +9,8 @@ FastGen's workload at the size of a processor: lengths drawn from normal distrib
 asking again when its answer is complete. `chat` asks a second turn and shows what of it was computed. Requests, lengths and seeds
 are the same for both servers, no two prompts begin alike, greedy, answers have exactly the length asked for.
 llama-server runs with continuous batching, a slot for each client, flash attention and `-ub`/`-b` as given; of several settings
-(`--flash on,off`, `--ubatch 512,128`) the best counts, by total throughput. With `--out FOLDER` figures go to `serve.json` and the
+(`--flash on,off`, `--ubatch 512,128`) the best counts, by total throughput. Each line ends with the share of the processors' time
+that other virtual machines took meanwhile. With `--out FOLDER` figures go to `serve.json` and the
 curves to `serve.svg` there.
 """
 
@@ -65,13 +66,26 @@ def commands(args, clients, longest):
     room = -(-longest // 64) * 64 * clients
     ours = [args.windlass, "serve", "--model", args.model, "--threads", args.threads, "--port", args.port, "--log-level", "error",
             "--max-sequences", max(clients, 8), "--kv-tokens", room, "--served-name", "m", *args.ours.split()]
-    yield "windlass", args.ours, ours
+    if args.windlass:
+        yield "windlass", args.ours, ours
     if not args.llama_server:
         return
     for flash, ubatch in itertools.product(args.flash.split(","), args.ubatch.split(",")):
         theirs = [args.llama_server, "-m", args.model, "-t", args.threads, "-tb", args.threads, "--port", args.port, "-np", clients,
                   "-c", room, "-fa", flash, "-b", 2048, "-ub", ubatch, "--cache-ram", 0, "--alias", "m", *args.theirs.split()]
         yield "llama-server", f"flash {flash}, ubatch {ubatch} {args.theirs}".strip(), theirs
+
+
+def clock():
+    """Time that this machine's processors had, and what other machines beside it took of that."""
+    times = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    return sum(times), times[7]
+
+
+def stolen(before):
+    """The share that others took since then: figures with much of it say little."""
+    (all_before, theirs_before), (all_now, theirs) = before, clock()
+    return (theirs - theirs_before) / max(all_now - all_before, 1)
 
 
 def quantile(values, part):
@@ -142,7 +156,8 @@ def workload(args, clients):
 def show(name, setting, found):
     print(f"{name:12} {setting:24} {found['clients']:3} clients {found['requests']:3} requests  total {found['total']:7.1f} t/s  "
           f"output {found['output']:6.1f} t/s  first token p50 {found['first']:6.2f} p95 {found['first95']:6.2f} s  between tokens "
-          f"p50 {1e3 * found['gap']:6.1f} p95 {1e3 * found['gap95']:7.1f} ms  answer p50 {found['latency']:6.2f} s", flush=True)
+          f"p50 {1e3 * found['gap']:6.1f} p95 {1e3 * found['gap95']:7.1f} ms  answer p50 {found['latency']:6.2f} s  "
+          f"stolen {100 * found['stolen']:.0f} %", flush=True)
 
 
 def headline(args, url, log):
@@ -152,14 +167,16 @@ def headline(args, url, log):
         with server(command, url, log):
             load = [sys.executable, args.load, "--url", url, "--model", "m", "--concurrency", 8, "--requests", args.requests,
                     "--prompt-len", 512, "--out-len", 128]
+            before = clock()
             done = subprocess.run(list(map(str, load)), check=True, stdout=subprocess.PIPE)
+            share = stolen(before)
             report = json.loads(done.stdout)
             if report.get("errors") or not report["usage_reported"]:
                 raise SystemExit(f"{name}: {report}")
             found = {"clients": 8, "requests": report["completed"], "wall": report["wall_s"], "total": report["total_tok_s"],
                      "output": report["output_tok_s"], "latency": report["latency_s"]["p50"], "latency95": report["latency_s"]["p95"],
                      "first": report["ttft_s"]["p50"], "first95": report["ttft_s"]["p95"], "gap": report["itl_s"]["p50"],
-                     "gap95": report["itl_s"]["p95"], "setting": setting, "metrics": steps(url) if name == "windlass" else None}
+                     "gap95": report["itl_s"]["p95"], "setting": setting, "stolen": share, "metrics": steps(url) if name == "windlass" else None}
         show(name, setting, found)
         if name not in best or found["total"] > best[name]["total"]:
             best[name] = found
@@ -167,7 +184,7 @@ def headline(args, url, log):
         ours, theirs = best["windlass"], best["llama-server"]
         print(f"throughput {ours['total'] / theirs['total']:.2f} times, p95 of the first token {ours['first95'] / theirs['first95']:.2f}, "
               f"p95 between tokens {ours['gap95'] / theirs['gap95']:.2f} of llama-server's")
-    if best["windlass"]["metrics"]:
+    if "windlass" in best:
         print(json.dumps(best["windlass"]["metrics"]))
     return best
 
@@ -190,7 +207,8 @@ def curve(args, url, log):
         best = {}
         for name, setting, command in commands(args, clients, longest):
             with server(command, url, log):
-                found = asyncio.run(drive(url, requests, clients)) | {"setting": setting}
+                before = clock()
+                found = asyncio.run(drive(url, requests, clients)) | {"setting": setting, "stolen": stolen(before)}
             show(name, setting, found)
             if name not in best or found["total"] > best[name]["total"]:
                 best[name] = found
@@ -201,6 +219,8 @@ def curve(args, url, log):
 
 def chat(args, url, log):
     """A second turn of a conversation computes what is new."""
+    if not args.windlass:
+        raise SystemExit("--test chat is for --windlass")
     name, setting, command = next(commands(args, 2, 2048))
     with server(command, url, log):
         source = random.Random(5)
@@ -250,8 +270,8 @@ def plot(curves):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--windlass", required=True)
-    parser.add_argument("--llama-server")
+    parser.add_argument("--windlass", help="the program; without it the other server alone")
+    parser.add_argument("--llama-server", help="the program; without it windlass alone")
     parser.add_argument("--load", default=str(LOAD), help="the shared load generator")
     parser.add_argument("--test", action="append", choices=["headline", "curve", "chat"], help="several times for several [default: all]")
     parser.add_argument("-t", "--threads", type=int, default=2)

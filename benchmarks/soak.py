@@ -73,7 +73,7 @@ def main() -> None:
     minutes = float(sys.argv[3]) if len(sys.argv) > 3 else 10
     template = Path(__file__).resolve().parents[1] / "tests/clients/template.jinja"
     command = [sys.argv[1], "serve", "--model", sys.argv[2], "--served-name", "tiny", "--port", "0", "--log-level", "error",
-               "--template", str(template), "--kv-tokens", "8192"]
+               "--template", str(template), "--kv-tokens", "4096"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = process.stdout.readline().strip()
     start = time.monotonic()

@@ -26,6 +26,8 @@ struct Ask {
     choices: usize,
     max_tokens: Option<usize>,
     logprobs: Option<usize>,
+    /// Whether thoughts are kept apart from the answer.
+    apart: bool,
     stream: Stream,
 }
 
@@ -72,6 +74,7 @@ impl Ask {
             choices: fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1),
             max_tokens: limit.or(legacy),
             logprobs: wanted.then_some(top.unwrap_or(0)),
+            apart: apart(&mut fields)?,
             stream: Stream::read(&mut fields)?,
         };
         for (name, accepted, reason) in [
@@ -124,8 +127,21 @@ impl Ask {
             logprobs: self.logprobs,
             prompt_logprobs: None,
             grammar: prepared.grammar,
+            thinking: prepared.thinking.filter(|_| self.apart),
             dialect: prepared.dialect,
         })
+    }
+}
+
+/// Reads `reasoning_format`, llama-server's word for where thoughts go.
+fn apart(fields: &mut Fields) -> Result<bool, Refusal> {
+    match fields.text("reasoning_format")?.as_deref() {
+        None | Some("auto" | "deepseek") => Ok(true),
+        Some("none") => Ok(false),
+        Some(other) => Err(fields.refuse(
+            "reasoning_format",
+            format!("must be auto, deepseek or none, not {other:?}"),
+        )),
     }
 }
 
@@ -180,6 +196,9 @@ async fn whole(app: &App, head: &Head, job: &Job) -> Result<Response, Refusal> {
         let finish = choice.finish.as_ref().map(Finish::name);
         let calls = choice.calls(app);
         let mut message = json!({ "role": "assistant", "content": choice.text, "refusal": null });
+        if !choice.thoughts.is_empty() {
+            message["reasoning_content"] = choice.thoughts.into();
+        }
         if !calls.is_empty() {
             if choice.text.is_empty() {
                 message["content"] = Value::Null;
@@ -208,6 +227,7 @@ async fn whole(app: &App, head: &Head, job: &Job) -> Result<Response, Refusal> {
 /// An answer put together from its parts.
 #[derive(Default)]
 pub(crate) struct Gathered {
+    pub thoughts: String,
     pub text: String,
     /// Names and arguments.
     pub called: Vec<(String, String)>,
@@ -217,6 +237,7 @@ pub(crate) struct Gathered {
 
 impl Gathered {
     pub fn add(&mut self, delta: Delta) {
+        self.thoughts += &delta.thoughts;
         self.text += &delta.text;
         for CallDelta {
             index,
@@ -313,6 +334,12 @@ async fn write_delta(
         true => logprobs::chat(&head.model, &delta.reports),
         false => Value::Null,
     };
+    if !delta.thoughts.is_empty() {
+        let thoughts = json!({ "reasoning_content": delta.thoughts });
+        events
+            .data(&head.choice(index, thoughts, reports.take(), None))
+            .await?;
+    }
     if !delta.text.is_empty() {
         let content = json!({ "content": delta.text });
         events

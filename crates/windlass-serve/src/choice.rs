@@ -4,6 +4,7 @@
 
 use crate::app::Model;
 use crate::refusal::Refusal;
+use crate::thoughts::ThoughtParser;
 use crate::tools::parse::{CallDelta, CallParser};
 use windlass_infer::engine::FinishReason;
 use windlass_infer::sampler::TokenLogprobs;
@@ -40,6 +41,7 @@ impl Finish {
 /// What a token adds to an answer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Delta {
+    pub thoughts: String,
     pub text: String,
     pub calls: Vec<CallDelta>,
     /// The tokens whose text this is, where log-probabilities are asked for.
@@ -50,7 +52,8 @@ pub(crate) struct Delta {
 
 impl Delta {
     pub fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.calls.is_empty() && self.finish.is_none()
+        let said = !self.text.is_empty() || !self.thoughts.is_empty();
+        !said && self.calls.is_empty() && self.finish.is_none()
     }
 }
 
@@ -59,11 +62,14 @@ pub(crate) struct Choice<'a> {
     decoder: DecodeStream<'a>,
     stopper: Stopper,
     stop: Vec<String>,
+    thoughts: Option<ThoughtParser>,
     calls: Option<CallParser>,
     /// Reports of tokens whose text is held back.
     held: Vec<TokenLogprobs>,
     /// Tokens so far.
     pub tokens: usize,
+    /// Those of thoughts among them.
+    pub thinking: usize,
     /// The sum of the log-probabilities so far, where they are asked for.
     pub logprob: f64,
     done: bool,
@@ -75,6 +81,7 @@ impl<'a> Choice<'a> {
         model: &'a Model,
         prompt: &[u32],
         stop: &[String],
+        thoughts: Option<ThoughtParser>,
         calls: Option<CallParser>,
     ) -> Result<Self, Refusal> {
         let mut decoder = model.tokenizer.stream(true);
@@ -93,12 +100,19 @@ impl<'a> Choice<'a> {
             decoder,
             stopper: Stopper::new(rules).map_err(|error| Refusal::of_infer(&error))?,
             stop: stop.to_vec(),
+            thoughts,
             calls,
             held: Vec::new(),
             tokens: 0,
+            thinking: 0,
             logprob: 0.0,
             done: false,
         })
+    }
+
+    fn is_thinking(&self) -> bool {
+        let parser = self.thoughts.as_ref();
+        parser.is_some_and(ThoughtParser::is_inside)
     }
 
     /// Whether nothing follows any more.
@@ -109,6 +123,7 @@ impl<'a> Choice<'a> {
     /// Takes the next token.
     pub fn token(&mut self, token: u32, logprobs: Option<TokenLogprobs>) -> Result<Delta, Refusal> {
         self.tokens += 1;
+        self.thinking += usize::from(self.is_thinking());
         if let Some(logprobs) = logprobs {
             self.logprob += logprobs.logprob;
             self.held.push(logprobs);
@@ -144,12 +159,22 @@ impl<'a> Choice<'a> {
 
     /// What certain text comes to.
     fn delta(&mut self, text: &str) -> Delta {
+        let (thoughts, text) = match &mut self.thoughts {
+            Some(parser) => parser.push(text),
+            None => (String::new(), text.to_owned()),
+        };
+        self.said(thoughts, &text)
+    }
+
+    /// What thoughts and other text come to.
+    fn said(&mut self, thoughts: String, text: &str) -> Delta {
         let (text, calls) = match &mut self.calls {
             Some(parser) => parser.push(text),
             None => (text.to_owned(), Vec::new()),
         };
-        let shown = !text.is_empty() || !calls.is_empty();
+        let shown = !text.is_empty() || !thoughts.is_empty() || !calls.is_empty();
         Delta {
+            thoughts,
             text,
             calls,
             reports: if shown {
@@ -164,6 +189,14 @@ impl<'a> Choice<'a> {
     fn last(&mut self, text: &str, finish: Finish) -> Delta {
         self.done = true;
         let mut delta = self.delta(text);
+        if let Some(parser) = &mut self.thoughts {
+            let (thoughts, text) = parser.finish();
+            let rest = self.said(thoughts, &text);
+            delta.thoughts += &rest.thoughts;
+            delta.text += &rest.text;
+            delta.calls.extend(rest.calls);
+            delta.reports.extend(rest.reports);
+        }
         let mut finish = finish;
         if let Some(parser) = &mut self.calls {
             let (text, mut calls) = parser.finish();

@@ -89,6 +89,7 @@ impl Ask {
                 logprobs: logprobs.or((of > best).then_some(0)),
                 prompt_logprobs: logprobs.filter(|_| echo),
                 grammar: grammar(&format, model)?,
+                thinking: None,
                 dialect: None,
             },
             best,

@@ -4,9 +4,10 @@ use crate::app::{Model, unix_now};
 use crate::fields::{Fields, kind};
 use crate::grammar::Grammar;
 use crate::refusal::Refusal;
+use crate::thoughts::Thinking;
 use crate::tools::{Dialect, Tools};
 use serde_json::{Map, Value, json};
-use windlass_model::{ChatError, ChatOptions, LocalTime};
+use windlass_model::{ChatError, ChatOptions, ChatTemplate, LocalTime};
 
 /// The most messages of a conversation.
 const MAX_MESSAGES: usize = 4096;
@@ -106,6 +107,8 @@ pub(crate) struct Prepared {
     pub prompt: Vec<u32>,
     pub grammar: Option<Grammar>,
     pub dialect: Option<Dialect>,
+    /// Where the answer begins, if it may think.
+    pub thinking: Option<Thinking>,
 }
 
 impl Conversation {
@@ -130,11 +133,17 @@ impl Conversation {
         })
     }
 
+    /// The template that is for it.
+    fn template<'a>(&self, model: &'a Model) -> Option<&'a ChatTemplate> {
+        let special = model.tool_template.as_ref();
+        let special = special.filter(|_| self.tools.is_offered());
+        special.or(model.template.as_ref())
+    }
+
     /// The text that the model continues.
     pub fn render(&self, model: &Model) -> Result<String, Refusal> {
         let offered = self.tools.is_offered();
-        let special = model.tool_template.as_ref().filter(|_| offered);
-        let Some(template) = special.or(model.template.as_ref()) else {
+        let Some(template) = self.template(model) else {
             return Err(Refusal::invalid(
                 "this model has no chat template: use /v1/completions, or start the server with --template FILE",
             ));
@@ -201,7 +210,10 @@ impl Conversation {
             (None, Format::Regex(pattern)) => Some(grammars.regex("guided_regex", pattern)?),
             (None, Format::Lark(grammar)) => Some(grammars.lark("guided_grammar", grammar)?),
         };
+        // What must have a form has no room for thoughts.
+        let template = self.template(model).filter(|_| grammar.is_none());
         Ok(Prepared {
+            thinking: template.and_then(|template| Thinking::begin(template.source(), &text)),
             prompt,
             grammar,
             dialect: offered.then_some(Dialect::Marked),

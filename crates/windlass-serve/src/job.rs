@@ -6,6 +6,7 @@ use crate::engine::Updates;
 use crate::grammar::Grammar;
 use crate::refusal::Refusal;
 use crate::sampling::Settings;
+use crate::thoughts::{Thinking, ThoughtParser};
 use crate::tools::Dialect;
 use crate::tools::parse::CallParser;
 use serde_json::{Value, json};
@@ -27,6 +28,8 @@ pub(crate) struct Job {
     pub prompt_logprobs: Option<usize>,
     /// What answers must look like.
     pub grammar: Option<Grammar>,
+    /// Where answers begin, if what they think is kept apart.
+    pub thinking: Option<Thinking>,
     /// How answers call tools, where they may.
     pub dialect: Option<Dialect>,
 }
@@ -89,6 +92,8 @@ pub(crate) struct Usage {
     pub prompt: usize,
     pub cached: usize,
     pub completion: usize,
+    /// Tokens of thoughts among those.
+    pub reasoning: usize,
 }
 
 impl Usage {
@@ -100,7 +105,7 @@ impl Usage {
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": { "cached_tokens": self.cached, "audio_tokens": 0 },
             "completion_tokens_details": {
-                "reasoning_tokens": 0,
+                "reasoning_tokens": self.reasoning,
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
@@ -131,7 +136,8 @@ impl<'a> Answers<'a> {
         for prompt in &job.prompts {
             for _ in 0..job.choices {
                 let calls = job.dialect.map(CallParser::new);
-                let choice = Choice::new(model, prompt, &job.settings.stop, calls)?;
+                let thoughts = job.thinking.map(ThoughtParser::new);
+                let choice = Choice::new(model, prompt, &job.settings.stop, thoughts, calls)?;
                 choices.push(choice);
             }
         }
@@ -211,7 +217,10 @@ impl<'a> Answers<'a> {
 
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
-        self.usage
+        Usage {
+            reasoning: self.choices.iter().map(|choice| choice.thinking).sum(),
+            ..self.usage
+        }
     }
 }
 
@@ -221,6 +230,7 @@ impl Drop for Answers<'_> {
             prompt,
             cached,
             completion,
+            ..
         } = self.usage;
         let complete = self.choices.iter().all(Choice::is_done);
         tracing::info!(

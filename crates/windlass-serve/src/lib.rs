@@ -28,6 +28,7 @@ mod responses;
 mod routes;
 mod sampling;
 mod server;
+mod thoughts;
 mod tokens;
 mod tools;
 

@@ -131,6 +131,7 @@ fn job(mut fields: Fields, model: &Model) -> Result<(bool, Job), Refusal> {
         logprobs: None,
         prompt_logprobs: None,
         grammar: prepared.grammar,
+        thinking: None,
         dialect: prepared.dialect,
     };
     Ok((stream, job))

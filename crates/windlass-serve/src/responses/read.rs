@@ -125,6 +125,7 @@ pub(super) fn ask(mut fields: Fields, model: &Model) -> Result<Ask, Refusal> {
             logprobs: None,
             prompt_logprobs: None,
             grammar: prepared.grammar,
+            thinking: None,
             dialect: prepared.dialect,
         },
         stream,

@@ -68,7 +68,7 @@ impl Nesting {
 }
 
 /// The length of the longest end of `text` that begins `mark`.
-fn begun(text: &str, mark: &str) -> usize {
+pub(crate) fn begun(text: &str, mark: &str) -> usize {
     let most = text.len().min(mark.len() - 1);
     let lengths = (1..=most).rev();
     let mut lengths = lengths.filter(|&length| text.is_char_boundary(text.len() - length));

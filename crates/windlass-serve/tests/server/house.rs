@@ -65,12 +65,21 @@ pub struct House {
 impl House {
     /// With limits of one's own.
     pub fn with(options: ServerOptions, engine: EngineOptions) -> Self {
+        Self::with_template(options, engine, TEMPLATE)
+    }
+
+    /// With a template of one's own too.
+    pub fn with_template(
+        options: ServerOptions,
+        engine: EngineOptions,
+        template: &'static str,
+    ) -> Self {
         let house = Self::loading(options, move || {
             let model = model();
             let tokens = model.tokenizer().unwrap().special_tokens();
             Ok(Served {
                 name: NAME.into(),
-                template: Some(ChatTemplate::new(TEMPLATE, tokens).unwrap()),
+                template: Some(ChatTemplate::new(template, tokens).unwrap()),
                 tool_template: None,
                 engine,
                 model,

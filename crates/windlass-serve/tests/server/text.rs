@@ -2,6 +2,8 @@
 
 use crate::house::{CONTEXT, House, NAME};
 use serde_json::{Value, json};
+use windlass_infer::engine::EngineOptions;
+use windlass_serve::ServerOptions;
 
 fn chat(more: Value) -> Value {
     let mut body = json!({
@@ -283,4 +285,32 @@ fn what_was_read_before_is_counted_as_cached() {
         "{second}"
     );
     assert_eq!(text(&first), text(&second));
+}
+
+/// Thoughts, which this template begins, come in a field of their own.
+#[test]
+fn thoughts_are_kept_apart() {
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n{# </think> #}";
+    let house = House::with_template(ServerOptions::default(), EngineOptions::default(), template);
+    let mut body = json!({
+        "model": NAME, "messages": [{ "role": "user", "content": "the cat" }],
+        "max_tokens": 12, "seed": 4, "ignore_eos": true,
+    });
+    let whole = house.ok("/v1/chat/completions", &body);
+    let message = &whole["choices"][0]["message"];
+    let thoughts = message["reasoning_content"].as_str().unwrap();
+    assert!(!thoughts.is_empty());
+    assert_eq!(message["content"], "");
+    let details = &whole["usage"]["completion_tokens_details"];
+    assert_eq!(details["reasoning_tokens"], 12);
+    let chunks = house.stream("/v1/chat/completions", &body);
+    let parts = chunks.iter().map(|chunk| {
+        let delta = &chunk["choices"][0]["delta"];
+        delta["reasoning_content"].as_str().unwrap_or("")
+    });
+    assert_eq!(parts.collect::<String>(), thoughts);
+    body["reasoning_format"] = "none".into();
+    let plain = house.ok("/v1/chat/completions", &body);
+    let said = plain["choices"][0]["message"]["content"].as_str().unwrap();
+    assert_eq!(said.trim(), thoughts);
 }
