@@ -2,7 +2,8 @@
 
 Usage: soak.py WINDLASS MODEL [MINUTES]. Needs Linux and nothing but Python. 48 clients ask for completions, chats, several choices,
 streams, scores and embeddings of lengths that vary, some go away in the middle of an answer; with 32 places and a small memory for
-keys and values something always waits and blocks are taken back. A warm-up of a minute does not count: buffers grow to their size.
+keys and values something always waits and blocks are taken back. A warm-up of a minute and 5000 answers does not count: buffers grow
+to their size.
 """
 
 import json
@@ -17,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-CLIENTS, WARM_UP, LIMIT = 48, 60, 0.02
+CLIENTS, WARM_UP, WARM_ANSWERS, LIMIT = 48, 60, 5000, 0.02
 WORDS = "Story Anna is in the kitchen She has a green kite Tom park with white book Then goes to school".split()
 counts = {"answers": 0, "left": 0, "refused": 0}
 failures: list[str] = []
@@ -25,12 +26,12 @@ failures: list[str] = []
 
 def body(source: random.Random) -> tuple[str, dict]:
     """Any request."""
-    words = " ".join(source.choice(WORDS) for _ in range(source.randrange(2, 120)))
+    words = " ".join(source.choice(WORDS) for _ in range(source.randrange(2, 60)))
     tokens = source.randrange(1, 120)
     common = {"model": "tiny", "max_tokens": tokens, "seed": source.randrange(1000), "stream": source.random() < 0.6}
     kind = source.randrange(6)
     if kind == 0:
-        return "/v1/embeddings", {"model": "tiny", "input": [words, words[::-1]]}
+        return "/v1/embeddings", {"model": "tiny", "input": [words, words[:90][::-1]]}
     if kind == 1:
         return "/v1/chat/completions", common | {"messages": [{"role": "user", "content": words}]}
     if kind == 2:
@@ -43,9 +44,9 @@ def body(source: random.Random) -> tuple[str, dict]:
     return "/v1/completions", common | {"prompt": words, "ignore_eos": True}
 
 
-def client(url: str, number: int, end: float) -> None:
+def client(url: str, number: int, ended: threading.Event) -> None:
     source = random.Random(number)
-    while time.monotonic() < end:
+    while not ended.is_set():
         path, asked = body(source)
         request = urllib.request.Request(url + path, json.dumps(asked).encode(), {"Content-Type": "application/json"})
         try:
@@ -76,18 +77,20 @@ def main() -> None:
                "--template", str(template), "--kv-tokens", "4096"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = process.stdout.readline().strip()
-    start = time.monotonic()
-    end = start + WARM_UP + 60 * minutes
-    threads = [threading.Thread(target=client, args=(url, number, end), daemon=True) for number in range(CLIENTS)]
+    ended = threading.Event()
+    threads = [threading.Thread(target=client, args=(url, number, ended), daemon=True) for number in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    sizes = []
-    while (now := time.monotonic()) < end:
+    begin = time.monotonic()
+    sizes: list[int] = []
+    while len(sizes) < 12 * minutes:
         time.sleep(5)
-        if now - start >= WARM_UP:
+        warm = sizes or time.monotonic() - begin >= WARM_UP and counts["answers"] >= WARM_ANSWERS
+        if warm:
             sizes.append(resident(process))
-            if len(sizes) % 12 == 1:
-                print(f"{now - start:6.0f} s  {sizes[-1] / 2**20:8.2f} MiB  {counts}", flush=True)
+        if len(sizes) % 12 == 1 or not warm:
+            print(f"{time.monotonic() - begin:6.0f} s  {resident(process) / 2**20:8.2f} MiB  {counts}", flush=True)
+    ended.set()
     for thread in threads:
         thread.join(timeout=120)
     page = urllib.request.urlopen(url + "/metrics").read().decode()
