@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,9 +131,10 @@ async def drive(url, requests, clients):
                 await ask(session, url, prompt, length, answers)
 
         await ask(session, url, [7] * 16, 4, [])
-        start = time.perf_counter()
+        spent, start = inside_steps(url), time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         wall = time.perf_counter() - start
+        spent = inside_steps(url) - spent
     gaps = [gap for answer in answers for gap in answer["gaps"]]
     inside, out = sum(answer["prompt"] for answer in answers), sum(answer["tokens"] for answer in answers)
     return {"clients": clients, "requests": len(answers), "wall": wall, "prompt_tokens": inside, "new_tokens": out,
@@ -141,7 +143,17 @@ async def drive(url, requests, clients):
             "latency95": quantile([answer["latency"] for answer in answers], 0.95),
             "first": quantile([answer["first"] for answer in answers], 0.5),
             "first95": quantile([answer["first"] for answer in answers], 0.95),
-            "gap": quantile(gaps, 0.5), "gap95": quantile(gaps, 0.95)}
+            "gap": quantile(gaps, 0.5), "gap95": quantile(gaps, 0.95), "outside": 1 - spent / wall if spent else None}
+
+
+def inside_steps(url):
+    """Seconds that windlass has computed; 0 for a server that does not tell."""
+    try:
+        page = urllib.request.urlopen(url + "/metrics").read().decode()
+    except urllib.error.HTTPError:
+        return 0
+    found = re.search(r"^windlass:iteration_seconds_sum\{[^}]*\} (\S+)$", page, re.M)
+    return float(found[1]) if found else 0
 
 
 def workload(args, clients):
@@ -157,7 +169,7 @@ def show(name, setting, found):
     print(f"{name:12} {setting:24} {found['clients']:3} clients {found['requests']:3} requests  total {found['total']:7.1f} t/s  "
           f"output {found['output']:6.1f} t/s  first token p50 {found['first']:6.2f} p95 {found['first95']:6.2f} s  between tokens "
           f"p50 {1e3 * found['gap']:6.1f} p95 {1e3 * found['gap95']:7.1f} ms  answer p50 {found['latency']:6.2f} s  "
-          f"stolen {100 * found['stolen']:.0f} %", flush=True)
+          f"stolen {100 * found['stolen']:.0f} %" + (f"  outside steps {100 * found['outside']:.2f} %" if found.get("outside") else ""), flush=True)
 
 
 def headline(args, url, log):
