@@ -300,16 +300,16 @@ impl Counts {
             "Passes through the model.",
             self.engine.steps,
         );
+    }
+
+    fn write(&self, page: &mut Page) {
+        self.write_engine(page);
         page.value(
             "counter",
             "engine_overhead_seconds_total",
             "Time between passes that follow one another: requests taken, answers handed out.",
             self.overhead.as_secs_f64(),
         );
-    }
-
-    fn write(&self, page: &mut Page) {
-        self.write_engine(page);
         page.counter(
             "prompt_tokens_total",
             "Tokens of the prompts of finished requests.",
