@@ -3,6 +3,9 @@
 //! A base stays as it was opened, packed or not; an adapter's own parameters are `f32`.
 
 mod merge;
+mod overlay;
+
+pub use overlay::{Overlay, OverlayLoader};
 
 use crate::InferError;
 use crate::loaded::LoadedModel;

@@ -2,7 +2,8 @@
 //!
 //! Each [`Engine::step`] is one pass through the model over the next tokens of all sequences that the
 //! [`Scheduler`] chose, long prompts in parts and generated tokens alike. What a request gets
-//! depends on nothing else that runs: not on the budget, the cut of its prompt, the cache or a preemption.
+//! depends on nothing else that runs: not on the budget, the cut of its prompt, the cache or a preemption, nor on the
+//! adapters of others.
 //!
 //! The engine knows no text, no clock and no connection: stop strings, deadlines and streams are its caller's.
 
@@ -158,7 +159,13 @@ impl Engine {
     /// # Errors
     /// [`InferError::Busy`] when too many wait; [`InferError::TooLong`], [`InferError::Empty`],
     /// [`InferError::UnknownToken`] for a prompt or settings that the model cannot take; [`InferError::Setting`].
+    ///
+    /// # Panics
+    /// When its adapter was loaded for a model of another shape.
+    #[track_caller]
     pub fn submit(&mut self, mut request: Request) -> Result<RequestId, InferError> {
+        let fits = request.adapter.iter().all(|a| self.model.fits(a));
+        assert!(fits, "an adapter for another model");
         request.sampling.validate()?;
         self.model.check_ids(&request.prompt)?;
         let biased = request.sampling.logit_bias.iter().map(|&(id, _)| id);
@@ -194,7 +201,8 @@ impl Engine {
             most_tokens: prompt_tokens.saturating_add(read).min(self.context),
             samples: request.samples,
             every_row,
-            root: 0,
+            // Keys and values differ by adapter.
+            root: request.adapter.as_ref().map_or(0, |adapter| adapter.id()),
         })?;
         self.stats.prompt_tokens += prompt_tokens as u64;
         let live = Live {

@@ -24,7 +24,7 @@ pub mod stop;
 pub mod vocabulary;
 pub mod workload;
 
-pub use adapter::{AdapterFolder, write_adapter};
+pub use adapter::{AdapterFolder, Overlay, OverlayLoader, write_adapter};
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};
 pub use loaded::{LoadIn, LoadedModel};

@@ -161,7 +161,7 @@ pub(crate) async fn create(
 ) -> Result<Response, Refusal> {
     let mut fields = body::fields(&app, request).await?;
     let name = fields.need_text("model")?;
-    let model = app.model_named(Some(&name))?.clone();
+    let model = app.model_named(Some(&name))?;
     let (ask, job) = {
         let model = model.clone();
         body::prepare(move || {

@@ -137,7 +137,8 @@ impl Conversation {
     fn template<'a>(&self, model: &'a Model) -> Option<&'a ChatTemplate> {
         let special = model.tool_template.as_ref();
         let special = special.filter(|_| self.tools.is_offered());
-        special.or(model.template.as_ref())
+        let own = model.own_template.as_ref();
+        own.or(special).or(model.template.as_ref())
     }
 
     /// The text that the model continues.

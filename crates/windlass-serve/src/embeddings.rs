@@ -20,7 +20,7 @@ pub(crate) async fn create(
 ) -> Result<Response, Refusal> {
     let mut fields = body::fields(&app, request).await?;
     let name = fields.need_text("model")?;
-    let model = app.model_named(Some(&name))?.clone();
+    let model = app.model_named(Some(&name))?;
     let base64 = match fields.text("encoding_format")?.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
@@ -75,6 +75,7 @@ async fn compute(
     let mut vectors: Vec<Option<Vec<f32>>> = vec![None; inputs.len()];
     let requests = inputs.into_iter().map(|input| engine::Request {
         goal: RequestGoal::Embed(Pooling::Mean),
+        adapter: model.adapter.clone(),
         ..engine::Request::new(input)
     });
     app.metrics.arrived(vectors.len());

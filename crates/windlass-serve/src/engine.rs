@@ -5,7 +5,7 @@
 //! cancelled before the next step. The clock is read here, since the engine knows none: for metrics, and for the tokens
 //! of a step, which are kept so few that running answers do not stall while long prompts are read.
 
-use crate::app::{App, Model};
+use crate::app::{App, Base, Model, unix_now};
 use crate::grammar::Grammars;
 use crate::metrics::{Finished, Metrics};
 use crate::options::{ServeError, Served};
@@ -137,11 +137,11 @@ impl EngineThread {
         let vocabulary = served.model.config.vocab_size;
         let hidden_size = served.model.config.hidden_size;
         let most = served.engine.token_budget;
+        let loader = served.model.overlay_loader().map_err(load)?;
         let engine = Engine::new(served.model, served.engine).map_err(load)?;
         let (sender, commands) = mpsc::channel(COMMANDS);
         app.metrics.engine(engine.stats());
-        app.put(Arc::new(Model {
-            name: served.name,
+        let base = Base {
             context: engine.context(),
             tokenizer,
             vocabulary,
@@ -151,7 +151,15 @@ impl EngineThread {
             engine: EngineHandle { commands: sender },
             grammars,
             tokens,
-        }));
+            loader,
+        };
+        let now = unix_now();
+        let mut models = vec![Model::new(served.name, base, now)];
+        for (name, adapter) in served.adapters {
+            let adapted = Model::adapted(&models[0], name, adapter, now);
+            models.push(adapted.map_err(|error| ServeError::Load(error.into()))?);
+        }
+        app.put(models);
         Ok(EngineThread {
             budget: Budget::new(most, app.options.inter_token_target),
             app: app.clone(),

@@ -58,6 +58,7 @@ impl Job {
                 logprobs: self.logprobs,
                 prompt_logprobs: self.prompt_logprobs,
                 constraint: self.grammar.as_ref().map(Grammar::constraint),
+                adapter: model.adapter.clone(),
                 ..Request::new(prompt.clone())
             });
         }

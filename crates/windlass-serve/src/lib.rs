@@ -4,6 +4,7 @@
 //! asynchronous runtime. Nothing here prints or reads the environment: what is worth knowing is logged through `tracing`,
 //! or told to the caller as a [`Notice`].
 
+mod adapters;
 mod app;
 mod blocks;
 mod body;

@@ -40,7 +40,7 @@ pub(crate) async fn count(State(app): State<Arc<App>>, request: Request) -> Resp
 async fn begin(app: &App, request: Request) -> Result<(Arc<Model>, Fields), Refusal> {
     let mut fields = body::fields(app, request).await?;
     let name = fields.need_text("model")?;
-    Ok((app.model_named(Some(&name))?.clone(), fields))
+    Ok((app.model_named(Some(&name))?, fields))
 }
 
 async fn answer(app: Arc<App>, request: Request) -> Result<Response, Refusal> {

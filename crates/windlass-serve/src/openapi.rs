@@ -1,13 +1,23 @@
 //! The description of the interface, for programs that read OpenAPI.
 
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use crate::app::App;
+use crate::body;
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::Value;
+use std::sync::Arc;
 
-/// The document.
-pub(crate) async fn show() -> Response {
-    let head = [(header::CONTENT_TYPE, "application/json")];
+/// The document, without addresses that this server does not have.
+pub(crate) async fn show(State(app): State<Arc<App>>) -> Response {
     let text = include_str!("openapi.json").replace("{version}", env!("CARGO_PKG_VERSION"));
-    (head, text).into_response()
+    let mut document: Value = serde_json::from_str(&text).expect("a document of our own");
+    if let (None, Some(paths)) = (
+        &app.options.adapter_folder,
+        document["paths"].as_object_mut(),
+    ) {
+        paths.retain(|path, _| !path.ends_with("load_lora_adapter"));
+    }
+    body::json(&document)
 }
 
 #[cfg(test)]

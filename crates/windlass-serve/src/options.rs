@@ -1,9 +1,10 @@
 //! How the server is set up, and what can keep it from starting.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
-use windlass_infer::LoadedModel;
 use windlass_infer::engine::EngineOptions;
+use windlass_infer::{LoadedModel, Overlay};
 use windlass_model::ChatTemplate;
 
 /// Where the server listens and what it bears.
@@ -33,6 +34,8 @@ pub struct ServerOptions {
     pub inter_token_target: Duration,
     /// Whether prompts and answers are written to the log.
     pub log_prompts: bool,
+    /// The folder of the adapters that requests may load and unload by the names of its subfolders; none forbids it.
+    pub adapter_folder: Option<PathBuf>,
 }
 
 impl Default for ServerOptions {
@@ -50,6 +53,7 @@ impl Default for ServerOptions {
             drain_timeout: Duration::from_secs(60),
             inter_token_target: Duration::from_millis(100),
             log_prompts: false,
+            adapter_folder: None,
         }
     }
 }
@@ -58,8 +62,10 @@ impl Default for ServerOptions {
 pub struct Served {
     /// The name that requests know it by.
     pub name: String,
-    /// Its weights and tokenizer.
+    /// Its weights and tokenizer, without an adapter of its own.
     pub model: LoadedModel,
+    /// Adapters that were loaded for it, by the names of the models that they make; all names differ.
+    pub adapters: Vec<(String, Overlay)>,
     /// Its chat template, where it has one.
     pub template: Option<ChatTemplate>,
     /// A template of its own for conversations with tools, where it has one.

@@ -60,7 +60,7 @@ impl Refusal {
     }
 
     /// 404: no such model.
-    pub fn no_model(name: &str, known: &[String]) -> Self {
+    pub fn no_model(name: &str, known: &[&str]) -> Self {
         Refusal {
             param: Some("model".into()),
             code: Some("model_not_found"),

@@ -1,8 +1,10 @@
 //! Addresses, and what comes before every handler: request ids, keys, the log.
 
-use crate::app::{App, Phase};
+use crate::app::{App, Model, Phase};
 use crate::refusal::Refusal;
-use crate::{body, chat, completions, embeddings, messages, openapi, page, responses, tokens};
+use crate::{
+    adapters, body, chat, completions, embeddings, messages, openapi, page, responses, tokens,
+};
 use axum::Router;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
@@ -21,7 +23,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/health", get(health))
         .route("/v1/health", get(health))
         .route("/", get(page::show));
-    let kept = Router::new()
+    let mut kept = Router::new()
         .route("/version", get(version))
         .route("/openapi.json", get(openapi::show))
         .route("/metrics", get(metrics))
@@ -35,8 +37,13 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/v1/messages/count_tokens", post(messages::count))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route("/apply-template", post(tokens::apply_template))
-        .route_layer(from_fn_with_state(app.clone(), check_key));
+        .route("/apply-template", post(tokens::apply_template));
+    if app.options.adapter_folder.is_some() {
+        kept = kept
+            .route("/v1/load_lora_adapter", post(adapters::load))
+            .route("/v1/unload_lora_adapter", post(adapters::unload));
+    }
+    let kept = kept.route_layer(from_fn_with_state(app.clone(), check_key));
     open.merge(kept)
         .fallback(nowhere)
         .method_not_allowed_fallback(wrong_method)
@@ -136,27 +143,31 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
         header::CONTENT_TYPE,
         "text/plain; version=0.0.4; charset=utf-8",
     )];
-    (head, app.metrics.text(app.model_name())).into_response()
+    let models = app.models();
+    let name = models.first().map_or("", |model| &model.name);
+    (head, app.metrics.text(name)).into_response()
 }
 
-fn card(app: &App, model: &crate::app::Model) -> Value {
+fn card(model: &Model, first: &Model) -> Value {
     json!({
         "id": model.name,
         "object": "model",
-        "created": app.started,
+        "created": model.created,
         "owned_by": "windlass",
         "max_model_len": model.context,
+        "parent": model.adapter.is_some().then_some(&first.name),
     })
 }
 
 async fn models(State(app): State<Arc<App>>) -> Result<Response, Refusal> {
-    let model = app.model()?;
-    Ok(body::json(
-        &json!({ "object": "list", "data": [card(&app, model)] }),
-    ))
+    let first = app.model()?;
+    let models = app.models();
+    let cards: Vec<Value> = models.iter().map(|model| card(model, &first)).collect();
+    Ok(body::json(&json!({ "object": "list", "data": cards })))
 }
 
 async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Refusal> {
     let model = app.model_named(Some(&id))?;
-    Ok(body::json(&card(&app, model)))
+    let first = app.model()?;
+    Ok(body::json(&card(&model, &first)))
 }

@@ -16,7 +16,7 @@ pub(crate) async fn tokenize(
 ) -> Result<Response, Refusal> {
     let mut fields = body::fields(&app, request).await?;
     let name = fields.text("model")?;
-    let model = app.model_named(name.as_deref())?.clone();
+    let model = app.model_named(name.as_deref())?;
     let value = body::prepare(move || {
         // llama-server says `content`, vLLM `prompt`.
         let text = match fields.text("prompt")? {
@@ -79,7 +79,7 @@ pub(crate) async fn apply_template(
 ) -> Result<Response, Refusal> {
     let mut fields = body::fields(&app, request).await?;
     let name = fields.text("model")?;
-    let model = app.model_named(name.as_deref())?.clone();
+    let model = app.model_named(name.as_deref())?;
     let prompt = body::prepare(move || {
         let conversation = Conversation::read(&mut fields)?;
         fields.finish()?;

@@ -15,7 +15,8 @@ mod weight;
 pub use half::{bf16, f16};
 pub use layout::{FileTensor, Layout, ParamId, UnitSpec};
 pub use ops::{
-    Expert, IGNORED, Lora, Projection, RopeTable, RouterStats, Routing, Sloped, row_norms,
+    Expert, IGNORED, Lora, Projection, RopeTable, RouterStats, Routing, Sloped, UnitOverlay,
+    row_norms,
 };
 pub use packed::Packed;
 pub use rng::Rng;

@@ -3,6 +3,7 @@
 //! A tape belongs to one unit and one pass. It keeps the tensors that backward passes ask for and the slots of the
 //! weights, never the weights. Values nobody saved are freed as soon as the forward code drops its [`Var`].
 
+use crate::ops::Overlays;
 use crate::{Cpu, DType, Grads, Shape, Tensor, Weights, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::elementwise;
@@ -97,6 +98,8 @@ pub struct Tape {
     pub(crate) watch: Option<Watch>,
     /// Whether adapters are applied.
     adapters: bool,
+    /// Adapters of rows.
+    pub(crate) overlays: Overlays,
     /// Where what is left to chance comes from.
     noise: Option<u64>,
 }
@@ -121,6 +124,7 @@ impl Tape {
             eager: None,
             watch: None,
             adapters: true,
+            overlays: Vec::new(),
             noise: None,
         }
     }

@@ -6,7 +6,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use windlass::model::{DecoderConfig, Tokenizer, decoder};
+use windlass::infer::LoadedModel;
+use windlass::model::{AdapterConfig, DecoderConfig, Tokenizer, decoder};
 use windlass::store::{Store, elements, save_weights};
 use windlass::tensor::{Cpu, DType, ParamId};
 
@@ -90,10 +91,22 @@ fn a_signal_lets_answers_finish_and_the_log_keeps_secrets() {
         "cat",
         "--api-key-file",
     ];
-    let mut child = start(
-        model.path(),
-        &[&flags[..], &[keys.to_str().unwrap()]].concat(),
-    );
+    let adapter = model.path().join("purr");
+    let mut adapted = LoadedModel::open(&Cpu::new(1), model.path(), None).unwrap();
+    adapted.new_adapter(&AdapterConfig::default(), 1).unwrap();
+    adapted.save_adapter(&adapter).unwrap();
+    let (adapter, folder) = (adapter.to_str().unwrap(), model.path().to_str().unwrap());
+    let named = format!("hiss={adapter}");
+    let more = [
+        keys.to_str().unwrap(),
+        "--adapter",
+        adapter,
+        "--adapter",
+        &named,
+        "--allow-adapter-loading",
+        folder,
+    ];
+    let mut child = start(model.path(), &[&flags[..], &more].concat());
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
@@ -102,9 +115,16 @@ fn a_signal_lets_answers_finish_and_the_log_keeps_secrets() {
         .strip_prefix("http://")
         .unwrap_or_else(|| panic!("{line}"));
     assert!(rest(ask(address, "other", "/v1/models", "")).starts_with("HTTP/1.1 401"));
-    assert!(rest(ask(address, "key-of-the-file", "/v1/models", "")).contains("\"id\":\"cat\""));
+    let another = json!({ "lora_name": "growl", "lora_path": "purr" }).to_string();
+    let path = "/v1/load_lora_adapter";
+    assert!(rest(ask(address, "other", path, &another)).starts_with("HTTP/1.1 401"));
+    assert!(rest(ask(address, "key-of-the-file", path, &another)).starts_with("HTTP/1.1 200"));
+    let models = rest(ask(address, "key-of-the-file", "/v1/models", ""));
+    for name in ["cat", "purr", "hiss", "growl"] {
+        assert!(models.contains(&format!("\"id\":\"{name}\"")), "{models}");
+    }
     let body = json!({
-        "model": "cat", "messages": [{ "role": "user", "content": "meow-the-secret" }],
+        "model": "purr", "messages": [{ "role": "user", "content": "meow-the-secret" }],
         "max_tokens": 600, "ignore_eos": true, "stream": true,
     });
     let answer = ask(
@@ -149,6 +169,18 @@ fn what_cannot_be_served_is_refused() {
         (&["--port", "0", "--api-key-file", empty], 1, "holds no key"),
         (&["--port", "0", "--context", "99999"], 2, "--context 99999"),
         (&["--port", "0", "--template", "nowhere"], 1, "nowhere"),
+        (
+            &["--port", "0", "--adapter", "a/b", "--adapter", "b=c"],
+            2,
+            "the name b is taken",
+        ),
+        (&["--port", "0", "--adapter", "=a"], 2, "has no name"),
+        (&["--port", "0", "--adapter", "a=nowhere"], 1, "nowhere"),
+        (
+            &["--port", "0", "--allow-adapter-loading", empty],
+            2,
+            "no such folder",
+        ),
         (
             &["--port", "0", "--tokenizer", "nowhere"],
             1,

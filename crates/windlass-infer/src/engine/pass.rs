@@ -3,13 +3,24 @@
 use super::draw::{Drawn, Sample, draw};
 use super::scheduler::{Plan, SequenceId, Work};
 use super::{Engine, Live, Pooling, RequestGoal};
+use crate::Overlay;
 use crate::sampler::{TokenLogprobs, token_logprobs};
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 use windlass_model::{Goal, Sequence, Tokens};
 use windlass_tensor::Tensor;
 
 /// Rows of logits that exist at once: those of a large vocabulary would need more memory than all activations.
 const HEAD_ROWS: usize = 64;
+
+/// What goes into a pass.
+struct Batch {
+    tokens: Tokens,
+    /// The row of each work's first token.
+    first_rows: Vec<usize>,
+    /// Runs of rows with an adapter.
+    overlays: Vec<(Range<usize>, Arc<Overlay>)>,
+}
 
 /// What is read from a row of logits, or from none.
 pub(super) struct Reading {
@@ -44,8 +55,12 @@ impl Engine {
         for &(from, to) in &plan.copies {
             lock(&self.blocks).copy_block(from, to);
         }
-        let (mut batch, first_rows) = self.batch(plan);
-        let hidden = self.model.run(&batch, false);
+        let Batch {
+            tokens: mut batch,
+            first_rows,
+            overlays,
+        } = self.batch(plan);
+        let hidden = self.model.run_over(&batch, false, &overlays);
         let (mut readings, mut rows) = (Vec::new(), Vec::new());
         for (work, first) in plan.work.iter().zip(first_rows) {
             let live = self.live.get_mut(&work.id.request);
@@ -76,22 +91,42 @@ impl Engine {
         done
     }
 
-    /// The tokens of all sequences, and the row of each one's first.
-    fn batch(&self, plan: &Plan) -> (Tokens, Vec<usize>) {
-        let (mut ids, mut sequences, mut first) = (Vec::new(), Vec::new(), Vec::new());
-        for work in &plan.work {
+    /// The tokens of all sequences, those of an adapter one after another.
+    fn batch(&self, plan: &Plan) -> Batch {
+        let adapter = |index: usize| {
+            let live = &self.live[&plan.work[index].id.request];
+            live.request.adapter.as_ref()
+        };
+        let mut order: Vec<usize> = (0..plan.work.len()).collect();
+        order.sort_by_key(|&index| adapter(index).map(|adapter| adapter.id()));
+        let (mut ids, mut sequences) = (Vec::new(), Vec::new());
+        let mut first_rows = vec![0; order.len()];
+        let mut overlays: Vec<(Range<usize>, Arc<Overlay>)> = Vec::new();
+        for index in order {
+            let work = &plan.work[index];
             let tokens = self.scheduler.tokens(work.id).expect("it is in the plan");
-            first.push(ids.len());
+            let first = ids.len();
+            first_rows[index] = first;
             ids.extend_from_slice(&tokens[work.start..][..work.tokens]);
             sequences.push(Sequence {
                 past: work.start,
                 tokens: work.tokens,
                 blocks: plan.blocks(work),
             });
+            if let Some(adapter) = adapter(index) {
+                match overlays.last_mut() {
+                    Some((rows, last)) if Arc::ptr_eq(last, adapter) => rows.end = ids.len(),
+                    _ => overlays.push((first..ids.len(), adapter.clone())),
+                }
+            }
         }
         let rows = [].into();
-        let batch = Tokens::ragged(ids, &sequences, &self.blocks, rows, self.model.dtype);
-        (batch, first)
+        let tokens = Tokens::ragged(ids, &sequences, &self.blocks, rows, self.model.dtype);
+        Batch {
+            tokens,
+            first_rows,
+            overlays,
+        }
     }
 
     /// Reads rows of logits, of which the first is row `first` of all, on all threads.

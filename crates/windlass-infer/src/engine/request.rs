@@ -1,8 +1,9 @@
 //! What is asked of an engine, and what it answers.
 
 use super::scheduler::RequestId;
-use crate::SamplingParams;
 use crate::sampler::TokenLogprobs;
+use crate::{Overlay, SamplingParams};
+use std::sync::Arc;
 
 /// A prompt and what to do with it.
 ///
@@ -31,6 +32,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// Which tokens are allowed where.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// The adapter that it is computed with; others in the same batch may have other ones.
+    pub adapter: Option<Arc<Overlay>>,
 }
 
 impl Request {
@@ -48,6 +51,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             constraint: None,
+            adapter: None,
         }
     }
 }

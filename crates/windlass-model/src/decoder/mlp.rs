@@ -119,7 +119,7 @@ impl Mlp {
                 let outputs = experts.iter().zip(&routing.rows).map(|(expert, rows)| {
                     let rows: Vec<u32> = rows.iter().map(|(row, _)| *row).collect();
                     let x = tape.gather_rows(h, &rows);
-                    expert.forward(w, &x, None, tape)
+                    tape.on_rows(&rows, |tape| expert.forward(w, &x, None, tape))
                 });
                 let outputs: Vec<Var> = outputs.collect();
                 tape.combine(&routing, &outputs, h.tensor.cols())

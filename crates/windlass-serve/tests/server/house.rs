@@ -3,6 +3,7 @@
 use crate::client::{Answer, Client};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -65,7 +66,7 @@ pub struct House {
 impl House {
     /// With limits of one's own.
     pub fn with(options: ServerOptions, engine: EngineOptions) -> Self {
-        Self::with_template(options, engine, TEMPLATE)
+        Self::built(options, engine, TEMPLATE, Vec::new())
     }
 
     /// With a template of one's own too.
@@ -74,13 +75,32 @@ impl House {
         engine: EngineOptions,
         template: &'static str,
     ) -> Self {
+        Self::built(options, engine, template, Vec::new())
+    }
+
+    /// With the adapters of folders.
+    pub fn adapted(adapters: Vec<(String, PathBuf)>) -> Self {
+        let (options, engine) = (ServerOptions::default(), EngineOptions::default());
+        Self::built(options, engine, TEMPLATE, adapters)
+    }
+
+    fn built(
+        options: ServerOptions,
+        engine: EngineOptions,
+        template: &'static str,
+        adapters: Vec<(String, PathBuf)>,
+    ) -> Self {
         let house = Self::loading(options, move || {
             let model = model();
+            let loader = model.overlay_loader().unwrap();
+            let load = |(name, folder): (String, PathBuf)| (name, loader.load(&folder).unwrap());
+            let adapters = adapters.into_iter().map(load).collect();
             let tokens = model.tokenizer().unwrap().special_tokens();
             Ok(Served {
                 name: NAME.into(),
                 template: Some(ChatTemplate::new(template, tokens).unwrap()),
                 tool_template: None,
+                adapters,
                 engine,
                 model,
             })
@@ -136,6 +156,14 @@ impl House {
         let answer = self.post(path, body);
         assert_eq!(answer.status, 200, "{body}: {}", answer.text());
         answer.json()
+    }
+
+    /// Posts what must succeed with a text.
+    #[track_caller]
+    pub fn ok_text(&self, path: &str, body: &Value) -> String {
+        let answer = self.post(path, body);
+        assert_eq!(answer.status, 200, "{body}: {}", answer.text());
+        answer.text()
     }
 
     /// Posts what must be refused: the error's `param` and a part of its message.

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use windlass_infer::engine::EngineOptions;
 use windlass_serve::ServerOptions;
 
-const PATHS: [&str; 9] = [
+const PATHS: [&str; 11] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
@@ -18,9 +18,11 @@ const PATHS: [&str; 9] = [
     "/tokenize",
     "/detokenize",
     "/apply-template",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
 ];
 
-const NAMES: [&str; 42] = [
+const NAMES: [&str; 44] = [
     "model",
     "messages",
     "prompt",
@@ -63,6 +65,8 @@ const NAMES: [&str; 42] = [
     "max_output_tokens",
     "stop_sequences",
     "chat_template_kwargs",
+    "lora_name",
+    "lora_path",
 ];
 
 const INNER: [&str; 14] = [
@@ -130,7 +134,12 @@ fn what_is_malformed_is_the_clients_fault() {
         context: Some(48),
         ..EngineOptions::default()
     };
-    let house = House::with(ServerOptions::default(), engine);
+    let place = tempfile::tempdir().unwrap();
+    let options = ServerOptions {
+        adapter_folder: Some(place.path().to_owned()),
+        ..ServerOptions::default()
+    };
+    let house = House::with(options, engine);
     let fields = prop::collection::vec((prop::sample::select(&NAMES[..]), value()), 0..6);
     let strategy = (prop::sample::select(&PATHS[..]), any::<bool>(), fields);
     let config = Config {

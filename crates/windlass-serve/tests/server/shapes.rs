@@ -178,6 +178,7 @@ fn requests_come_before_the_model() {
             model: model(),
             template: None,
             tool_template: None,
+            adapters: Vec::new(),
             engine: EngineOptions::default(),
         })
     });

@@ -109,7 +109,8 @@ impl Tape {
             match weight.weight {
                 Weight::Packed(packed)
                     if packed.order().is_none()
-                        && !(self.has_adapters() && weight.lora.is_some()) =>
+                        && !(self.has_adapters() && weight.lora.is_some())
+                        && !self.is_overlaid(weight.slot) =>
                 {
                     Some((packed, bias.as_ref().map(|bias| bias.weight.dense())))
                 }

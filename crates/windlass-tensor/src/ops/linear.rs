@@ -40,35 +40,38 @@ impl Tape {
         if let Some(watch) = &self.watch {
             watch(w.slot, &x.tensor);
         }
-        match w.lora.filter(|_| self.has_adapters()) {
+        let y = match w.lora.filter(|_| self.has_adapters()) {
             None => self.product(x, w, bias, residual),
             Some((lora, weights)) => match lora.magnitude {
                 None => {
                     let y = self.product(x, w, bias, residual);
                     self.low_rank(x, y, lora, weights)
                 }
-                Some(slot) => {
-                    // What is dropped is dropped from what the magnitudes change, and what they leave alone has all of it.
-                    let Some((kept, rest)) = self.dropped(x, lora) else {
+                Some(slot) => match self.dropped(x, lora) {
+                    None => {
                         let y = self.product(x, w, None, None);
                         let t = self.low_rank(x, y, lora, weights);
-                        return self.magnitude(&t, (w, lora, slot), weights, bias, residual);
-                    };
-                    let base = self.product(&rest, w, bias, residual);
-                    let y = self.product(&kept, w, None, None);
-                    let whole = Lora {
-                        dropout: 0.0,
-                        ..*lora
-                    };
-                    let t = self.low_rank(&kept, y, &whole, weights);
-                    self.magnitude(&t, (w, lora, slot), weights, None, Some(&base))
-                }
+                        self.magnitude(&t, (w, lora, slot), weights, bias, residual)
+                    }
+                    // What is dropped is dropped from what the magnitudes change, and what they leave alone has all of it.
+                    Some((kept, rest)) => {
+                        let base = self.product(&rest, w, bias, residual);
+                        let y = self.product(&kept, w, None, None);
+                        let whole = Lora {
+                            dropout: 0.0,
+                            ..*lora
+                        };
+                        let t = self.low_rank(&kept, y, &whole, weights);
+                        self.magnitude(&t, (w, lora, slot), weights, None, Some(&base))
+                    }
+                },
             },
-        }
+        };
+        self.overlay(x, y, w, bias, residual)
     }
 
     /// [`Tape::linear`] of the weight without its adapter.
-    fn product(
+    pub(super) fn product(
         &mut self,
         x: &Var,
         w: Param<'_>,
@@ -132,9 +135,12 @@ impl Tape {
         match packed.collect::<Option<Vec<_>>>() {
             Some(packed) if self.rounds() && !scaled && self.watch.is_none() => {
                 let outputs = self.packed(x, &packed, None).into_iter().zip(weights);
-                let adapted = outputs.map(|(y, (w, _))| match w.lora.filter(|_| adapters) {
-                    Some((lora, weights)) => self.low_rank(x, y, lora, weights),
-                    None => y,
+                let adapted = outputs.map(|(y, &(w, bias))| {
+                    let y = match w.lora.filter(|_| adapters) {
+                        Some((lora, weights)) => self.low_rank(x, y, lora, weights),
+                        None => y,
+                    };
+                    self.overlay(x, y, w, bias, None)
                 });
                 adapted.collect()
             }

@@ -32,7 +32,7 @@ pub struct Lora {
 
 impl Lora {
     /// `A` and `B` in the storage type of the values they are multiplied with.
-    fn factors<'w>(
+    pub(super) fn factors<'w>(
         &self,
         cpu: &Cpu,
         weights: &'w Weights,
@@ -59,26 +59,14 @@ impl Tape {
         let cpu = self.cpu().clone();
         let dtype = x.tensor.dtype();
         let (a, b) = lora.factors(&cpu, weights, dtype);
-        let (m, n, k, r) = (x.tensor.rows(), b.rows(), a.cols(), a.rows());
-        assert!(
-            k == x.tensor.cols() && n == y.tensor.cols() && r == b.cols(),
-            "an adapter {} and {} of a product of {} to {}",
-            a.shape(),
-            b.shape(),
-            x.shape(),
-            y.shape()
-        );
+        assert_fits(&x.tensor, &a, &b, y.tensor.cols());
         let drop = self.drop(lora);
         let input = Drop::apply(drop, &cpu, &x.tensor);
         let node = y.node();
         let mut out = y.tensor;
-        let mut z = Tensor::empty(&cpu, [m, r], dtype, Category::Activations);
-        each_dtype!(dtype, E => {
-            let (x, a, b) = (mat(input.as_slice::<E>(), k), mat(a.as_slice::<E>(), k), mat(b.as_slice::<E>(), r));
-            gemm(&cpu.pool, Layout::Nt, m, r, k, x, a, z.as_mut_slice::<E>(), r, Epilogue::default());
-            scale_in_place(&cpu.pool, lora.scale as f32, z.as_mut_slice::<E>());
-            let accumulate = Epilogue { accumulate: true, ..Default::default() };
-            gemm(&cpu.pool, Layout::Nt, m, n, r, mat(z.as_slice::<E>(), r), b, out.as_mut_slice::<E>(), n, accumulate);
+        let z = each_dtype!(dtype, E => {
+            let (x, y) = (input.as_slice::<E>(), out.as_mut_slice::<E>());
+            add_product(&cpu, x, (&a, &b), lora.scale, y, Category::Activations)
         });
         let lora = *lora;
         self.record(out, true, || SavedLora {
@@ -137,15 +125,8 @@ impl Tape {
         each_dtype!(dtype, E => if !cpu.pool.is_dry() {
             let bias = bias.map(|b| b.weight.dense().as_slice::<E>());
             let residual = residual.map(|r| r.tensor.as_slice::<E>());
-            let rows = y.as_mut_slice::<E>().chunks_mut(n).zip(t.tensor.as_slice::<E>().chunks(n));
-            for (row, (y, t)) in rows.enumerate() {
-                for column in 0..n {
-                    let mut value = t[column].to_f64() * magnitudes[column] / norms[column];
-                    value += bias.map_or(0.0, |b| b[column].to_f64());
-                    value += residual.map_or(0.0, |r| r[row * n + column].to_f64());
-                    y[column] = E::from_f64(value);
-                }
-            }
+            let t = t.tensor.as_slice::<E>();
+            rescale(t, (&magnitudes, &norms), bias, residual, y.as_mut_slice::<E>());
         });
         let (bias, residual) = (bias.map(|b| b.slot), residual.and_then(Var::node));
         self.record(y, true, || SavedMagnitude {
@@ -156,6 +137,77 @@ impl Tape {
             bias,
             residual,
         })
+    }
+}
+
+/// Checks the shapes of an adapter's factors.
+#[track_caller]
+pub(super) fn assert_fits(x: &Tensor, a: &Tensor, b: &Tensor, n: usize) {
+    assert!(
+        a.cols() == x.cols() && n == b.rows() && a.rows() == b.cols(),
+        "an adapter {} and {} of a product of {} to {n} columns",
+        a.shape(),
+        b.shape(),
+        x.shape(),
+    );
+}
+
+/// `y += s (x Aᵀ) Bᵀ`; returns `s x Aᵀ`.
+pub(super) fn add_product<E: Element>(
+    cpu: &Cpu,
+    x: &[E],
+    (a, b): (&Tensor, &Tensor),
+    scale: f64,
+    y: &mut [E],
+    category: Category,
+) -> Tensor {
+    let (n, k, r) = (b.rows(), a.cols(), a.rows());
+    let m = y.len() / n;
+    let mut z = Tensor::empty(cpu, [m, r], E::DTYPE, category);
+    let (x, a, b) = (
+        mat(x, k),
+        mat(a.as_slice::<E>(), k),
+        mat(b.as_slice::<E>(), r),
+    );
+    let out = z.as_mut_slice::<E>();
+    gemm(
+        &cpu.pool,
+        Layout::Nt,
+        m,
+        r,
+        k,
+        x,
+        a,
+        out,
+        r,
+        Epilogue::default(),
+    );
+    scale_in_place(&cpu.pool, scale as f32, out);
+    let accumulate = Epilogue {
+        accumulate: true,
+        ..Default::default()
+    };
+    let z_rows = mat(z.as_slice::<E>(), r);
+    gemm(&cpu.pool, Layout::Nt, m, n, r, z_rows, b, y, n, accumulate);
+    z
+}
+
+/// `y = t * m / norm (+ bias) (+ residual)`, column by column.
+pub(super) fn rescale<E: Element>(
+    t: &[E],
+    (magnitudes, norms): (&[f64], &[f64]),
+    bias: Option<&[E]>,
+    residual: Option<&[E]>,
+    y: &mut [E],
+) {
+    let n = magnitudes.len();
+    for (row, (y, t)) in y.chunks_mut(n).zip(t.chunks(n)).enumerate() {
+        for column in 0..n {
+            let mut value = t[column].to_f64() * magnitudes[column] / norms[column];
+            value += bias.map_or(0.0, |b| b[column].to_f64());
+            value += residual.map_or(0.0, |r| r[row * n + column].to_f64());
+            y[column] = E::from_f64(value);
+        }
     }
 }
 

@@ -10,10 +10,13 @@ mod linear;
 mod lora;
 mod moe;
 mod norm;
+mod overlay;
 mod rope;
 
 pub use cross_entropy::{IGNORED, Sloped};
 pub use experts::{Expert, Projection};
 pub use lora::{Lora, row_norms};
 pub use moe::{RouterStats, Routing};
+pub(crate) use overlay::Overlays;
+pub use overlay::UnitOverlay;
 pub use rope::RopeTable;

@@ -1,7 +1,7 @@
 //! `windlass generate`: prompts in, text out as it comes.
 
 use super::sampling::Sampling;
-use super::source::{Source, misuse};
+use super::source::{Base, Source, misuse};
 use super::{failure, usage};
 use anyhow::Result;
 use serde_json::json;
@@ -115,12 +115,15 @@ pub fn run(args: Args) -> Result<()> {
     let model = args.source.open()?;
     let draft = match &args.draft_model {
         Some(path) => {
-            let source = Source {
+            let base = Base {
                 model: path.clone(),
                 tokenizer: None,
                 save_packed: None,
+                ..args.source.base.clone()
+            };
+            let source = Source {
+                base,
                 adapter: None,
-                ..args.source.clone()
             };
             Some(source.open_on(model.store.cpu())?)
         }

@@ -1,6 +1,6 @@
 //! `windlass serve`: a model behind the API of OpenAI.
 
-use super::source::Source;
+use super::source::Base;
 use super::{failure, read_text, usage};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,13 @@ const KEY_VARIABLE: &str = "WINDLASS_API_KEY";
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    source: Source,
+    base: Base,
+    /// Folder of an adapter (PEFT), several times for several ones; its model has this name, or that of the folder
+    #[arg(long, value_name = "[NAME=]DIR")]
+    adapter: Vec<String>,
+    /// Lets requests load adapters from subfolders of a folder, and unload them, by name
+    #[arg(long, value_name = "FOLDER")]
+    allow_adapter_loading: Option<PathBuf>,
     /// Address to listen on; 0.0.0.0 is every network of this machine
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
     host: String,
@@ -96,6 +102,7 @@ enum Level {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     let options = args.options()?;
+    let adapters = args.adapters()?;
     let template = args.template.as_deref().map(read_text).transpose()?;
     for (flag, value) in [
         ("max-queue", args.max_queue),
@@ -116,7 +123,7 @@ pub fn run(args: Args) -> Result<()> {
     let load = {
         let failed = failed.clone();
         move || {
-            args.load(template).map_err(|error| {
+            args.load(template, &adapters).map_err(|error| {
                 let text = error.to_string();
                 *failed.lock().expect("one error") = Some(error);
                 text
@@ -148,6 +155,7 @@ impl Args {
             drain_timeout: Duration::from_secs(self.drain_timeout),
             inter_token_target: Duration::from_millis(self.itl_target_ms),
             log_prompts: self.log_prompts,
+            adapter_folder: self.allow_adapter_loading.clone(),
             ..ServerOptions::default()
         })
     }
@@ -188,8 +196,14 @@ impl Args {
     }
 
     /// Opens the model, on the engine's thread.
-    fn load(self, template: Option<String>) -> Result<Served> {
-        let model = self.source.open()?;
+    fn load(self, template: Option<String>, adapters: &[(String, PathBuf)]) -> Result<Served> {
+        let model = self.base.open()?;
+        let loader = model.overlay_loader()?;
+        let mut overlays = Vec::new();
+        for (name, folder) in adapters {
+            overlays.push((name.clone(), loader.load(folder)?));
+            eprintln!("loaded the adapter {} as {name}", folder.display());
+        }
         let tokenizer = model.tokenizer()?;
         let (template, tool_template) = match template {
             Some(source) => {
@@ -216,9 +230,7 @@ impl Args {
             return Err(usage(format!("--context {context}"), hint));
         }
         Ok(Served {
-            name: self
-                .served_name
-                .unwrap_or_else(|| short(&self.source.model)),
+            name: self.name(),
             engine: EngineOptions {
                 token_budget: self.token_budget,
                 max_sequences: self.max_sequences,
@@ -229,8 +241,53 @@ impl Args {
             },
             template,
             tool_template,
+            adapters: overlays,
             model,
         })
+    }
+
+    /// The name that requests know the model by.
+    fn name(&self) -> String {
+        let own = self.served_name.clone();
+        own.unwrap_or_else(|| short(&self.base.model))
+    }
+
+    /// The adapters: the names of the models that they make, and their folders.
+    fn adapters(&self) -> Result<Vec<(String, PathBuf)>> {
+        if let Some(folder) = &self.allow_adapter_loading
+            && !folder.is_dir()
+        {
+            let problem = format!(
+                "--allow-adapter-loading {}: no such folder",
+                folder.display()
+            );
+            return Err(usage(
+                problem,
+                "give the folder whose subfolders are adapters",
+            ));
+        }
+        let mut adapters: Vec<(String, PathBuf)> = Vec::new();
+        for given in &self.adapter {
+            // A path may have the sign too, but not before the first folder's end.
+            let named = given
+                .split_once('=')
+                .filter(|(name, _)| !name.contains('/'));
+            let (name, folder) = match named {
+                Some((name, folder)) => (name.to_owned(), PathBuf::from(folder)),
+                None => (last(given), PathBuf::from(given)),
+            };
+            let taken = name == self.name() || adapters.iter().any(|(known, _)| *known == name);
+            if name.is_empty() || taken {
+                let hint = "each adapter makes a model with a name of its own: --adapter NAME=DIR";
+                let problem = match name.is_empty() {
+                    true => "has no name".to_owned(),
+                    false => format!("the name {name} is taken"),
+                };
+                return Err(usage(format!("--adapter {given}: {problem}"), hint));
+            }
+            adapters.push((name, folder));
+        }
+        Ok(adapters)
     }
 }
 
@@ -246,6 +303,12 @@ fn short(model: &str) -> String {
         Some(last) => last.to_string_lossy().into_owned(),
         None => model.to_owned(),
     }
+}
+
+/// The last part of a path.
+fn last(path: &str) -> String {
+    let name = Path::new(path).file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 /// The lines of a file that hold something.

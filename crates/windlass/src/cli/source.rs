@@ -2,7 +2,8 @@
 
 use super::{Machine, Precision, usage};
 use anyhow::Result;
-use std::path::PathBuf;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use windlass::hub;
 use windlass::infer::{InferError, LoadIn, LoadedModel};
@@ -14,6 +15,16 @@ use windlass::tensor::{Cpu, DType};
 /// A model to compute with.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Source {
+    #[command(flatten)]
+    pub base: Base,
+    /// Folder of an adapter (PEFT) to apply
+    #[arg(long, value_name = "DIR", conflicts_with = "save_packed")]
+    pub adapter: Option<PathBuf>,
+}
+
+/// A model as it is, without an adapter.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Base {
     /// Hugging Face folder, checkpoint, GGUF file, folder of --save-packed, or hub id such as org/name[@revision]
     #[arg(long, short, value_name = "PATH|ID")]
     pub model: String,
@@ -23,9 +34,6 @@ pub struct Source {
     /// Storage type of weights and activations [default: as in the file]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
-    /// Folder of an adapter (PEFT) to apply
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
     /// Pack the weights while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub load_in: Option<Packing>,
@@ -33,7 +41,7 @@ pub struct Source {
     #[arg(long, value_enum, value_name = "TYPE")]
     pub kv_cache_dtype: Option<KvPrecision>,
     /// Keep the model in a folder as it is in memory: it opens at once
-    #[arg(long, value_name = "FOLDER", conflicts_with = "adapter")]
+    #[arg(long, value_name = "FOLDER")]
     pub save_packed: Option<PathBuf>,
     #[command(flatten)]
     pub machine: Machine,
@@ -101,6 +109,26 @@ impl Source {
 
     /// As [`Source::open_without_tokenizer`], on the threads of another model.
     pub fn open_on(&self, cpu: &Cpu) -> Result<LoadedModel> {
+        self.base.open_with(cpu, self.adapter.as_deref())
+    }
+}
+
+impl Deref for Source {
+    type Target = Base;
+    fn deref(&self) -> &Base {
+        &self.base
+    }
+}
+
+impl Base {
+    /// As [`Source::open`], without an adapter.
+    pub fn open(&self) -> Result<LoadedModel> {
+        let model = self.open_with(&self.machine.cpu()?, None)?;
+        model.tokenizer()?;
+        Ok(model)
+    }
+
+    fn open_with(&self, cpu: &Cpu, adapter: Option<&Path>) -> Result<LoadedModel> {
         let folder = hub::resolve(&self.model)?;
         let start = Instant::now();
         let dtype = self.dtype.map(Precision::dtype);
@@ -114,7 +142,7 @@ impl Source {
             model.kv_type = kind.kind();
         }
         let parameters = model.model.num_params();
-        if let Some(adapter) = &self.adapter {
+        if let Some(adapter) = adapter {
             model.add_adapter(adapter)?;
         }
         if let Some(tokenizer) = &self.tokenizer {
@@ -127,7 +155,7 @@ impl Source {
             Some(packing) => format!(" with {packing:?} weights").to_lowercase(),
             None => String::new(),
         };
-        let adapted = match &self.adapter {
+        let adapted = match adapter {
             Some(adapter) => format!(" with the adapter {}", adapter.display()),
             None => String::new(),
         };
