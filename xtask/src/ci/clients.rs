@@ -46,7 +46,7 @@ pub fn run(root: &Path) -> anyhow::Result<Outcome> {
             script.arg(&windlass).arg(&model);
             script
         };
-        for name in ["clients.py", "operations.py", "fuzz.py"] {
+        for name in ["clients.py", "adapters.py", "operations.py", "fuzz.py"] {
             if let Outcome::Failed(detail) = status(&mut script(name))? {
                 return Ok(Outcome::Failed(format!("{name}: {detail}")));
             }
