@@ -145,7 +145,7 @@ impl Outlook {
             1 => String::new(),
             count => format!(" for each of {count} ranks"),
         };
-        let more = match apart {
+        let more = match apart && shared.reserved > 0 {
             true => format!(
                 ", and {} of weights that they share",
                 bytes(shared.reserved)
