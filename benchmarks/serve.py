@@ -4,7 +4,7 @@ Usage, in a throw-away environment with aiohttp:
 
     python benchmarks/serve.py MODEL.gguf --windlass target/release/windlass --llama-server llama-server [--test headline]
 
-`headline` is 8 clients with prompts of 512 tokens and answers of 128, driven by `../shared/peers/load.py` (`--load`). `curve` is
+`headline` is 8 clients with prompts of 512 tokens and answers of 128, driven by a load generator (`--load`) that prints its figures as JSON. `curve` is
 FastGen's workload at the size of a processor: lengths drawn from normal distributions with a spread of 30 %, 1 to 32 clients, each
 asking again when its answer is complete. `chat` asks a second turn and shows what of it was computed. Requests, lengths and seeds
 are the same for both servers, no two prompts begin alike, greedy, answers have exactly the length asked for.
@@ -32,7 +32,6 @@ from pathlib import Path
 
 import aiohttp
 
-LOAD = Path(__file__).resolve().parents[2] / "shared/peers/load.py"
 COLORS = {"windlass": "#b0215e", "llama-server": "#7aa6da"}
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 60, 20, 700, 350
 
@@ -173,7 +172,9 @@ def show(name, setting, found):
 
 
 def headline(args, url, log):
-    """8 clients, 512 tokens in, 128 out, by the shared load generator."""
+    """8 clients, 512 tokens in, 128 out, by the load generator."""
+    if not args.load:
+        raise SystemExit("headline needs --load")
     best = {}
     for name, setting, command in commands(args, 8, 512 + 128 + 8):
         with server(command, url, log):
@@ -284,7 +285,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--windlass", help="the program; without it the other server alone")
     parser.add_argument("--llama-server", help="the program; without it windlass alone")
-    parser.add_argument("--load", default=str(LOAD), help="the shared load generator")
+    parser.add_argument("--load", help="the load generator of `headline`")
     parser.add_argument("--test", action="append", choices=["headline", "curve", "chat"], help="several times for several [default: all]")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--port", type=int, default=18431)
