@@ -172,6 +172,19 @@ def shapes(config):
     return out
 
 
+def write_tensors(path, tensors):
+    """A safetensors file."""
+    header, chunks, offset = {}, [], 0
+    for name, values in tensors.items():
+        data = values.astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+        chunks.append(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(chunks))
+
+
 def write_folder(folder, config):
     """A folder of random weights.
 
@@ -181,7 +194,7 @@ def write_folder(folder, config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = np.random.default_rng(1)
-    header, chunks, offset = {}, [], 0
+    tensors = {}
     zero_centered = config["model_type"].startswith("gemma")
     for name, shape in shapes(config).items():
         is_norm = len(shape) == 1 and name.endswith("weight")
@@ -189,13 +202,8 @@ def write_folder(folder, config):
         values = generator.normal(0, spread, shape) + (1.0 if is_norm and not zero_centered else 0.0)
         if "embed" in name or "wte" in name or "lm_head" in name:
             values = generator.normal(0, 0.02, shape)
-        data = values.astype("<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
-        offset += len(data)
-        chunks.append(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(chunks))
+        tensors[name] = values
+    write_tensors(folder / "model.safetensors", tensors)
 
 
 def log_softmax(logits):
@@ -204,21 +212,22 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def theirs(path, ids):
+def theirs(path, ids, adapter=None):
     """llama.cpp's logits."""
     model = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, n_ubatch=256, logits_all=True, n_threads=2, verbose=False,
-                            flash_attn=False)
+                            flash_attn=False, lora_path=adapter and str(adapter))
     model.eval(ids)
     logits = np.array(model.scores[: len(ids)], dtype=np.float32)
     model.close()
     return logits
 
 
-def ours(windlass, path, ids, folder):
+def ours(windlass, path, ids, folder, adapter=None):
     """windlass' logits."""
     out = folder / "logits.bin"
     command = [windlass, "eval", "logits", "--model", str(path), "--ids", ",".join(map(str, ids)), "--out", str(out),
                "--dtype", "f32", "--threads", "2"]
+    command += ["--adapter", str(adapter)] if adapter else []
     subprocess.run(command, check=True, capture_output=True)
     return np.fromfile(out, dtype="<f4").reshape(len(ids), -1)
 
@@ -297,4 +306,5 @@ def main():
     sys.exit(1 if failures else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -92,11 +92,14 @@ def preference_losses(model, golden):
     def answers(sequences):
         sums, counts = [], []
         for sequence in sequences:
-            logps = model(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1)
-            logps = logps.gather(-1, sequence[1:, None])[1:, 0]
+            logps = each(sequence)[1:]
             sums.append(logps.sum())
             counts.append(len(logps))
         return torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
+
+    def each(sequence):
+        logps = model(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1)
+        return logps.gather(-1, sequence[1:, None])[:, 0]
 
     mismatched = [torch.cat([a[:2], b[2:]]) for a, b in zip(sequences, sequences[1:] + sequences[:1])]
     with torch.no_grad(), model.disable_adapter():
@@ -115,7 +118,8 @@ def preference_losses(model, golden):
         means = logps / counts
         chosen, rejected = means[0::2], means[1::2]
         odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-        likelihood = -logps[0::2].sum() / counts[0::2].sum()
+        # TRL: "orpo chosen nll loss is computed over the full prompt and response".
+        likelihood = -torch.cat([each(sequence) for sequence in sequences[0::2]]).mean()
         return likelihood - (beta * logsigmoid(odds)).mean()
 
     def kto():

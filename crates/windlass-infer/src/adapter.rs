@@ -2,16 +2,23 @@
 //!
 //! A base stays as it was opened, packed or not; an adapter's own parameters are `f32`.
 
+mod extract;
+mod gguf;
+mod low_rank;
 mod merge;
 mod overlay;
 
 pub use overlay::{Overlay, OverlayLoader};
+
+pub use extract::Extracted;
+pub use low_rank::low_rank;
 
 use crate::InferError;
 use crate::loaded::LoadedModel;
 use std::path::{Path, PathBuf};
 use windlass_model::{ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, AdapterConfig};
 use windlass_store::atomic::{RealDisk, write_atomic};
+use windlass_store::gguf::is_gguf;
 use windlass_store::safetensors::{Dtype, Spec, Tensors, write_file};
 use windlass_store::{Loader, Store, elements};
 use windlass_tensor::{
@@ -120,7 +127,7 @@ impl AdapterFolder {
 }
 
 impl LoadedModel {
-    /// Applies the adapter of a folder, without changing the weights of the model.
+    /// Applies the adapter of a folder or GGUF file, without changing the weights of the model.
     ///
     /// # Errors
     /// As [`AdapterFolder::open`]; an adapter for another model, tensor by tensor.
@@ -128,6 +135,9 @@ impl LoadedModel {
     /// # Panics
     /// When the model has an adapter already.
     pub fn add_adapter(&mut self, folder: &Path) -> Result<(), InferError> {
+        if is_gguf(folder) {
+            return self.add_gguf_adapter(folder);
+        }
         let folder = AdapterFolder::open(folder)?;
         let adapter = self.model.adapt(self.config.naming, &folder.config)?;
         folder.check(&adapter)?;

@@ -4,7 +4,7 @@
 
 mod weights;
 
-pub(crate) use weights::of_unit;
+pub(crate) use weights::{encode, of_unit};
 
 use crate::gguf::{check, config, tokenizer};
 use crate::loaded::{find_folder, sort_out_unused, tokenizer_of};
@@ -12,7 +12,7 @@ use crate::quantized::Quantization;
 use crate::{InferError, vocabulary};
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
-use weights::{Weights, encode, exact_blocks, exact_type, holds};
+use weights::{Weights, exact_blocks, exact_type, holds};
 use windlass_model::gguf::{Key, Place, folder_config, metadata, place};
 use windlass_model::{DecoderConfig, Model, Tokenizer, Tokens, decoder};
 use windlass_store::Error as StoreError;

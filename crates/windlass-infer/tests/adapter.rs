@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use windlass_infer::{AdapterFolder, LoadIn, LoadedModel};
 use windlass_model::{ADAPTER_FILE, AdapterConfig, Targets};
+use windlass_store::atomic::RealDisk;
+use windlass_store::gguf::BlockType;
 use windlass_store::safetensors::{Dtype, Tensors};
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Cpu, DType};
@@ -141,6 +143,123 @@ fn a_new_adapter_changes_nothing() {
             assert!(d <= bound, "{load_in:?}, DoRA {use_dora}: {d:.1e}");
         }
     }
+}
+
+/// As GGUF files and back: the same logits. What such files cannot say is refused.
+#[test]
+fn gguf_adapters_compute_the_same() {
+    let cpu = Cpu::new(2);
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("adapter.gguf");
+    let mut written = 0;
+    for folder in adapters() {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let base = base(&folder);
+        let mut model = open(&cpu, &base);
+        model.add_adapter(&folder).unwrap();
+        let config = model.adapter.as_ref().unwrap().config.clone();
+        let result = model.save_adapter_gguf(&RealDisk, &file, BlockType::F32);
+        if config.use_dora || !config.modules_to_save.is_empty() {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains("cannot hold"), "{name}: {error}");
+            assert!(error.hint().is_some());
+            continue;
+        }
+        result.unwrap();
+        written += 1;
+        let mut again = open(&cpu, &base);
+        again.add_adapter(&file).unwrap();
+        let d = difference(&logits(&again, &base), &logits(&model, &base));
+        assert!(d < 2e-6, "{name}: {d:.1e}");
+        let other = if base.ends_with("gpt2") {
+            "llama"
+        } else {
+            "gpt2"
+        };
+        let mut other = open(&cpu, &fixtures().join("arch").join(other));
+        let error = other.add_adapter(&file).unwrap_err();
+        assert!(
+            error.to_string().contains("architecture"),
+            "{name}: {error}"
+        );
+    }
+    assert!(written >= 8, "{written} adapters were written");
+}
+
+/// The difference of a model and the same with an adapter merged is that adapter; less rank leaves more of it.
+#[test]
+fn an_adapter_is_found_in_a_difference() {
+    let cpu = Cpu::new(2);
+    let place = tempfile::tempdir().unwrap();
+    let [merged, found] = ["merged", "found"].map(|name| place.path().join(name));
+    for name in ["llama", "gpt2", "gpt_neox", "phi3", "gemma2"] {
+        let folder = fixtures().join("peft").join(name);
+        let base = base(&folder);
+        let mut adapted = open(&cpu, &base);
+        adapted.add_adapter(&folder).unwrap();
+        adapted.save_merged(&merged, Dtype::F32, 1.0).unwrap();
+        let (plain, tuned) = (open(&cpu, &base), open(&cpu, &merged));
+        let whole = adapted.adapter.as_ref().unwrap().config.clone();
+        let mut left = Vec::new();
+        for r in [1, 2, whole.r] {
+            let config = AdapterConfig {
+                r,
+                rank_pattern: Vec::new(),
+                alpha_pattern: Vec::new(),
+                ..whole.clone()
+            };
+            let told = plain.extract_adapter(&tuned, &config, &found).unwrap();
+            assert!(told.modules > 0, "{name}");
+            left.push(told.rest / told.change);
+        }
+        assert!(
+            left[0] > 1.05 * left[1] && left[1] > left[2],
+            "{name}: {left:?}"
+        );
+        assert!(left[2] < 1e-4, "{name}: {left:?}");
+        let mut again = open(&cpu, &base);
+        again.add_adapter(&found).unwrap();
+        let d = difference(&logits(&again, &base), &logits(&adapted, &base));
+        assert!(d < 1e-4, "{name}: {d:.1e}");
+    }
+}
+
+/// `‖W - Q - BA‖` falls with LoftQ, and with every turn.
+#[test]
+fn loftq_makes_up_for_packing() {
+    let cpu = Cpu::new(2);
+    let place = tempfile::tempdir().unwrap();
+    for name in ["llama", "phi3", "gpt2"] {
+        let base = fixtures().join("arch").join(name);
+        let config = AdapterConfig {
+            r: 4,
+            fan_in_fan_out: name == "gpt2",
+            ..AdapterConfig::default()
+        };
+        let plain = logits(&open(&cpu, &base), &base);
+        let mut left = Vec::new();
+        for turns in [1, 2, 5] {
+            let load_in = LoadIn::Packed(Layout::q4(32));
+            let mut model = LoadedModel::open_in(&cpu, &base, Some(DType::F32), load_in).unwrap();
+            let packed = difference(&logits(&model, &base), &plain);
+            let told = model.loftq(&base, &config, turns, place.path()).unwrap();
+            assert!(told.rest < 0.9 * told.change, "{name}: {told:?}");
+            left.push(told.rest);
+            model.add_adapter(place.path()).unwrap();
+            let d = difference(&logits(&model, &base), &plain);
+            assert!(d < packed, "{name}: {d:.1e} for {packed:.1e}");
+        }
+        assert!(left[0] > left[1] && left[1] > left[2], "{name}: {left:?}");
+    }
+    let mut model = open(&cpu, &fixtures().join("arch/llama"));
+    let error = model.loftq(
+        &fixtures().join("arch/llama"),
+        &AdapterConfig::default(),
+        1,
+        place.path(),
+    );
+    let error = error.unwrap_err();
+    assert!(error.to_string().contains("is not packed"), "{error}");
 }
 
 #[test]

@@ -182,9 +182,15 @@ impl Tape {
         Some(crate::rng::splitmix64(&mut seed))
     }
 
-    /// Whether products with packed weights round their input.
+    /// Whether packed products stand for themselves: no gradient is asked for, so their inputs may be rounded.
     pub(crate) fn rounds(&self) -> bool {
         matches!(self.mode, Mode::Inference)
+    }
+
+    /// Whether products with packed weights round inputs of a storage type to 8 bits: without a gradient, and where the type
+    /// has rounded them to about as many already. What is trained in `f32` meets the numbers that the weights stand for.
+    pub(crate) fn rounds_from(&self, dtype: DType) -> bool {
+        self.rounds() || rounds_in_training(dtype)
     }
 
     /// The machine on which ops run.
@@ -282,6 +288,11 @@ impl Tape {
         };
         (recorded, self.eager.map(|eager| eager.grads))
     }
+}
+
+/// [`Tape::rounds_from`], on a tape that is not for inference.
+pub(crate) fn rounds_in_training(dtype: DType) -> bool {
+    matches!(dtype, DType::Bf16 | DType::F16)
 }
 
 /// The way back through one unit.

@@ -771,12 +771,13 @@ fn token_losses_and_logits_agree_with_the_loss() {
     }
 }
 
-/// Ops on a packed weight against the same op on the numbers that it unpacks to.
+/// Ops on a packed weight against the same op on the numbers that it unpacks to: the same bits, and where activations are kept
+/// in 16 bits, about the same.
 #[test]
 fn packed_weights_are_their_unpacked_numbers() {
     let cpu = Cpu::new(2);
-    // More rows than are unpacked at a time, a group that is not full.
-    let (n, k, rows) = (700, 40, 6);
+    // More rows and columns than are unpacked at a time, a group that is not full.
+    let (n, k, rows) = (4700, 1000, 6);
     let targets = targets(rows, n as i64);
     type Op<'a> = &'a dyn Fn(&mut Tape, &Var, &Weights) -> Var;
     let dtypes = [DType::F64, DType::F32, DType::Bf16, DType::F16];
@@ -804,7 +805,7 @@ fn packed_weights_are_their_unpacked_numbers() {
         let linear: Op = &|t, x, w| t.linear(x, w.at(0), Some(w.at(1)), None);
         let loss: Op = &|t, x, w| t.cross_entropy(x, w.at(0), &targets, None, 6.0);
         let logits: Op = &|t, x, w| t.logits(&t.constant(x.tensor.clone()), w.at(0), None);
-        let embedding: Op = &|t, _, w| t.embedding(w.at(0), &[699, 0, 513, 0], 1.5, dtype);
+        let embedding: Op = &|t, _, w| t.embedding(w.at(0), &[4699, 0, 513, 0], 1.5, dtype);
         for (name, op) in [
             ("linear", linear),
             ("loss", loss),
@@ -838,25 +839,17 @@ fn packed_weights_are_their_unpacked_numbers() {
                 pass(Weight::Packed(packed.clone())),
                 pass(Weight::Dense(dense.clone())),
             );
-            assert_eq!(
-                (&packed.0, &packed.2),
-                (&dense.0, &dense.2),
-                "{name} {dtype}"
-            );
-            // The gradient of the input is summed panel by panel, rounded after each.
-            let tolerance = match dtype {
-                DType::F64 => 1e-12,
-                DType::F32 => 1e-6,
-                DType::Bf16 => 1.0 / 128.0,
-                DType::F16 => 1.0 / 1024.0,
-            };
+            assert_eq!(packed.2, dense.2, "{name} {dtype}: gradient of the bias");
             assert_eq!(packed.1.is_some(), dense.1.is_some());
-            if let (Some(packed), Some(dense)) = (packed.1, dense.1) {
-                let d = difference(&packed, &dense);
-                assert!(
-                    d <= tolerance,
-                    "{name} {dtype}: gradient of the input differs by {d:.1e}"
-                );
+            let inputs = packed.1.as_ref().zip(dense.1.as_ref());
+            for (packed, dense) in [(&packed.0, &dense.0)].into_iter().chain(inputs) {
+                match dtype {
+                    DType::F64 | DType::F32 => assert!(packed == dense, "{name} {dtype}"),
+                    DType::Bf16 | DType::F16 => {
+                        let d = difference(packed, dense);
+                        assert!(d <= 0.03, "{name} {dtype}: {d:.1e}");
+                    }
+                }
             }
         }
     }

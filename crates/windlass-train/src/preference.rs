@@ -1,8 +1,8 @@
 //! Losses over answers that are compared or rated: DPO, ORPO and KTO.
 //!
 //! # Source
-//! Rafailov et al. 2023 (DPO), Hong et al. 2024 (ORPO; its likelihood is that of the better answer alone), Ethayarajh et al. 2024
-//! (KTO), as TRL writes them.
+//! Rafailov et al. 2023 (DPO), Hong et al. 2024 (ORPO; as in TRL and the authors' code, its likelihood is that of the prompt with
+//! the better answer), Ethayarajh et al. 2024 (KTO), as TRL writes them.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -19,7 +19,8 @@ pub enum Preference {
         /// Part of the pairs that is taken to be the wrong way round.
         label_smoothing: f64,
     },
-    /// The loss of the better answer's tokens, and `-β ln σ` of the log odds ratio of the answers' mean likelihoods.
+    /// The loss of the tokens of prompt and better answer, and `-β ln σ` of the log odds ratio of the answers' mean
+    /// likelihoods.
     Orpo {
         /// How much the ratio counts.
         beta: f64,
@@ -128,13 +129,15 @@ pub struct Comparison {
     pub labels: Vec<bool>,
     /// Tokens of each answer.
     pub tokens: Vec<usize>,
+    /// The positions whose target is of a prompt, where there are such: they count in ORPO's likelihood alone.
+    pub prompts: Vec<bool>,
     /// The log-likelihood of each answer under the reference.
     pub reference: Vec<f64>,
     /// KTO's estimate of how far the model is from the reference.
     pub kl: f64,
     /// Comparisons that the loss is a mean over: all of a step.
     pub count: f64,
-    /// Tokens of better answers that ORPO's likelihood is a mean over: all of a step.
+    /// Tokens of better answers and their prompts that ORPO's likelihood is a mean over: all of a step.
     pub chosen_tokens: f64,
     /// What it has shown; see [`Comparison::rewards`].
     pub rewards: Mutex<Rewards>,
@@ -152,8 +155,15 @@ fn sigmoid(x: f64) -> f64 {
 impl Comparison {
     /// The log-likelihood of each answer.
     pub fn log_likelihoods(&self, losses: &[f64]) -> Vec<f64> {
-        let sum = |range: &Range<usize>| -losses[range.clone()].iter().sum::<f64>();
+        let sum = |range: &Range<usize>| -> f64 {
+            let answer = range.clone().filter(|&at| !self.is_prompt(at));
+            -answer.map(|at| losses[at]).sum::<f64>()
+        };
         self.segments.iter().map(sum).collect()
+    }
+
+    fn is_prompt(&self, at: usize) -> bool {
+        self.prompts.get(at).copied().unwrap_or(false)
     }
 
     /// What it has shown.
@@ -183,7 +193,7 @@ impl Comparison {
         rewards.right += f64::from(u8::from(chosen > rejected));
     }
 
-    /// Value of a pair, and its derivatives by the two log-likelihoods.
+    /// Value of a pair but for ORPO's likelihood, and its derivatives by the two log-likelihoods.
     fn compare(&self, at: usize, logps: &[f64]) -> (f64, [f64; 2]) {
         let (c, r) = (at, at + 1);
         match self.method {
@@ -212,10 +222,9 @@ impl Comparison {
                 let rest = means.map(|mean| -mean.min(-1e-12).exp_m1());
                 let odds = means[0] - means[1] - (rest[0].ln() - rest[1].ln());
                 let slope = -beta * sigmoid(-odds) / self.count;
-                let likelihood = -logps[c] / self.chosen_tokens;
-                let value = likelihood - beta * log_sigmoid(odds) / self.count;
-                let chosen = slope / rest[0] / lengths[0] - 1.0 / self.chosen_tokens;
-                (value, [chosen, -slope / rest[1] / lengths[1]])
+                let value = -beta * log_sigmoid(odds) / self.count;
+                let slopes = [slope / rest[0], -slope / rest[1]];
+                (value, [slopes[0] / lengths[0], slopes[1] / lengths[1]])
             }
             Preference::Kto { .. } => unreachable!("answers that are rated are not in pairs"),
         }
@@ -252,7 +261,16 @@ impl Objective for Comparison {
         }
         let mut slopes = vec![0.0; losses.len()];
         for (range, by_logp) in self.segments.iter().zip(by_logp) {
-            slopes[range.clone()].fill(-by_logp);
+            for at in range.clone().filter(|&at| !self.is_prompt(at)) {
+                slopes[at] = -by_logp;
+            }
+        }
+        if let Preference::Orpo { .. } = self.method {
+            for range in self.segments.iter().step_by(2) {
+                value += losses[range.clone()].iter().sum::<f64>() / self.chosen_tokens;
+                let slopes = slopes[range.clone()].iter_mut();
+                slopes.for_each(|slope| *slope += 1.0 / self.chosen_tokens);
+            }
         }
         (value, slopes)
     }

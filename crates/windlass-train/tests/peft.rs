@@ -451,10 +451,11 @@ fn answers_are_compared_as_trl_does() {
     let mismatched: Vec<Vec<i32>> = (0..4)
         .map(|i| [&sequences[i][..2], &next(i)[2..]].concat())
         .collect();
-    let batch = |sequences: &[Vec<i32>], goal: &dyn Fn(Arc<[i64]>) -> Goal| {
-        let targets = sequences.iter().flat_map(|s| {
+    // With `prompts`, those of every other sequence are learned too.
+    let batch = |sequences: &[Vec<i32>], prompts: bool, goal: &dyn Fn(Arc<[i64]>) -> Goal| {
+        let targets = sequences.iter().enumerate().flat_map(|(index, s)| {
             let target = |at: usize| {
-                if at == 0 {
+                if at == 0 && !(prompts && index % 2 == 0) {
                     -100
                 } else {
                     s.get(at + 1).map_or(-100, |&id| id.into())
@@ -468,7 +469,7 @@ fn answers_are_compared_as_trl_does() {
     };
     let losses = |sequences: &[Vec<i32>], base: bool| -> Vec<f64> {
         let (model, _, store) = case.load(&cpu, DType::F64, None);
-        let tokens = batch(sequences, &|targets| Goal::TokenLosses { targets });
+        let tokens = batch(sequences, false, &|targets| Goal::TokenLosses { targets });
         let mut x = Tensor::empty(&cpu, [0], DType::F64, Category::Activations);
         for (unit, layer) in model.layers() {
             let tape = Tape::rehearsal(&cpu);
@@ -514,11 +515,16 @@ fn answers_are_compared_as_trl_does() {
         ("kto", kto, 4.0),
     ] {
         let tokens: Vec<usize> = sequences.iter().map(|s| s.len() - 2).collect();
+        let prompts = matches!(method, Preference::Orpo { .. });
+        let firsts = [segments[0].start, segments[2].start];
         let comparison = Arc::new(Comparison {
             method,
             segments: segments.clone(),
             labels: vec![true, false, true, false],
-            chosen_tokens: (tokens[0] + tokens[2]) as f64,
+            chosen_tokens: (tokens[0] + tokens[2] + 2) as f64,
+            prompts: (0..segments[3].end)
+                .map(|at| prompts && firsts.contains(&at))
+                .collect(),
             tokens,
             reference: losses(&sequences, true),
             kl,
@@ -527,7 +533,7 @@ fn answers_are_compared_as_trl_does() {
         });
         let (model, adapter, store) = case.load(&cpu, DType::F64, None);
         let mut engine = Engine::initialize(model, store, options(false)).unwrap();
-        let tokens = batch(&sequences, &|targets| Goal::Objective {
+        let tokens = batch(&sequences, prompts, &|targets| Goal::Objective {
             targets,
             objective: comparison.clone(),
         });

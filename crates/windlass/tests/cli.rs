@@ -705,6 +705,8 @@ const HELP: &[&[&str]] = &[
     &["data", "show"],
     &["adapter"],
     &["adapter", "add"],
+    &["adapter", "convert"],
+    &["adapter", "extract"],
     &["adapter", "merge"],
     &["launch"],
     &["checkpoint"],

@@ -173,7 +173,7 @@ pub(super) fn exact_blocks(
 }
 
 /// The bytes of some rows of a tensor.
-pub(super) fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec<u8>, InferError> {
+pub(crate) fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec<u8>, InferError> {
     let unfit = |problem: String| InferError::Unfit {
         tensor: info.name.clone(),
         problem,

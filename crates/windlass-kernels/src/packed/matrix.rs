@@ -175,22 +175,6 @@ impl PackedMatrix {
         rows: std::ops::Range<usize>,
         out: &mut [E],
     ) {
-        let cols = self.cols;
-        assert_eq!(
-            out.len(),
-            rows.len() * cols,
-            "elements of {} rows of {cols}",
-            rows.len()
-        );
-        let out = SharedMut::new(out);
-        pool.run(rows.len(), |task, _| {
-            let mut row = vec![0f32; cols];
-            self.unpack_row(rows.start + task, &mut row);
-            // SAFETY: each task writes its own row alone.
-            let out = unsafe { out.slice(task * cols, cols) };
-            for (out, value) in out.iter_mut().zip(&row) {
-                *out = E::from_f64(f64::from(*value));
-            }
-        });
+        self.unpack_block(pool, rows, 0..self.cols, out);
     }
 }

@@ -24,6 +24,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 mod unit;
+mod unpack;
 
 pub use activations::Activations;
 pub use layout::{Codes, LAYOUT_VERSION, Layout, Min, Scale};

@@ -143,6 +143,27 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
         );
         dense.extend_from_slice(&row);
     }
+    for (pool, rows, cols) in pools.iter().flat_map(|pool| {
+        let (row, step) = (n / 3, k / 2 / STEP * STEP);
+        [
+            (pool, 0..n, 0..k),
+            (pool, row..n, step..k),
+            (pool, row..row + 1, 0..k - k / 4),
+        ]
+    }) {
+        let mut got = vec![0f32; rows.len() * cols.len()];
+        matrix.unpack_block(pool, rows.clone(), cols.clone(), &mut got);
+        let want: Vec<f32> = rows
+            .clone()
+            .flat_map(|r| &dense[r * k..][cols.clone()])
+            .copied()
+            .collect();
+        let what = format!(
+            "{name} [{n}, {k}]: block {rows:?} {cols:?}, {}",
+            pool.level()
+        );
+        assert_bits(&what, &got, &want);
+    }
     let memory = Memory::new();
     for m in [1, 2, 3, 5, 9, 17, 300] {
         if m == 300 && n > 40 {

@@ -56,6 +56,7 @@ impl RowUnit {
 }
 
 /// `2^(e - 128)`, zero below the normal numbers.
+#[inline(always)]
 pub(super) fn exponent(e: u8) -> f32 {
     f32::from_bits(u32::from(e).saturating_sub(1) << 23)
 }
@@ -191,7 +192,7 @@ fn planes<const LOW: usize, const HIGH: usize>(codes: &[u8; STEP]) -> [u32; 8] {
 /// Where a plane of some bits keeps the codes of columns `4 j..4 j + 4`: row of 64 bytes, and lowest bit. Vectors `j` with
 /// the same remainder share a row.
 #[inline(always)]
-fn place(bits: usize, j: usize) -> (usize, usize) {
+pub(super) fn place(bits: usize, j: usize) -> (usize, usize) {
     (j % bits, j / bits * bits)
 }
 

@@ -175,6 +175,14 @@ impl AdapterConfig {
     /// # Errors
     /// A key of a pattern that is none.
     pub fn scale(&self, module: &str) -> Result<f64, ModelError> {
+        Ok(self.rank_and_scale(module)?.1)
+    }
+
+    /// The rank of a module's factors, and what their product is multiplied with.
+    ///
+    /// # Errors
+    /// A key of a pattern that is none.
+    pub fn rank_and_scale(&self, module: &str) -> Result<(usize, f64), ModelError> {
         let selection = Selection {
             config: self,
             adapted: BTreeSet::new(),
@@ -182,7 +190,7 @@ impl AdapterConfig {
             ranks: self.patterns("rank_pattern", &self.rank_pattern)?,
             alphas: self.patterns("alpha_pattern", &self.alpha_pattern)?,
         };
-        Ok(selection.rank_and_scale(module).1)
+        Ok(selection.rank_and_scale(module))
     }
 
     /// Whether a projection gets an adapter, of those that are not saved whole.

@@ -1,7 +1,7 @@
 //! Cross-entropy fused with the head projection: the logits of all tokens never exist at once.
 
-use super::linear::{mat, weight_gradient};
-use crate::tape::{Backprop, Backward};
+use super::linear::{for_columns, for_panels, mat, weight_gradient};
+use crate::tape::{Backprop, Backward, rounds_in_training};
 use crate::{Cpu, Grads, Packed, Param, Shape, Tape, Tensor, Var, Weight, each_dtype};
 use std::sync::Arc;
 use windlass_kernels::Element;
@@ -50,8 +50,12 @@ impl Tape {
         denominator: f64,
     ) -> Var {
         let cpu = self.cpu().clone();
-        let weight = plain(&cpu, w.weight, &h.tensor);
-        let head = Head::new(&h.tensor, Matrix::Dense(&weight), targets, softcap);
+        let head = Head::new(
+            &h.tensor,
+            Matrix::new(w.weight, self.rounds_from(h.tensor.dtype())),
+            targets,
+            softcap,
+        );
         let mut dh = None;
         let losses = match &mut self.eager {
             Some(eager) => {
@@ -106,8 +110,12 @@ impl Tape {
         objective: &dyn Fn(&[f64]) -> Sloped,
     ) -> Var {
         let cpu = self.cpu().clone();
-        let weight = plain(&cpu, w.weight, &h.tensor);
-        let head = Head::new(&h.tensor, Matrix::Dense(&weight), targets, softcap);
+        let head = Head::new(
+            &h.tensor,
+            Matrix::new(w.weight, self.rounds_from(h.tensor.dtype())),
+            targets,
+            softcap,
+        );
         let losses = head.losses(&cpu);
         let (value, slopes) = objective(&losses.to_f64());
         assert_eq!(slopes.len(), losses.len(), "derivatives against rows");
@@ -138,8 +146,7 @@ impl Tape {
         softcap: Option<f32>,
     ) -> Var {
         let cpu = self.cpu().clone();
-        let plain = self.plain_if_recording(w.weight, &h.tensor);
-        let weight = Matrix::new(w.weight, plain.as_ref());
+        let weight = Matrix::new(w.weight, self.rounds_from(h.tensor.dtype()));
         let losses = Head::new(&h.tensor, weight, targets, softcap).losses(&cpu);
         self.record_opaque("token_losses", losses, &[h])
     }
@@ -151,8 +158,7 @@ impl Tape {
     #[track_caller]
     pub fn logits(&mut self, h: &Var, w: Param<'_>, softcap: Option<f32>) -> Var {
         let cpu = self.cpu().clone();
-        let plain = self.plain_if_recording(w.weight, &h.tensor);
-        let weight = Matrix::new(w.weight, plain.as_ref());
+        let weight = Matrix::new(w.weight, self.rounds_from(h.tensor.dtype()));
         let targets = vec![IGNORED; h.tensor.rows()];
         let head = Head::new(&h.tensor, weight, &targets, softcap);
         let mut logits = head.chunk(&cpu, 0..h.tensor.rows(), Category::Activations);
@@ -164,34 +170,28 @@ impl Tape {
         }
         self.record_opaque("logits", logits, &[h])
     }
-
-    /// A packed weight as plain elements, where a gradient may ask for the products of just these.
-    fn plain_if_recording(&self, weight: &Weight, like: &Tensor) -> Option<Tensor> {
-        let packed = matches!(weight, Weight::Packed(_));
-        (packed && !self.rounds()).then(|| plain(self.cpu(), weight, like))
-    }
 }
 
 /// A head's matrix, as its products read it.
 #[derive(Clone, Copy)]
 enum Matrix<'a> {
-    Dense(&'a Tensor),
-    Packed(&'a Packed),
+    /// By its numbers, which are unpacked where it is packed.
+    Plain(&'a Weight),
+    /// As integers; gradients are those of its numbers.
+    Integers(&'a Weight, &'a Packed),
 }
 
 impl<'a> Matrix<'a> {
-    /// The weight itself, or its plain elements where they are given.
-    fn new(weight: &'a Weight, plain: Option<&'a Tensor>) -> Self {
-        match (plain, weight) {
-            (Some(plain), _) | (None, Weight::Dense(plain)) => Matrix::Dense(plain),
-            (None, Weight::Packed(packed)) => Matrix::Packed(packed),
+    fn new(weight: &'a Weight, rounds: bool) -> Self {
+        match weight {
+            Weight::Packed(packed) if rounds => Matrix::Integers(weight, packed),
+            weight => Matrix::Plain(weight),
         }
     }
 
     fn shape(&self) -> &'a Shape {
         match self {
-            Matrix::Dense(tensor) => tensor.shape(),
-            Matrix::Packed(packed) => packed.shape(),
+            Matrix::Plain(weight) | Matrix::Integers(weight, _) => weight.shape(),
         }
     }
 
@@ -201,22 +201,6 @@ impl<'a> Matrix<'a> {
 
     fn cols(&self) -> usize {
         self.shape()[1]
-    }
-
-    #[track_caller]
-    fn dense(&self) -> &'a Tensor {
-        match self {
-            Matrix::Dense(tensor) => tensor,
-            Matrix::Packed(_) => panic!("a gradient through a head that was not unpacked"),
-        }
-    }
-}
-
-/// The weight as plain elements in the storage type of `like`.
-fn plain(cpu: &Cpu, weight: &Weight, like: &Tensor) -> Tensor {
-    match weight {
-        Weight::Dense(tensor) => tensor.clone(),
-        Weight::Packed(packed) => packed.unpack_rows(cpu, 0..packed.shape()[0], like.dtype()),
     }
 }
 
@@ -253,7 +237,12 @@ impl<'a> Head<'a> {
 
     /// Rows of a chunk: a fixed function of the shape, so that sums do not depend on the machine.
     fn chunk_rows(&self) -> usize {
-        (CHUNK_BYTES / (self.weight.rows() * 4)).clamp(64, 512)
+        // Who packs a head wants to save memory, and no gradient is summed over rows.
+        let most = match self.weight {
+            Matrix::Plain(Weight::Packed(_)) | Matrix::Integers(..) => 128,
+            _ => 512,
+        };
+        (CHUNK_BYTES / (self.weight.rows() * 4)).clamp(64, most)
     }
 
     fn chunks(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
@@ -272,11 +261,12 @@ impl<'a> Head<'a> {
             let h = &self.h.as_slice::<E>()[rows.start * d..rows.end * d];
             let out = logits.as_mut_slice::<<E as Element>::Acc>();
             match self.weight {
-                Matrix::Dense(weight) => {
-                    let b = mat(weight.as_slice::<E>(), d);
-                    gemm(&cpu.pool, Layout::Nt, rows.len(), v, d, mat(h, d), b, out, v, Epilogue::default());
-                }
-                Matrix::Packed(packed) => {
+                Matrix::Plain(weight) => for_panels::<E>(cpu, weight, |part, panel| {
+                    let out = &mut out[part.start.min(rows.len() * v)..];
+                    let (a, b) = (mat(h, d), mat(panel, d));
+                    gemm(&cpu.pool, Layout::Nt, rows.len(), part.len(), d, a, b, out, v, Epilogue::default());
+                }),
+                Matrix::Integers(_, packed) => {
                     let h = packed.activations(cpu, h);
                     multiply(&cpu.pool, &h, &mut [Product { matrix: packed.matrix(), bias: None, residual: None, out }]);
                 }
@@ -345,9 +335,12 @@ impl<'a> Head<'a> {
                     let row = &mut dlogits.as_mut_slice::<E>()[row * v..(row + 1) * v];
                     scale_in_place(&cpu.pool, slope as f32, row);
                 }
-                let (a, b) = (mat(dlogits.as_slice::<E>(), v), mat(self.weight.dense().as_slice::<E>(), d));
+                let (Matrix::Plain(weight) | Matrix::Integers(weight, _)) = self.weight;
                 let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
-                gemm(&cpu.pool, Layout::Nn, rows.len(), d, v, a, b, out, d, Epilogue::default());
+                for_columns::<E>(cpu, weight, |cols, b| {
+                    let (a, out) = (mat(dlogits.as_slice::<E>(), v), &mut out[cols.start.min(rows.len() * d)..]);
+                    gemm(&cpu.pool, Layout::Nn, rows.len(), cols.len(), v, a, b, out, d, Epilogue::default());
+                });
                 if grads.wants(slot) {
                     let dw = grads.sum::<A>(cpu, slot, self.weight.shape());
                     weight_gradient::<E>(cpu, &dlogits, &self.h.slice_rows(rows), dw);
@@ -392,8 +385,9 @@ impl Backward for Saved {
                 softcap,
                 denominator,
             } => {
-                let weight = plain(&cpu, cx.weights.at(w).weight, &h.tensor);
-                let head = Head::new(&h.tensor, Matrix::Dense(&weight), &targets, softcap);
+                let rounds = rounds_in_training(h.tensor.dtype());
+                let weight = Matrix::new(cx.weights.at(w).weight, rounds);
+                let head = Head::new(&h.tensor, weight, &targets, softcap);
                 let scale = (dy.item() / denominator, None);
                 let (_, dh) = head.gradient(&cpu, scale, w, cx.grads);
                 cx.add(h.node(), dh);

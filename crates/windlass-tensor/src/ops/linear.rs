@@ -10,8 +10,9 @@ use windlass_kernels::memory::Category;
 use windlass_kernels::packed::{Product, multiply};
 use windlass_kernels::{DType, Element};
 
-/// Rows of a packed weight that are unpacked at a time.
-const PANEL: usize = 512;
+/// Elements of a packed weight that are unpacked at a time: a panel is written and read in the caches, and shared by so
+/// many columns of the result that the product is as fast as a plain one.
+const PANEL: usize = 4 << 20;
 
 impl Tape {
     /// `y = x Wᵀ (+ bias) (+ residual)`, sums in the accumulator type, rounded once; where the weight has an adapter
@@ -79,8 +80,10 @@ impl Tape {
         residual: Option<&Var>,
     ) -> Var {
         let (n, k) = (w.weight.shape()[0], w.weight.shape()[1]);
-        if let (Weight::Packed(packed), true) = (w.weight, self.rounds()) {
-            return self.packed(x, &[(packed, bias)], residual).remove(0);
+        if let (Weight::Packed(packed), true) = (w.weight, self.rounds_from(x.tensor.dtype())) {
+            return self
+                .packed(x, &[(packed, w.slot, bias)], residual)
+                .remove(0);
         }
         let shape = with_cols(x.shape(), n);
         let cpu = self.cpu().clone();
@@ -107,10 +110,22 @@ impl Tape {
                 gemm(&cpu.pool, Layout::Nt, m, rows.len(), k, a, b, &mut y.as_mut_slice::<E>()[start..], n, epilogue);
             });
         });
+        self.recorded(y, x, w.slot, bias, residual)
+    }
+
+    /// The output of a product, with its way back.
+    fn recorded(
+        &mut self,
+        y: Tensor,
+        x: &Var,
+        w: usize,
+        bias: Option<Param<'_>>,
+        residual: Option<&Var>,
+    ) -> Var {
         let (bias, residual) = (bias.map(|b| b.slot), residual.and_then(Var::node));
         self.record(y, true, || Saved {
             x: x.keep(),
-            w: w.slot,
+            w,
             bias,
             residual,
         })
@@ -118,8 +133,8 @@ impl Tape {
 }
 
 impl Tape {
-    /// [`Tape::linear`] of several weights on the same input, each with its bias. Packed weights without a gradient share
-    /// one rounding of the input and one run of the threads, where their columns are in the same order.
+    /// [`Tape::linear`] of several weights on the same input, each with its bias. Packed weights that round their input
+    /// share that and one run of the threads, where their columns are in the same order.
     ///
     /// # Panics
     /// When shapes or storage types do not fit.
@@ -127,13 +142,15 @@ impl Tape {
     pub fn linears(&mut self, x: &Var, weights: &[(Param<'_>, Option<Param<'_>>)]) -> Vec<Var> {
         let adapters = self.has_adapters();
         let packed = weights.iter().map(|(weight, bias)| match weight.weight {
-            Weight::Packed(packed) => Some((packed, *bias)),
+            Weight::Packed(packed) => Some((packed, weight.slot, *bias)),
             Weight::Dense(_) => None,
         });
         let has_magnitude = |w: &Param<'_>| w.lora.is_some_and(|(l, _)| l.magnitude.is_some());
         let scaled = adapters && weights.iter().any(|(w, _)| has_magnitude(w));
         match packed.collect::<Option<Vec<_>>>() {
-            Some(packed) if self.rounds() && !scaled && self.watch.is_none() => {
+            Some(packed)
+                if self.rounds_from(x.tensor.dtype()) && !scaled && self.watch.is_none() =>
+            {
                 let outputs = self.packed(x, &packed, None).into_iter().zip(weights);
                 let adapted = outputs.map(|(y, &(w, bias))| {
                     let y = match w.lora.filter(|_| adapters) {
@@ -156,13 +173,13 @@ impl Tape {
     fn packed(
         &mut self,
         x: &Var,
-        weights: &[(&Packed, Option<Param<'_>>)],
+        weights: &[(&Packed, usize, Option<Param<'_>>)],
         residual: Option<&Var>,
     ) -> Vec<Var> {
         let cpu = self.cpu().clone();
         let mut outputs: Vec<Tensor> = weights
             .iter()
-            .map(|(packed, _)| {
+            .map(|(packed, ..)| {
                 let shape = with_cols(x.shape(), packed.shape()[0]);
                 Tensor::empty(&cpu, shape, x.tensor.dtype(), Category::Activations)
             })
@@ -174,7 +191,7 @@ impl Tape {
                     let x = first.activations(&cpu, x.tensor.as_slice::<E>());
                     let mut products: Vec<Product<'_, E>> = rest
                         .extract_if(.., |(weight, _)| weight.0.order() == first.order())
-                        .map(|((packed, bias), out)| Product {
+                        .map(|((packed, _, bias), out)| Product {
                             matrix: packed.matrix(),
                             bias: bias.map(|bias| bias.weight.dense().as_slice::<E>()),
                             residual: residual.map(|r| r.tensor.as_slice::<E>()),
@@ -185,9 +202,9 @@ impl Tape {
                 }
             });
         }
-        let outputs = outputs.into_iter();
+        let outputs = outputs.into_iter().zip(weights);
         outputs
-            .map(|y| self.record_opaque("a packed product", y, &[]))
+            .map(|(y, &(_, slot, bias))| self.recorded(y, x, slot, bias, residual))
             .collect()
     }
 }
@@ -205,20 +222,42 @@ pub(super) fn for_panels<E: Element>(
     weight: &Weight,
     mut body: impl FnMut(Range<usize>, &[E]),
 ) {
-    let n = weight.shape()[0];
+    let (n, k) = (weight.shape()[0], weight.shape()[1]);
     match weight {
         Weight::Dense(tensor) => body(0..n, tensor.as_slice::<E>()),
         Weight::Packed(packed) => {
-            for start in (0..n).step_by(PANEL) {
-                let rows = start..(start + PANEL).min(n);
-                body(rows.clone(), unpack::<E>(cpu, packed, rows).as_slice::<E>());
+            let panel = (PANEL / k.max(1)).next_multiple_of(128);
+            for start in (0..n).step_by(panel) {
+                let rows = start..(start + panel).min(n);
+                let panel = packed.unpack_rows(cpu, rows.clone(), E::DTYPE);
+                body(rows, panel.as_slice::<E>());
             }
         }
     }
 }
 
-fn unpack<E: Element>(cpu: &Cpu, packed: &Packed, rows: Range<usize>) -> Tensor {
-    packed.unpack_rows(cpu, rows, E::DTYPE)
+/// As [`for_panels`], with columns: every element of a product with the weight itself is computed by one call, so it has
+/// the bits that a dense weight of the same numbers gives.
+pub(super) fn for_columns<E: Element>(
+    cpu: &Cpu,
+    weight: &Weight,
+    mut body: impl FnMut(Range<usize>, Mat<'_, E>),
+) {
+    let (n, k) = (weight.shape()[0], weight.shape()[1]);
+    match weight {
+        Weight::Dense(tensor) => body(0..k, mat(tensor.as_slice::<E>(), k)),
+        Weight::Packed(packed) => {
+            let panel = match packed.order() {
+                None => (PANEL / n.max(1)).next_multiple_of(128),
+                Some(_) => k,
+            };
+            for start in (0..k).step_by(panel) {
+                let cols = start..(start + panel).min(k);
+                let panel = packed.unpack_block(cpu, 0..n, cols.clone(), E::DTYPE);
+                body(cols.clone(), mat(panel.as_slice::<E>(), cols.len()));
+            }
+        }
+    }
 }
 
 struct Saved {
@@ -234,13 +273,12 @@ impl Backward for Saved {
         let weights = cx.weights;
         let weight = weights.at(self.w).weight;
         let (n, k, m) = (weight.shape()[0], weight.shape()[1], dy.rows());
-        if let Some((mut dx, mut accumulate)) = cx.take(self.x.node(), self.x.shape(), dy.dtype()) {
-            each_dtype!(dy.dtype(), E => for_panels::<E>(&cpu, weight, |rows, panel| {
-                let dy = dy.as_slice::<E>();
-                let (a, b) = (mat(&dy[rows.start.min(dy.len())..], n), mat(panel, k));
+        if let Some((mut dx, accumulate)) = cx.take(self.x.node(), self.x.shape(), dy.dtype()) {
+            each_dtype!(dy.dtype(), E => for_columns::<E>(&cpu, weight, |cols, b| {
                 let epilogue = Epilogue { accumulate, ..Default::default() };
-                gemm(&cpu.pool, Layout::Nn, m, k, rows.len(), a, b, dx.as_mut_slice::<E>(), k, epilogue);
-                accumulate = true;
+                let start = cols.start.min(dx.len());
+                let (a, c) = (mat(dy.as_slice::<E>(), n), &mut dx.as_mut_slice::<E>()[start..]);
+                gemm(&cpu.pool, Layout::Nn, m, cols.len(), n, a, b, c, k, epilogue);
             }));
             cx.put(self.x.node(), dx);
         }

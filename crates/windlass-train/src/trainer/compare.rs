@@ -29,6 +29,20 @@ impl Text {
             .collect()
     }
 
+    /// Makes the prompts of better answers targets too, as ORPO does, and says which positions these are.
+    fn learn_prompts(&mut self) -> Vec<bool> {
+        let mut prompts = vec![false; self.ids.len()];
+        for range in self.segments().into_iter().step_by(2) {
+            for at in range.start..range.end.max(1) - 1 {
+                if self.targets[at] == IGNORED {
+                    self.targets[at] = i64::from(self.ids[at + 1]);
+                    prompts[at] = true;
+                }
+            }
+        }
+        prompts
+    }
+
     /// Each prompt with the answer to the next one.
     fn mismatched(&self, context: usize) -> Text {
         let segments = self.segments();
@@ -66,7 +80,8 @@ impl Text {
 }
 
 impl Trainer {
-    /// What a batch counts in the mean of a step's loss: tokens, pairs or answers; then tokens of better answers.
+    /// What a batch counts in the mean of a step's loss: tokens, pairs or answers; then tokens of better answers with their
+    /// prompts.
     pub(super) fn weight(&self, batch: &Batch) -> (f64, f64) {
         let Some(method) = self.preference else {
             return (batch.scored() as f64, 0.0);
@@ -77,13 +92,9 @@ impl Trainer {
         } else {
             answers
         };
-        let mut start = 0;
-        let mut chosen = 0;
-        for (&length, &good) in batch.segments.iter().zip(&batch.labels) {
-            let targets = &batch.targets[start..start + length];
-            chosen += usize::from(good) * targets.iter().filter(|&&t| t != IGNORED).count();
-            start += length;
-        }
+        let texts = batch.segments.iter().zip(&batch.labels);
+        let chosen = texts.filter(|(_, good)| **good);
+        let chosen: usize = chosen.map(|(length, _)| length.saturating_sub(1)).sum();
         (count as f64, chosen as f64)
     }
 
@@ -123,7 +134,7 @@ impl Trainer {
         (count, chosen): (f64, f64),
     ) -> Result<(Tokens, Arc<Comparison>)> {
         let labels = batch.labels;
-        let text = Text {
+        let mut text = Text {
             ids: batch.ids,
             targets: batch.targets,
             lengths: batch.segments,
@@ -147,9 +158,15 @@ impl Trainer {
             }
             _ => 0.0,
         };
+        let tokens = segments.iter().map(learned).collect();
+        let prompts = match method {
+            Preference::Orpo { .. } => text.learn_prompts(),
+            _ => Vec::new(),
+        };
         let comparison = Arc::new(Comparison {
             method,
-            tokens: segments.iter().map(learned).collect(),
+            tokens,
+            prompts,
             segments,
             labels,
             reference,

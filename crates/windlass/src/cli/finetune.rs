@@ -11,7 +11,6 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use windlass::infer::{LoadIn, LoadedModel};
-use windlass::model::{AdapterConfig, Targets};
 use windlass::progress::say;
 use windlass::store::checkpoint::CheckpointDir;
 use windlass::store::{Deal, Stage, Store};
@@ -19,11 +18,13 @@ use windlass::tensor::{Cpu, DType};
 use windlass::train::tune::Examples;
 use windlass::train::{Lessons, TrainOptions};
 
+mod adapter;
 mod compare;
 mod job;
 mod outlook;
 mod samples;
 
+pub use adapter::targets;
 use job::Job;
 use outlook::Course;
 use samples::Speaker;
@@ -46,7 +47,7 @@ pub struct Args {
     #[arg(long, value_enum, value_name = "FORMAT")]
     load_in: Option<Packing>,
     #[command(flatten)]
-    adapter: AdapterArgs,
+    adapter: adapter::Args,
     #[command(flatten)]
     compare: compare::Args,
 
@@ -116,33 +117,6 @@ enum Method {
     Full,
 }
 
-#[derive(clap::Args)]
-struct AdapterArgs {
-    /// Rank of the adapters
-    #[arg(long, value_name = "R", default_value_t = 16)]
-    rank: usize,
-    /// Scale of the adapters, times the rank
-    #[arg(long, default_value_t = 32.0)]
-    alpha: f64,
-    /// Part of an adapter's input that is dropped in training
-    #[arg(long, default_value_t = 0.0)]
-    dropout: f64,
-    /// Modules that get adapters: all-linear, the ends of names, or a pattern of whole names
-    #[arg(
-        long,
-        value_delimiter = ',',
-        value_name = "NAME,...",
-        default_value = "all-linear"
-    )]
-    target: Vec<String>,
-    /// Modules that are trained and saved whole, such as lm_head
-    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
-    modules_to_save: Vec<String>,
-    /// Scale by the root of the rank
-    #[arg(long)]
-    rslora: bool,
-}
-
 impl Args {
     /// The run's folder.
     pub fn out(&self) -> &Path {
@@ -174,7 +148,7 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     let how = match args.method {
         Method::Full => format!("--model {}", folder.display()),
-        _ => format!("--model {} --adapter {}", args.model, folder.display()),
+        _ => format!("{} --adapter {}", adapter::base(args), folder.display()),
     };
     say(&format!("next: windlass generate {how} --prompt \"...\""));
     Ok(())
@@ -282,9 +256,11 @@ fn open(
     resume: Option<&CheckpointDir>,
 ) -> Result<LoadedModel> {
     let full = args.method == Method::Full;
-    let path = match resume.filter(|_| full) {
-        Some(checkpoint) => checkpoint.path(),
-        None => path,
+    let own = resume.and_then(|_| adapter::own_base(args));
+    let path = match (resume.filter(|_| full), &own) {
+        (Some(checkpoint), _) => checkpoint.path(),
+        (None, Some(base)) => base,
+        (None, None) => path,
     };
     let load_in = match (args.method, args.load_in) {
         (Method::Qlora, packing) => LoadIn::Packed(packing.unwrap_or(Packing::Q4).layout()),
@@ -302,7 +278,10 @@ fn open(
         true => LoadIn::AsStored,
         false => load_in,
     };
-    let mut model = LoadedModel::open_in(cpu, path, args.how.dtype(ranks)?, load_in)?;
+    // Beside packed matrices, activations are what takes memory.
+    let halved = (args.method == Method::Qlora).then_some(DType::Bf16);
+    let dtype = args.how.dtype(ranks)?.or(halved);
+    let mut model = LoadedModel::open_in(cpu, path, dtype, load_in)?;
     if let Some(tokenizer) = &args.tokenizer {
         model.set_tokenizer(tokenizer)?;
     }
@@ -320,36 +299,9 @@ fn open(
     match resume {
         _ if full => {}
         Some(checkpoint) => model.add_adapter(checkpoint.path())?,
-        None => model.new_adapter(&config(args)?, args.seed)?,
+        None => adapter::begin(args, path, &mut model)?,
     }
     Ok(model)
-}
-
-/// The settings of a new adapter.
-fn config(args: &Args) -> Result<AdapterConfig> {
-    let given = &args.adapter;
-    let target_modules = match given.target.as_slice() {
-        [one] if one == "all-linear" => Targets::AllLinear,
-        [one] if one.contains(['*', '\\', '(', '[', '|', '+', '^', '$']) => {
-            Targets::Pattern(one.clone())
-        }
-        some => Targets::Names(some.to_vec()),
-    };
-    let use_dora = args.method == Method::Dora;
-    let config = AdapterConfig {
-        file: "the flags".into(),
-        r: given.rank,
-        lora_alpha: given.alpha,
-        lora_dropout: given.dropout,
-        use_rslora: given.rslora,
-        use_dora,
-        target_modules,
-        modules_to_save: given.modules_to_save.clone(),
-        base_model_name_or_path: Some(args.model.clone()),
-        ..AdapterConfig::default()
-    };
-    config.check()?;
-    Ok(config)
 }
 
 /// How the run trains, and its steps, which the settings may need and which depend on the batch.
