@@ -776,12 +776,15 @@ fn token_losses_and_logits_agree_with_the_loss() {
 #[test]
 fn packed_weights_are_their_unpacked_numbers() {
     let cpu = Cpu::new(2);
-    // More rows and columns than are unpacked at a time, a group that is not full.
-    let (n, k, rows) = (4700, 1000, 6);
-    let targets = targets(rows, n as i64);
     type Op<'a> = &'a dyn Fn(&mut Tape, &Var, &Weights) -> Var;
     let dtypes = [DType::F64, DType::F32, DType::Bf16, DType::F16];
     for (dtype, ordered) in dtypes.into_iter().flat_map(|d| [(d, false), (d, true)]) {
+        // Groups that are not full, and once more rows and columns than are unpacked at a time.
+        let (n, k, rows) = match (dtype, ordered) {
+            (DType::F32, false) => (4700, 1000, 6),
+            _ => (700, 40, 6),
+        };
+        let targets = targets(rows, n as i64);
         let source = normal(3, n * k);
         let mut stored = source.clone();
         // Columns packed in another order are the same matrix.
@@ -805,7 +808,7 @@ fn packed_weights_are_their_unpacked_numbers() {
         let linear: Op = &|t, x, w| t.linear(x, w.at(0), Some(w.at(1)), None);
         let loss: Op = &|t, x, w| t.cross_entropy(x, w.at(0), &targets, None, 6.0);
         let logits: Op = &|t, x, w| t.logits(&t.constant(x.tensor.clone()), w.at(0), None);
-        let embedding: Op = &|t, _, w| t.embedding(w.at(0), &[4699, 0, 513, 0], 1.5, dtype);
+        let embedding: Op = &|t, _, w| t.embedding(w.at(0), &[n as u32 - 1, 0, 513, 0], 1.5, dtype);
         for (name, op) in [
             ("linear", linear),
             ("loss", loss),
@@ -847,7 +850,9 @@ fn packed_weights_are_their_unpacked_numbers() {
                     DType::F64 | DType::F32 => assert!(packed == dense, "{name} {dtype}"),
                     DType::Bf16 | DType::F16 => {
                         let d = difference(packed, dense);
-                        assert!(d <= 0.03, "{name} {dtype}: {d:.1e}");
+                        // A softmax of large logits makes much of little.
+                        let bound = if name == "loss" { 0.2 } else { 0.03 };
+                        assert!(d <= bound, "{name} {dtype}: {d:.1e}");
                     }
                 }
             }

@@ -3,13 +3,13 @@
 //! Matrices are compared as files hold them, since that is what PEFT's adapters speak of: a fused module is one matrix.
 
 use super::low_rank::{low_rank, multiplied};
-use super::write_adapter;
+use super::{plain, write_adapter};
 use crate::InferError;
 use crate::loaded::{LoadedModel, find_folder};
 use std::path::Path;
 use windlass_model::{Adapter, AdapterConfig, DecoderConfig, decoder};
+use windlass_store::Loader;
 use windlass_store::safetensors::Tensors;
-use windlass_store::{Loader, elements};
 use windlass_tensor::kernels::packed;
 use windlass_tensor::{
     Category, Cpu, DType, FileTensor, Layout, Packed, ParamId, Tensor, Weight, Weights,
@@ -201,7 +201,11 @@ impl LoadedModel {
 
     /// The elements of a tensor as files have it.
     fn file_values(&self, file: &FileTensor) -> Result<Vec<f32>, InferError> {
-        let mut of = |id: ParamId| Ok(elements(self.store.gather(id.unit)?.at(id.slot).weight));
+        let cpu = self.store.cpu();
+        let mut of = |id: ParamId| {
+            let weight = self.store.gather(id.unit)?.at(id.slot).weight.clone();
+            Ok(plain(cpu, weight, DType::F32).to_f32())
+        };
         self.joined(file, &mut of)
     }
 
