@@ -705,8 +705,6 @@ const HELP: &[&[&str]] = &[
     &["data", "show"],
     &["adapter"],
     &["adapter", "add"],
-    &["adapter", "convert"],
-    &["adapter", "extract"],
     &["adapter", "merge"],
     &["launch"],
     &["checkpoint"],
