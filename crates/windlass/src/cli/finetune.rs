@@ -148,7 +148,7 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     let how = match args.method {
         Method::Full => format!("--model {}", folder.display()),
-        _ => format!("{} --adapter {}", adapter::base(args), folder.display()),
+        _ => format!("{} --adapter {}", adapter::base(&args), folder.display()),
     };
     say(&format!("next: windlass generate {how} --prompt \"...\""));
     Ok(())
