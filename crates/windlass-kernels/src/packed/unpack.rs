@@ -31,7 +31,7 @@ impl PackedMatrix {
         out: &mut [E],
     ) {
         assert!(
-            rows.end <= self.rows() && cols.end <= self.cols() && cols.start % STEP == 0,
+            rows.end <= self.rows() && cols.end <= self.cols() && cols.start.is_multiple_of(STEP),
             "rows {rows:?} of columns {cols:?} of {self:?}"
         );
         let width = cols.len();

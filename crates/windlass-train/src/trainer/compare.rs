@@ -33,10 +33,13 @@ impl Text {
     fn learn_prompts(&mut self) -> Vec<bool> {
         let mut prompts = vec![false; self.ids.len()];
         for range in self.segments().into_iter().step_by(2) {
-            for at in range.start..range.end.max(1) - 1 {
-                if self.targets[at] == IGNORED {
-                    self.targets[at] = i64::from(self.ids[at + 1]);
-                    prompts[at] = true;
+            let next = self.ids[range.clone()].iter().skip(1);
+            let places = self.targets[range.clone()]
+                .iter_mut()
+                .zip(&mut prompts[range]);
+            for ((target, prompt), &next) in places.zip(next) {
+                if *target == IGNORED {
+                    (*target, *prompt) = (i64::from(next), true);
                 }
             }
         }
