@@ -160,15 +160,7 @@ impl LoadedModel {
             _ => {}
         }
         let alpha = keys.get_f32("adapter.lora.alpha")?.map_or(0.0, f64::from);
-        // The parameters of each tensor.
-        let mut holds: BTreeMap<String, Vec<(ParamId, Place)>> = BTreeMap::new();
-        for (unit, spec) in self.model.units().iter().enumerate() {
-            for (slot, param) in spec.params.iter().enumerate() {
-                let place = place(&self.config, &param.name, param.shape[0]);
-                let at = holds.entry(place.tensor.clone()).or_default();
-                at.push((ParamId { unit, slot }, place));
-            }
-        }
+        let holds = self.holds();
         let mut ranks: BTreeMap<String, usize> = BTreeMap::new();
         for info in file.tensors() {
             let Some(tensor) = info.name.strip_suffix(A) else {
@@ -214,6 +206,19 @@ impl LoadedModel {
             let values = Tensor::from_slice(&cpu, &values, param.shape, Category::Weights);
             Ok(Some(values.cast(&cpu, dtype, Category::Weights)))
         })
+    }
+
+    /// The parameters that each tensor of a file of the model holds.
+    fn holds(&self) -> BTreeMap<String, Vec<(ParamId, Place)>> {
+        let mut holds: BTreeMap<String, Vec<(ParamId, Place)>> = BTreeMap::new();
+        for (unit, spec) in self.model.units().iter().enumerate() {
+            for (slot, param) in spec.params.iter().enumerate() {
+                let place = place(&self.config, &param.name, param.shape[0]);
+                let at = holds.entry(place.tensor.clone()).or_default();
+                at.push((ParamId { unit, slot }, place));
+            }
+        }
+        holds
     }
 
     /// The settings that PEFT would have for factors of some ranks.
