@@ -151,13 +151,10 @@ impl LoadedModel {
             return Err(refuse("is no LoRA adapter".into()));
         }
         let own = metadata(&self.config)?.architecture;
-        match keys.get_str("general.architecture")? {
-            Some(other) if other != own => {
-                return Err(refuse(format!(
-                    "is for the architecture {other}, the model's is {own}"
-                )));
-            }
-            _ => {}
+        let other = keys.get_str("general.architecture")?;
+        if let Some(other) = other.filter(|other| *other != own) {
+            let problem = format!("is for the architecture {other}, the model's is {own}");
+            return Err(refuse(problem));
         }
         let alpha = keys.get_f32("adapter.lora.alpha")?.map_or(0.0, f64::from);
         let holds = self.holds();
