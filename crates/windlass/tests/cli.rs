@@ -274,7 +274,7 @@ fn damaged_models_are_refused_with_a_hint() {
     let fixture = Fixture::with(json!({ "attention_bias": true }));
     fixture.edit_config(json!({ "attention_bias": false }));
     let said = [
-        "no bias where the file has one",
+        "no bias or scale where the file has one",
         "model.layers.0.self_attn.k_proj.bias",
         "attention_bias",
     ];

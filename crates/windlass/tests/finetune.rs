@@ -128,7 +128,7 @@ fn bad_input_is_told_what_is_wrong() {
             &[good, good, good, good],
             "--lr 1e30 --steps 20 --dtype f32 --batch 1",
             1,
-            &["not finite", "lr"],
+            &["the loss of step", "learning rate"],
         ),
         (
             &[good],
@@ -165,7 +165,7 @@ fn bad_input_is_told_what_is_wrong() {
     }
     // An adapter for another base, shape by shape.
     let other = ["q_proj.lora_A.weight", "the model needs [16, 64]", "model"];
-    let arguments = "generate --model wider --adapter tuned --prompt the -n 1";
+    let arguments = "generate --model wider --adapter tuned --prompt the --max-tokens 1";
     check(cases.len(), arguments, 1, &other);
 }
 
@@ -191,7 +191,8 @@ fn adapters_go_from_form_to_form() {
     let measured = |adapter: &str| {
         let arguments =
             format!("eval perplexity --model model {adapter} --json --file the.txt --dtype f32");
-        place.ok(&arguments).0
+        let report: serde_json::Value = serde_json::from_str(&place.ok(&arguments).0).unwrap();
+        report["loss"].as_f64().unwrap()
     };
     place.write("the.txt", &TEXT.repeat(3));
     let (plain, folder) = (measured(""), measured("--adapter tuned"));
@@ -210,7 +211,7 @@ fn adapters_go_from_form_to_form() {
         let base = ["--model model --load-in q4", "--model loft3/base"][usize::from(turns > 1)];
         assert!(said.contains(base), "{said}");
         place.ok(&format!(
-            "generate {base} --adapter loft{turns} --prompt the -n 2"
+            "generate {base} --adapter loft{turns} --prompt the --max-tokens 2"
         ));
     }
     assert!(left[1] < left[0], "{left:?}");
