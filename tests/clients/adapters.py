@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import openai
-from clients import KEY, running
+from server import KEY, running
 
 RANK = 4
 

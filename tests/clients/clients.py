@@ -4,15 +4,10 @@ Usage: clients.py WINDLASS MODEL. Starts the server itself; exits with 1 when so
 """
 
 import math
-import signal
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import anthropic
@@ -20,7 +15,8 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
-KEY = "key-of-this-test"
+from server import KEY, running
+
 MESSAGES = [{"role": "user", "content": "Once there was one."}]
 
 
@@ -42,21 +38,6 @@ TOOL = {
     "type": "function",
     "function": {"name": "book", "description": "Books a trip.", "parameters": Trip.model_json_schema()},
 }
-
-
-@contextmanager
-def running(windlass: str, model: str, key: str | None, *flags: str) -> Iterator[str]:
-    """The URL of a server that is ready; in the end it stops as it should."""
-    template = Path(__file__).with_name("template.jinja")
-    command = [windlass, "serve", "--model", model, "--template", str(template), "--port", "0", "--served-name", "tiny"]
-    command += ["--log-level", "error", *(["--api-key", key] if key else []), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process.stdout.readline().strip()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
 
 
 def metrics(url: str) -> dict[str, float]:

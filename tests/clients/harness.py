@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clients import running
+from server import running
 
 QUESTIONS = [
     ("Story: Anna is in the", [" kitchen.", " xq zvv."], 0),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clients import KEY, running
+from server import KEY, running
 
 
 def main() -> None:

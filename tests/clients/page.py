@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from clients import running
+from server import running
 
 
 def use(page: Page, url: str, shots: Path | None) -> None:
