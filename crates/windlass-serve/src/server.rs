@@ -135,6 +135,8 @@ impl Server {
         let places = Arc::new(Semaphore::new(self.options.max_connections));
         let mut stop = self.stop.subscribe();
         let mut phase = app.watch_phase();
+        // A small model may be ready before anybody looks.
+        phase.mark_changed();
         let mut signals = Signals::listen()?;
         loop {
             let place = places.clone().acquire_owned();
