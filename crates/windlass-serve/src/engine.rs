@@ -20,8 +20,9 @@ use windlass_infer::engine::{Engine, Event, FinishReason, Request, RequestId, St
 
 /// Requests on their way to the engine, beside those that wait inside.
 const COMMANDS: usize = 256;
-/// The fewest tokens of a step: below, a prompt would hardly get on.
-const LEAST_BUDGET: usize = 32;
+/// The fewest tokens of a step, whatever the target: below, steps read weights more than they compute, and prompts that
+/// wait cost more than answers gain.
+const LEAST_BUDGET: usize = 64;
 /// The most steps that end by an error, one after another, before the engine is given up.
 const MOST_FAILURES: usize = 3;
 
