@@ -184,7 +184,8 @@ fn every_architecture_survives_both_ways() {
         json!({ "use_parallel_residual": true, "qk_layernorm": true, "partial_rotary_factor": 0.5 }),
         0.0,
     );
-    check("bitnet", json!({ "tie_word_embeddings": true }), 0.0);
+    let silu = json!({ "hidden_act": "silu", "tie_word_embeddings": true });
+    check("bitnet", silu, 0.0);
     check("olmo2", none.clone(), 0.0);
     check("phi3", json!({ "sliding_window": 8 }), 0.0);
     let long = json!({

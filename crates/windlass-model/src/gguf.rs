@@ -110,6 +110,10 @@ pub fn config_json(
         _ => arch.model_type,
     };
     put("model_type", model_type.into());
+    if arch.name == "bitnet" {
+        // Where a `config.json` says nothing, it means another one.
+        put("hidden_act", "silu".into());
+    }
     if let Some(count) = experts {
         put("num_local_experts", count.into());
         put("num_experts", count.into());

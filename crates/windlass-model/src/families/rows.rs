@@ -14,6 +14,8 @@ pub(super) fn llama(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelEr
 
 pub(super) fn bitnet(f: &Fields<'_>, c: &mut DecoderConfig) -> Result<(), ModelError> {
     c.sub_norms = true;
+    // What transformers takes where nothing is said, and what is refused by name.
+    c.activation = activation(f, "hidden_act", "relu2")?;
     let bias = f.flag("attention_bias")?.unwrap_or(false);
     (c.qkv_bias, c.o_bias) = (bias, bias);
     rope(f, c, None, 500_000.0, 1.0)

@@ -183,6 +183,13 @@ fn is_gguf(path: &Path) -> bool {
 fn save_gguf(model: &LoadedModel, out: &Path, dtype: Dtype, sign: f32) -> Result<()> {
     let name = out.file_stem().unwrap_or(out.as_os_str());
     let place = out.with_extension("merging");
+    if place.exists() {
+        let message = format!("{} is in the way", place.display());
+        return Err(failure(
+            message,
+            "a run that was killed may have left it: remove it, or choose another --out",
+        ));
+    }
     let made = || -> Result<()> {
         model.save_merged(&place.join(name), dtype, sign)?;
         let folder = Folder::open(&place.join(name))?;
