@@ -185,10 +185,7 @@ fn save_gguf(model: &LoadedModel, out: &Path, dtype: Dtype, sign: f32) -> Result
     let place = out.with_extension("merging");
     if place.exists() {
         let message = format!("{} is in the way", place.display());
-        return Err(failure(
-            message,
-            "a run that was killed may have left it: remove it, or choose another --out",
-        ));
+        return Err(failure(message, "remove it, or choose another --out"));
     }
     let made = || -> Result<()> {
         model.save_merged(&place.join(name), dtype, sign)?;
