@@ -1,6 +1,6 @@
-//! Rows of activations as 8-bit integers with a scale for each step.
+//! Rows of activations as 8-bit integers with a scale for each group of steps.
 
-use super::STEP;
+use super::{GROUP_STEPS, STEP};
 use crate::dispatch::Level;
 use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
-/// A scale is `max|x| / 127` over a step of 32 columns. A step with a NaN or an infinity has the scale NaN. Rows are kept in
+/// A scale is `max|x| / 127` over a group of 128 columns. A group with a NaN or an infinity has the scale NaN. Rows are kept in
 /// blocks of up to eight, step by step, so that a kernel finds those of a tile side by side.
 pub struct Activations {
     rows: usize,
@@ -30,12 +30,10 @@ pub(super) const BLOCK: usize = 8;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct StepScales {
-    /// Scale.
+    /// Scale of the step's group.
     pub scale: f32,
-    /// Sums of quants.
-    pub sums: [i32; 3],
-    /// The same times the scale.
-    pub scaled: [f32; 3],
+    /// Sums of quants: whole numbers.
+    pub sums: [f32; 3],
 }
 
 /// Which of the three sums is that of a whole step.
@@ -58,7 +56,7 @@ fn gather<E: Element>(x: &[E], order: Option<&[u32]>, out: &mut [f32]) {
 }
 
 impl Activations {
-    /// Quantizes `x [rows, cols]`, padded with zeros to `steps` steps of 32 columns.
+    /// Quantizes `x [rows, cols]`, padded with zeros to whole units.
     ///
     /// # Panics
     /// When `x` is not made of whole rows.
@@ -305,15 +303,10 @@ fn quantize_row(level: Level) -> QuantizeRow {
 
 #[inline(always)]
 fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
-    let steps = x.as_chunks::<STEP>().0.iter();
-    let q = q
-        .as_chunks_mut::<STEP>()
-        .0
-        .iter_mut()
-        .skip(m)
-        .step_by(height);
-    let s = s.iter_mut().skip(m).step_by(height);
-    for ((x, q), s) in steps.zip(q).zip(s) {
+    let groups = x.as_chunks::<{ STEP * GROUP_STEPS }>().0.iter();
+    let q = q.as_chunks_mut::<STEP>().0.chunks_mut(GROUP_STEPS * height);
+    let s = s.chunks_mut(GROUP_STEPS * height);
+    for ((x, q), s) in groups.zip(q).zip(s) {
         let mut largest = 0u32;
         for x in x {
             // Magnitudes of floats are ordered like their bits; NaN is above infinity.
@@ -322,26 +315,27 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, heigh
         let largest = f32::from_bits(largest);
         let finite = largest < f32::INFINITY;
         let scale = if finite { largest / 127.0 } else { f32::NAN };
-        // A scale below the normal numbers has no inverse: such a step counts as zero.
+        // A scale below the normal numbers has no inverse: such a group counts as zero.
         let normal = finite && scale >= f32::MIN_POSITIVE;
         let inverse = if normal { 127.0 / largest } else { 0.0 };
-        let mut ints = [0i32; STEP];
-        for (int, x) in ints.iter_mut().zip(x) {
-            let rounded = (x * inverse).round_ties_even();
-            // SAFETY: at most 127 in magnitude, or NaN times zero, which is masked to zero before the cast.
-            *int = unsafe { (if normal { rounded } else { 0.0 }).to_int_unchecked::<i32>() };
-        }
-        for (q, int) in q.iter_mut().zip(ints) {
-            *q = int as i8 as u8;
-        }
-        let (first, second) = ints.split_at(STEP / 2);
-        let halves = [first.iter().sum::<i32>(), second.iter().sum()];
-        let sums = [halves[0], halves[1], halves[0] + halves[1]];
         let scale = if finite && !normal { 0.0 } else { scale };
-        *s = StepScales {
-            scale,
-            sums,
-            scaled: sums.map(|sum| sum as f32 * scale),
-        };
+        let steps = x.as_chunks::<STEP>().0.iter();
+        let q = q.iter_mut().skip(m).step_by(height);
+        let s = s.iter_mut().skip(m).step_by(height);
+        for ((x, q), s) in steps.zip(q).zip(s) {
+            let mut ints = [0i32; STEP];
+            for (int, x) in ints.iter_mut().zip(x) {
+                let rounded = (x * inverse).round_ties_even();
+                // SAFETY: at most 127 in magnitude, or NaN times zero, which is masked to zero before the cast.
+                *int = unsafe { (if normal { rounded } else { 0.0 }).to_int_unchecked::<i32>() };
+            }
+            for (q, int) in q.iter_mut().zip(ints) {
+                *q = int as i8 as u8;
+            }
+            let (first, second) = ints.split_at(STEP / 2);
+            let halves = [first.iter().sum::<i32>(), second.iter().sum()];
+            let sums = [halves[0], halves[1], halves[0] + halves[1]].map(|sum| sum as f32);
+            *s = StepScales { scale, sums };
+        }
     }
 }

@@ -1,11 +1,12 @@
 //! The product of two panels and many rows of activations, by AMX tiles of bytes.
 //!
-//! Activations have a scale of their own for every 32 columns, so that is where a sum of integers ends: a tile product has
-//! half the depth that a tile could have, or a quarter with scales of 16 columns, and each of its sums becomes a number,
-//! is scaled and added. These vector instructions are the limit: four for 16 sums, at two a cycle, where the tiles need
+//! Weights mostly have a scale of their own for every 32 columns, so that is where a sum of integers ends: a tile product
+//! has half the depth that a tile could have, or a quarter with scales of 16 columns, and each of its sums becomes a number,
+//! is scaled and added. These vector instructions are the limit: three for 16 sums, at two a cycle, where the tiles need
 //! half a cycle. So the design spares everything else:
 //! - codes are unpacked once for all rows of a task, as many columns at a time as stay in the first cache beside the rest;
-//! - eight rows by two panels are sums in 16 registers, and each scale of a row is read once for both panels;
+//! - eight rows by two panels are sums of a group in 16 registers; only whole groups are multiplied by the scales of the
+//!   activations and added to the sums in memory;
 //! - tiles store their sums into a ring, which vectors read two pairs of steps later: the tiles' latency is hidden, and no
 //!   load waits for a store.
 //!
@@ -19,8 +20,8 @@ use std::arch::x86_64::*;
 use super::activations::{BLOCK, BOTH, StepScales};
 use super::kernel::{Names, Planes, Unpack, body, scales};
 use super::lanes::{Lanes, Vnni};
-use super::layout::{Codes, Layout, Units};
-use super::{PANEL, STEP, UNIT_STEPS};
+use super::layout::{Codes, Layout, Min, Units};
+use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::tiles::Config;
 
 /// Rows of a tile of activations.
@@ -68,8 +69,6 @@ pub(super) struct Work<'a> {
     pub units: &'a Units,
     /// First byte of each panel.
     pub panels: [*const u8; PANELS],
-    /// The layout's code of zero, as [`Layout::zero`] says.
-    pub zero: f32,
     /// Quants of the first block and step.
     pub quants: *const i8,
     /// Scales of the first block and step.
@@ -163,7 +162,7 @@ unsafe fn unpack<U: Unpack, const HALF_STEPS: bool>(work: &Work<'_>, from: usize
                     }
                     let mut scale = |to: usize, half: usize| {
                         let (scale, min) =
-                            scales::<Vnni>(work.layout, &work.zero, &unit, base, 0, step, half);
+                            scales::<Vnni>(work.layout, &unit, base, 0, step, half);
                         let to = &mut space.scales[to][p];
                         _mm512_store_ps(to.scale.as_mut_ptr(), scale);
                         _mm512_store_ps(to.min.as_mut_ptr(), min);
@@ -214,30 +213,34 @@ unsafe fn multiply<const HALF_STEPS: bool>(work: &Work<'_>, first: usize, steps:
         for _ in 0..LAG {
             advance();
         }
+        let with_min = work.layout.min != Min::Without;
+        let zero = _mm512_set1_ps(work.layout.zero() as f32);
         let mut place = 0;
         for block in 0..work.blocks {
             let out = work.sums.add(block * PANELS * ROWS * PANEL);
-            let mut sums = match first {
-                0 => [[_mm512_setzero_ps(); ROWS]; PANELS],
-                _ => load(out),
-            };
-            for pair in 0..pairs {
-                advance();
-                let a = work.scales.add(cell(block, pair));
-                let [one, two] = &(*space).ring[place];
-                let [w_one, w_two] = &(*space).scales.as_chunks::<2>().0[pair];
-                if HALF_STEPS {
-                    finish::<0>(one, w_one, a, &mut sums);
-                    finish::<1>(two, w_two, a, &mut sums);
-                } else {
-                    finish::<BOTH>(one, w_one, a, &mut sums);
-                    if 2 * pair + 1 < steps {
-                        finish::<BOTH>(two, w_two, a.add(ROWS), &mut sums);
-                    }
-                }
-                place = (place + 1) % RING;
+            if first == 0 {
+                store(out, &[[_mm512_setzero_ps(); ROWS]; PANELS]);
             }
-            store(out, &sums);
+            for group in (0..pairs).step_by(GROUP_STEPS / per_pair) {
+                let mut sums = [[_mm512_setzero_ps(); ROWS]; PANELS];
+                for pair in group..pairs.min(group + GROUP_STEPS / per_pair) {
+                    advance();
+                    let a = work.scales.add(cell(block, pair));
+                    let [one, two] = &(*space).ring[place];
+                    let [w_one, w_two] = &(*space).scales.as_chunks::<2>().0[pair];
+                    if HALF_STEPS {
+                        scaled::<0>(one, w_one, a, zero, with_min, &mut sums);
+                        scaled::<1>(two, w_two, a, zero, with_min, &mut sums);
+                    } else {
+                        scaled::<BOTH>(one, w_one, a, zero, with_min, &mut sums);
+                        if 2 * pair + 1 < steps {
+                            scaled::<BOTH>(two, w_two, a.add(ROWS), zero, with_min, &mut sums);
+                        }
+                    }
+                    place = (place + 1) % RING;
+                }
+                add_group(out, &sums, work.scales.add(cell(block, group)));
+            }
         }
     }
 }
@@ -282,15 +285,19 @@ unsafe fn tile_pair<const HALF_STEPS: bool>(a: *const i8, b: *const u8, sums: *m
     }
 }
 
-/// Scales the sums of a step, or of half of one, and adds them to those of the steps before.
+/// Scales the sums of a step, or of half of one, by the weights' scales and adds them to those of their group.
+///
+/// The zero is subtracted, or the minimum added, for all codes at once. Integers stay below 2^24, where numbers are exact.
 ///
 /// # Safety
-/// AVX-512; `a` are the scales of the eight rows.
+/// AVX-512; `a` are the sums of the eight rows.
 #[inline(always)]
-unsafe fn finish<const HALF: usize>(
+unsafe fn scaled<const HALF: usize>(
     tiles: &Sums,
     weights: &[Scales; PANELS],
     a: *const StepScales,
+    zero: __m512,
+    with_min: bool,
     sums: &mut [[__m512; ROWS]; PANELS],
 ) {
     // SAFETY: as the caller promised.
@@ -300,35 +307,54 @@ unsafe fn finish<const HALF: usize>(
         let min = [w0, w1].map(|w| _mm512_load_ps(w.min.as_ptr()));
         // Written out: a loop would keep the sums in memory.
         macro_rules! rows {
-            ($($m:literal)*) => {$({
-                let row = &*a.add($m);
-                let (s, scaled) = (_mm512_set1_ps(row.scale), _mm512_set1_ps(row.scaled[HALF]));
-                macro_rules! panel {
-                    ($p:literal) => {{
-                        let tile = _mm512_load_si512(tiles[$p][$m].as_ptr().cast());
-                        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(tile), _mm512_mul_ps(scale[$p], s), sums[$p][$m]);
-                        sums[$p][$m] = _mm512_fmadd_ps(min[$p], scaled, sum);
-                    }};
-                }
-                panel!(0);
-                panel!(1);
+            ($do:ident: $($m:literal)*) => {$({
+                let quants = _mm512_set1_ps((*a.add($m)).sums[HALF]);
+                $do!(0 $m quants);
+                $do!(1 $m quants);
             })*};
         }
-        rows!(0 1 2 3 4 5 6 7);
+        macro_rules! number {
+            ($p:literal $m:literal) => {
+                _mm512_cvtepi32_ps(_mm512_load_si512(tiles[$p][$m].as_ptr().cast()))
+            };
+        }
+        if with_min {
+            macro_rules! offset {
+                ($p:literal $m:literal $quants:ident) => {{
+                    let sum = _mm512_fmadd_ps(number!($p $m), scale[$p], sums[$p][$m]);
+                    sums[$p][$m] = _mm512_fmadd_ps(min[$p], $quants, sum);
+                }};
+            }
+            rows!(offset: 0 1 2 3 4 5 6 7);
+        } else {
+            macro_rules! symmetric {
+                ($p:literal $m:literal $quants:ident) => {{
+                    let whole = _mm512_fnmadd_ps(zero, $quants, number!($p $m));
+                    sums[$p][$m] = _mm512_fmadd_ps(whole, scale[$p], sums[$p][$m]);
+                }};
+            }
+            rows!(symmetric: 0 1 2 3 4 5 6 7);
+        }
+    }
+}
+
+/// Adds the sums of a group, multiplied by the scales of the eight rows.
+///
+/// # Safety
+/// AVX-512; `to` has a block's sums, `a` are the scales of the eight rows.
+#[inline(always)]
+unsafe fn add_group(to: *mut f32, sums: &[[__m512; ROWS]; PANELS], a: *const StepScales) {
+    for (i, sum) in sums.iter().flatten().enumerate() {
+        // SAFETY: as the caller promised.
+        unsafe {
+            let (to, scale) = (to.add(i * PANEL), _mm512_set1_ps((*a.add(i % ROWS)).scale));
+            _mm512_store_ps(to, _mm512_fmadd_ps(*sum, scale, _mm512_load_ps(to)));
+        }
     }
 }
 
 /// # Safety
-/// AVX-512; `from` has a block's sums.
-#[inline(always)]
-unsafe fn load(from: *const f32) -> [[__m512; ROWS]; PANELS] {
-    // SAFETY: as the caller promised.
-    let at = |p: usize, m: usize| unsafe { _mm512_load_ps(from.add((p * ROWS + m) * PANEL)) };
-    std::array::from_fn(|p| std::array::from_fn(|m| at(p, m)))
-}
-
-/// # Safety
-/// As [`load`].
+/// AVX-512; `to` has room for a block's sums.
 #[inline(always)]
 unsafe fn store(to: *mut f32, sums: &[[__m512; ROWS]; PANELS]) {
     for (i, sum) in sums.iter().flatten().enumerate() {

@@ -5,7 +5,7 @@
 use super::activations::{BOTH, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
-use super::{PANEL, STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::dispatch::Level;
 
 /// What a tile computes: the sums of `panels x rows` of activations, to `out [panels, rows, 16]`.
@@ -22,9 +22,9 @@ pub(super) struct Tile<'a> {
     pub scales: *const StepScales,
     /// Rows that lie between a step and the next.
     pub height: usize,
+    /// Where the integer sums start, as [`Kernel::starts`] made them.
+    pub starts: *const i32,
     pub out: *mut f32,
-    /// The layout's code of zero, as [`Layout::zero`] says.
-    pub zero: f32,
 }
 
 /// A kernel for tiles of a number of panels and rows.
@@ -32,9 +32,35 @@ pub(super) struct Tile<'a> {
 pub(super) struct Kernel {
     pub panels: usize,
     pub rows: usize,
+    /// What its products subtract from every byte.
+    less: i32,
     /// # Safety
     /// The CPU has the level's features; pointers are valid for panels and rows of the layout and for the result.
     pub run: unsafe fn(&Tile<'_>),
+}
+
+impl Kernel {
+    /// Where the sums of integers start so that codes count from the layout's zero: `[steps (, halves), rows]`, for the rows
+    /// from `scales` on, whose blocks are `height` high.
+    pub fn starts(
+        &self,
+        layout: &Layout,
+        scales: &[StepScales],
+        height: usize,
+        starts: &mut [i32],
+    ) {
+        let factor = (self.less - layout.zero()) as f32;
+        let halves = layout.halves();
+        let steps = scales.chunks(height);
+        for (starts, scales) in starts.chunks_exact_mut(halves.len() * self.rows).zip(steps) {
+            for (starts, half) in starts.chunks_exact_mut(self.rows).zip(halves.clone()) {
+                for (start, scales) in starts.iter_mut().zip(scales) {
+                    // Both are whole and their product is below 2^24.
+                    *start = (factor * scales.sums[half]) as i32;
+                }
+            }
+        }
+    }
 }
 
 /// The kernel for a number of rows; `None` where there is only the scalar form.
@@ -227,14 +253,13 @@ unsafe fn merge<L: Lanes>(low: [L::I; 8], high: [L::I; 8]) -> [L::I; 8] {
     }
 }
 
-/// Scale and minimum (that of code zero) of the lanes for half `half` of step `step` (`BOTH`: for all of it).
+/// Scale and minimum of the lanes for half `half` of step `step` (`BOTH`: for all of it).
 ///
 /// # Safety
-/// `base` is the unit's first byte; `lane` the first row; `zero` what [`Layout::zero`] says.
+/// `base` is the unit's first byte; `lane` the first row.
 #[inline(always)]
 pub(super) unsafe fn scales<L: Lanes>(
     layout: &Layout,
-    zero: &f32,
     unit: &Unit,
     base: *const u8,
     lane: usize,
@@ -259,7 +284,7 @@ pub(super) unsafe fn scales<L: Lanes>(
         };
         let none = L::zero();
         let min = match layout.min {
-            Min::Without => L::fnma(scale, L::broadcast(zero), none),
+            Min::Without => none,
             Min::Half => halves(unit.mins),
             Min::Zero => {
                 let code = L::unsigned(base.add(unit.mins + head * PANEL + lane));
@@ -280,53 +305,57 @@ pub(super) unsafe fn scales<L: Lanes>(
 unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
     work: &Tile<'_>,
 ) {
-    let (layout, units) = (work.layout, work.units);
     // SAFETY: as the caller promised.
     unsafe {
-        let table = match layout.codes {
+        let table = match work.layout.codes {
             Codes::Table(table) => L::table(table),
             _ => L::splat(0),
         };
         for lane in (0..PANEL).step_by(L::N) {
-            let mut sums = [[L::zero(); M]; P];
-            for index in 0..units.len() {
-                let (unit, start) = units.at(index);
+            for row in 0..P * M {
+                L::store(L::zero(), work.out.add(row * PANEL + lane));
+            }
+            for index in 0..work.units.len() {
+                let (unit, start) = work.units.at(index);
                 // The next unit, or the first one of the panel that follows.
-                let next = match index + 1 < units.len() {
+                let next = match index + 1 < work.units.len() {
                     true => start + unit.bytes,
                     false => work.ahead,
                 };
-                for step in 0..unit.steps {
-                    let at = index * UNIT_STEPS + step;
-                    // Few rows wait for memory, many find the panel in a cache.
-                    if P > 1 && lane == 0 {
-                        let part = unit.bytes / unit.steps;
-                        for panel in work.panels {
-                            prefetch(panel.wrapping_add(next + step * part), part);
+                for first in (0..unit.steps).step_by(GROUP_STEPS) {
+                    let steps = first..unit.steps.min(first + GROUP_STEPS);
+                    let at = index * UNIT_STEPS + first;
+                    for p in 0..P {
+                        let panel = *work.panels.get_unchecked(p);
+                        // Few rows wait for memory, many find the panel in a cache.
+                        if P > 1 && lane == 0 {
+                            let part = unit.bytes / unit.steps;
+                            let from = panel.wrapping_add(next + first * part);
+                            prefetch(from, steps.len() * part);
+                        }
+                        let base = panel.add(start);
+                        let mut sums = [L::zero(); M];
+                        for step in steps.clone() {
+                            let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
+                            let codes = U::unpack::<L>(codes, table);
+                            let at = index * UNIT_STEPS + step;
+                            if HALF_STEPS {
+                                let w = scales::<L>(work.layout, &unit, base, lane, step, 0);
+                                add::<L, U, 0, M>(work, at, &codes, w, &mut sums);
+                                let w = scales::<L>(work.layout, &unit, base, lane, step, 1);
+                                add::<L, U, 1, M>(work, at, &codes, w, &mut sums);
+                            } else {
+                                let w = scales::<L>(work.layout, &unit, base, lane, step, BOTH);
+                                add::<L, U, BOTH, M>(work, at, &codes, w, &mut sums);
+                            }
+                        }
+                        let a = work.scales.add(at * work.height);
+                        for (m, sum) in sums.iter().enumerate() {
+                            let out = work.out.add((p * M + m) * PANEL + lane);
+                            let scale = L::broadcast(&(*a.add(m)).scale);
+                            L::store(L::fma(*sum, scale, L::load(out)), out);
                         }
                     }
-                    for (p, sums) in sums.iter_mut().enumerate() {
-                        let base = work.panels.get_unchecked(p).add(start);
-                        let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
-                        let codes = U::unpack::<L>(codes, table);
-                        if HALF_STEPS {
-                            let (scale, min) =
-                                scales::<L>(layout, &work.zero, &unit, base, lane, step, 0);
-                            add::<L, U, 0, M>(work, at, &codes, scale, min, sums);
-                            let (scale, min) =
-                                scales::<L>(layout, &work.zero, &unit, base, lane, step, 1);
-                            add::<L, U, 1, M>(work, at, &codes, scale, min, sums);
-                        } else {
-                            let (scale, min) =
-                                scales::<L>(layout, &work.zero, &unit, base, lane, step, BOTH);
-                            add::<L, U, BOTH, M>(work, at, &codes, scale, min, sums);
-                        }
-                    }
-                }
-            }
-            for (p, sums) in sums.iter().enumerate() {
-                for (m, sum) in sums.iter().enumerate() {
-                    L::store(*sum, work.out.add((p * M + m) * PANEL + lane));
                 }
             }
         }
@@ -343,7 +372,7 @@ fn prefetch(from: *const u8, bytes: usize) {
     }
 }
 
-/// Adds a step, or half of one, to the sums of all rows.
+/// Adds a step, or half of one, to the sums of all rows, which lack the scale of the activations.
 ///
 /// # Safety
 /// As [`Kernel::run`].
@@ -352,14 +381,17 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
     work: &Tile<'_>,
     step: usize,
     codes: &[L::I; 8],
-    scale: L::F,
-    min: L::F,
+    (scale, min): (L::F, L::F),
     sums: &mut [L::F; M],
 ) {
     // SAFETY: as the caller promised.
     unsafe {
         let quants = work.quants.add(step * work.height * STEP);
         let a = work.scales.add(step * work.height);
+        let starts = work.starts.add(match HALF {
+            BOTH => step * M,
+            half => (2 * step + half) * M,
+        });
         let mut products = [L::splat(0); M];
         // Written out: loops would keep their sums in memory. Rows go side by side, for a chain of sums has a latency.
         macro_rules! rows {
@@ -368,15 +400,12 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
         macro_rules! all {
             ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7) };
         }
-        if U::WIDE && L::SIGNED {
-            // Signed products lack 128 for each byte.
-            macro_rules! start {
-                ($m:literal) => {
-                    products[$m] = L::splat(128 * (*a.add($m)).sums[HALF])
-                };
-            }
-            all!(start);
+        macro_rules! start {
+            ($m:literal) => {
+                products[$m] = L::splat(*starts.add($m))
+            };
         }
+        all!(start);
         macro_rules! column {
             ($j:literal) => {{
                 macro_rules! multiply {
@@ -403,15 +432,20 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
             column!(6);
             column!(7);
         }
-        macro_rules! finish {
-            ($m:literal) => {{
-                let a = &*a.add($m);
-                let scaled = L::mul(scale, L::broadcast(&a.scale));
-                sums[$m] = L::fma(L::number(products[$m]), scaled, sums[$m]);
-                sums[$m] = L::fma(min, L::broadcast(&a.scaled[HALF]), sums[$m]);
-            }};
+        macro_rules! scaled {
+            ($m:literal) => {
+                sums[$m] = L::fma(L::number(products[$m]), scale, sums[$m])
+            };
         }
-        all!(finish);
+        all!(scaled);
+        if work.layout.min != Min::Without {
+            macro_rules! offset {
+                ($m:literal) => {
+                    sums[$m] = L::fma(min, L::broadcast(&(*a.add($m)).sums[HALF]), sums[$m])
+                };
+            }
+            all!(offset);
+        }
     }
 }
 
@@ -445,9 +479,11 @@ macro_rules! level {
                 unsafe { tile::<$lanes, U, HALF_STEPS, P, M>(work) }
             }
             let run: unsafe fn(&Tile<'_>) = body!(codes, half_steps, run, P, M);
+            let wide = matches!(codes, Codes::U8 | Codes::Table(_));
             Kernel {
                 panels: P,
                 rows: M,
+                less: if wide && <$lanes>::SIGNED { 128 } else { 0 },
                 run,
             }
         }

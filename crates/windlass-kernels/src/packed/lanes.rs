@@ -43,6 +43,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn zero() -> Self::F;
     /// The same number in all lanes.
     unsafe fn broadcast(from: *const f32) -> Self::F;
+    /// Reads `N` numbers.
+    unsafe fn load(from: *const f32) -> Self::F;
     /// Reads `N` numbers in 16 bits.
     unsafe fn halves(from: *const u8) -> Self::F;
     /// Reads `N` signed bytes as numbers.
@@ -139,6 +141,10 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn broadcast(from: *const f32) -> __m256 {
         unsafe { _mm256_set1_ps(*from) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(from) }
     }
     #[inline(always)]
     unsafe fn halves(from: *const u8) -> __m256 {
@@ -244,6 +250,10 @@ impl Lanes for Vnni {
     #[inline(always)]
     unsafe fn broadcast(from: *const f32) -> __m512 {
         unsafe { _mm512_set1_ps(*from) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
     }
     #[inline(always)]
     unsafe fn halves(from: *const u8) -> __m512 {

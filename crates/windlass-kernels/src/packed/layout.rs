@@ -1,5 +1,6 @@
 //! How a packed matrix stores its numbers, and where each piece of a unit lies.
 
+use super::activations::BOTH;
 use super::{PANEL, STEP, UNIT, UNIT_STEPS};
 
 /// Unsigned codes of some bits, kept in a low plane of 2, 4 or 8 bits and a high plane of the rest.
@@ -131,10 +132,18 @@ impl Layout {
     }
 
     /// The byte that stands for zero, where no minimum says it; the entries of a table count from 128.
-    pub(super) const fn zero(&self) -> f32 {
+    pub(super) const fn zero(&self) -> i32 {
         match self.codes {
-            Codes::Table(_) => 128.0,
-            _ => self.offset as f32,
+            Codes::Table(_) => 128,
+            _ => self.offset as i32,
+        }
+    }
+
+    /// The parts of a step that have a scale of their own: both halves, or all of it.
+    pub(super) const fn halves(&self) -> std::ops::Range<usize> {
+        match self.sub() < STEP {
+            true => 0..BOTH,
+            false => BOTH..BOTH + 1,
         }
     }
 
@@ -158,6 +167,9 @@ impl Layout {
     pub fn problem(&self) -> Option<String> {
         let (codes, min) = (self.codes, self.min);
         match self.scale {
+            _ if self.zero() != 0 && min != Min::Without => {
+                Some(format!("a code of zero beside minimums of the kind {min:?}"))
+            }
             _ if codes == Codes::U6 && !matches!(self.scale, Scale::Super { sub: 16 }) => {
                 Some("6 bits have a kernel for scales of 16 columns only".into())
             }

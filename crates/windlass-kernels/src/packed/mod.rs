@@ -5,9 +5,12 @@
 //! neighboring columns of each of the 16 rows: what `vpdpbusd` multiplies. A *unit* of up to eight steps starts with the
 //! scales of its steps.
 //!
-//! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each step. A product sums
-//! integers inside a step (or a half one, where the format has a scale for 16 columns), and adds steps in order in `f32`:
-//! a row's result has the same bits for any number of rows, threads and neighbors, and at every [`crate::dispatch::Level`].
+//! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each *group* of 128
+//! columns. A product sums integers inside a step (or a half one, where the format has a scale for 16 columns), adds the
+//! steps of a group in order in `f32`, multiplied by the scales of the weights, and then the groups, multiplied by those of
+//! the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
+//! [`crate::dispatch::Level`]. (The scales of weights mostly change every 32 columns, and what is done for each of these
+//! on top of the integers is the limit of a product with many rows: the scale of the activations is left out of it.)
 //!
 //! This module knows nothing of file formats; a [`RowUnit`] is what their blocks are taken apart into.
 
@@ -35,8 +38,10 @@ pub use unit::{RowUnit, UnitMut};
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;
-/// Columns of a step: activations share a scale.
+/// Columns of a step: integers are summed.
 pub const STEP: usize = 32;
+/// Steps of a group: activations share a scale.
+pub const GROUP_STEPS: usize = 4;
 /// Steps of a whole unit.
 pub const UNIT_STEPS: usize = 8;
 /// Columns of a whole unit.

@@ -41,6 +41,10 @@ const TILES: Cut = Cut {
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
 
+/// The sums of a tile. Each is a line: one that crosses lines could not be read before it has been written to the cache.
+#[repr(align(64))]
+struct Sums([[f32; PANEL]; TILE]);
+
 /// Rows from which tiles are used. A panel's codes are unpacked to memory for them, which pays from the second block of
 /// eight rows on; fewer rows wait for the panel's bytes in either way.
 const TILE_ROWS: usize = 9;
@@ -186,11 +190,11 @@ fn run_task<E: Element>(
     {
         let (level, layout) = (pool.level(), job.matrix.layout());
         if uses_tiles(level) && rows.len() >= TILE_ROWS {
-            return run_amx(worker, x, job, panels, rows);
+            return run_amx(level, worker, x, job, panels, rows);
         }
         let half_steps = layout.sub() == STEP / 2;
         if let Some(kernel) = super::kernel::choose(level, layout.codes, half_steps, rows.len()) {
-            return run_tiles(kernel, x, job, panels, rows);
+            return run_tiles(level, kernel, worker, x, job, panels, rows);
         }
     }
     let _ = (pool, worker);
@@ -203,49 +207,60 @@ fn run_task<E: Element>(
                     *sum = reference::dot(job.matrix, n, x, row);
                 }
             }
-            finish(job, panel, row, &sums);
+            finish(job, panel, row..row + 1, &[sums]);
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 fn run_tiles<E: Element>(
+    level: Level,
     kernel: super::kernel::Kernel,
+    worker: &mut Worker,
     x: &Activations,
     job: &Job<'_, E>,
     panels: Range<usize>,
     rows: Range<usize>,
 ) {
     use super::kernel::Tile;
+    let (layout, units) = (job.matrix.layout(), job.matrix.units());
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
-    let mut sums = [[0f32; PANEL]; TILE];
-    for panel in panels.clone().step_by(kernel.panels) {
-        // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
-        // numbers are powers of two.
-        let mut at = [std::ptr::null(); TILE];
-        for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
-            *at = job.matrix.panel(last(&panels, panel + p)).as_ptr();
-        }
-        for row in rows.clone().step_by(kernel.rows) {
-            let cell = x.cell(row, 0);
+    let finish = finisher(level);
+    let mut sums = Sums([[0f32; PANEL]; TILE]);
+    let starts = worker.scratch::<f32>(units.steps() * layout.halves().len() * kernel.rows);
+    // SAFETY: the same size and alignment; all bit patterns are valid.
+    let starts = unsafe { &mut *(std::ptr::from_mut(starts) as *mut [i32]) };
+    // A block of rows stays in the first cache and panels pass by from the second: what a tile writes then lies beside what
+    // the tile before it wrote.
+    for row in rows.clone().step_by(kernel.rows) {
+        let cell = x.cell(row, 0);
+        let (quants, scales) = (&x.quants()[cell * STEP..], &x.scales()[cell..]);
+        kernel.starts(layout, scales, x.height(), starts);
+        for panel in panels.clone().step_by(kernel.panels) {
+            // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
+            // numbers are powers of two.
+            let mut at = [std::ptr::null(); TILE];
+            for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
+                *at = job.matrix.panel(last(&panels, panel + p)).as_ptr();
+            }
             let tile = Tile {
-                layout: job.matrix.layout(),
-                units: job.matrix.units(),
+                layout,
+                units,
                 panels: &at[..kernel.panels],
-                ahead: kernel.panels * job.matrix.units().bytes(),
-                quants: x.quants()[cell * STEP..].as_ptr(),
-                scales: x.scales()[cell..].as_ptr(),
+                ahead: kernel.panels * units.bytes(),
+                quants: quants.as_ptr(),
+                scales: scales.as_ptr(),
                 height: x.height(),
-                out: sums.as_mut_ptr().cast(),
-                zero: job.matrix.layout().zero(),
+                starts: starts.as_ptr(),
+                out: sums.0.as_mut_ptr().cast(),
             };
             // SAFETY: `choose` saw the features; panels and rows are as long as the layout says (activations are padded to
-            // whole units), and `sums` holds the tile.
+            // whole units), and `starts` and `sums` hold the tile's.
             unsafe { (kernel.run)(&tile) };
+            let tile_rows = row..rows.end.min(row + kernel.rows);
             for p in 0..kernel.panels.min(panels.end - panel) {
-                for m in 0..kernel.rows.min(rows.end - row) {
-                    finish(job, panel + p, row + m, &sums[p * kernel.rows + m]);
-                }
+                // SAFETY: the level's features are there.
+                unsafe { finish(job, panel + p, tile_rows.clone(), &sums.0[p * kernel.rows..]) };
             }
         }
     }
@@ -253,6 +268,7 @@ fn run_tiles<E: Element>(
 
 #[cfg(target_arch = "x86_64")]
 fn run_amx<E: Element>(
+    level: Level,
     worker: &mut Worker,
     x: &Activations,
     job: &Job<'_, E>,
@@ -261,7 +277,7 @@ fn run_amx<E: Element>(
 ) {
     use super::amx::{Kernel, PANELS, ROWS, Space, Work};
     assert_eq!(x.height(), ROWS, "rows of a block of activations");
-    let matrix = job.matrix;
+    let (matrix, finish) = (job.matrix, finisher(level));
     let kernel = Kernel::choose(matrix.layout());
     let blocks = rows.len().div_ceil(ROWS);
     let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, blocks * PANELS * ROWS * PANEL);
@@ -276,7 +292,6 @@ fn run_amx<E: Element>(
                 layout: matrix.layout(),
                 units: matrix.units(),
                 panels: std::array::from_fn(at),
-                zero: matrix.layout().zero(),
                 quants: x.quants()[cell * STEP..].as_ptr(),
                 scales: x.scales()[cell..].as_ptr(),
                 steps: x.steps(),
@@ -288,9 +303,7 @@ fn run_amx<E: Element>(
                 let (block, panel) = (tile / PANELS, panel + tile % PANELS);
                 let first = rows.start + block * ROWS;
                 if panel < panels.end {
-                    for (row, sums) in (first..rows.end).zip(sums) {
-                        finish(job, panel, row, sums);
-                    }
+                    finish(job, panel, first..rows.end, sums);
                 }
             }
         }
@@ -298,32 +311,71 @@ fn run_amx<E: Element>(
     }
 }
 
-/// Adds bias and residual and writes 16 elements of a row of the result.
-#[inline]
-fn finish<E: Element>(job: &Job<'_, E>, panel: usize, row: usize, sums: &[f32; PANEL]) {
-    let n = job.matrix.rows();
-    let row = row - job.rows.start;
-    let start = panel * PANEL;
-    let len = PANEL.min(n - start);
-    let mut sums = *sums;
-    // SAFETY: a task has its own rows and panels.
-    let out = unsafe { job.out.slice(row * n + start, len) };
-    for more in [
-        job.bias.map(|bias| &bias[start..start + len]),
-        job.residual.map(|r| &r[row * n + start..][..len]),
-    ]
-    .into_iter()
-    .flatten()
+/// Of `(job, panel, rows, sums)`: adds bias and residual to a panel's sums and writes these rows of the result.
+type Finish<E> = unsafe fn(&Job<'_, E>, usize, Range<usize>, &[[f32; PANEL]]);
+
+/// The same code compiled for each level.
+fn finisher<E: Element>(level: Level) -> Finish<E> {
+    #[cfg(target_arch = "x86_64")]
     {
-        match <&[E; PANEL]>::try_from(more) {
-            Ok(more) => add(&mut sums, more),
-            Err(_) => add(&mut sums, more),
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn avx2<E: Element>(
+            job: &Job<'_, E>,
+            panel: usize,
+            rows: Range<usize>,
+            sums: &[[f32; PANEL]],
+        ) {
+            finish(job, panel, rows, sums);
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+        unsafe fn avx512<E: Element>(
+            job: &Job<'_, E>,
+            panel: usize,
+            rows: Range<usize>,
+            sums: &[[f32; PANEL]],
+        ) {
+            finish(job, panel, rows, sums);
+        }
+        match level {
+            Level::Scalar => finish,
+            Level::Avx2 => avx2,
+            Level::Avx512 | Level::Amx => avx512,
         }
     }
-    // A length that is known becomes vectors.
-    match <&mut [E; PANEL]>::try_from(&mut *out) {
-        Ok(out) => write(out, &sums),
-        Err(_) => write(out, &sums),
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = level;
+        finish
+    }
+}
+
+#[inline(always)]
+fn finish<E: Element>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) {
+    let n = job.matrix.rows();
+    let start = panel * PANEL;
+    let len = PANEL.min(n - start);
+    for (row, sums) in rows.zip(sums) {
+        let row = row - job.rows.start;
+        let mut sums = *sums;
+        // SAFETY: a task has its own rows and panels.
+        let out = unsafe { job.out.slice(row * n + start, len) };
+        for more in [
+            job.bias.map(|bias| &bias[start..start + len]),
+            job.residual.map(|r| &r[row * n + start..][..len]),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            match <&[E; PANEL]>::try_from(more) {
+                Ok(more) => add(&mut sums, more),
+                Err(_) => add(&mut sums, more),
+            }
+        }
+        // A length that is known becomes vectors.
+        match <&mut [E; PANEL]>::try_from(&mut *out) {
+            Ok(out) => write(out, &sums),
+            Err(_) => write(out, &sums),
+        }
     }
 }
 

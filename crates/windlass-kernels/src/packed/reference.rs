@@ -4,29 +4,26 @@ use super::activations::{Activations, BOTH};
 use super::layout::{Codes, Layout, Min, Scale};
 use super::matrix::PackedMatrix;
 use super::unit::{RowUnit, exponent};
-use super::{STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, STEP, UNIT_STEPS};
 use half::f16;
 
 /// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// For each step in order, and in it for each half where the format has a scale for 16 columns: the integer sum of codes
-/// (of tables: entries plus 128) times activations is multiplied by (scale of the weights times scale of the activations)
-/// and added, rounded once; then the weight of code zero times the scaled sum of the activations.
+/// For each step in order, and in it for each half where the format has a scale for 16 columns: the integer sum of codes,
+/// less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its group,
+/// rounded once; then the minimum times the sum of the activations. For each group in order: its sum is multiplied by the
+/// scale of the activations and added, rounded once.
 pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) -> f32 {
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
-    let mut sum = 0f32;
+    let (mut total, mut sum) = (0f32, 0f32);
     for step in 0..matrix.steps() {
         if step % UNIT_STEPS == 0 {
             matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
         }
         let at = step % UNIT_STEPS;
         let (quants, a) = x.step(row, step);
-        let halves = match layout.scale {
-            Scale::Super { sub: 16 } => 0..2,
-            _ => BOTH..BOTH + 1,
-        };
-        for half in halves {
+        for half in layout.halves() {
             let span = match half {
                 BOTH => 0..STEP,
                 _ => half * 16..half * 16 + 16,
@@ -36,22 +33,28 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
                 products += value(layout, unit.codes[at * STEP + k]) * i32::from(quants[k]);
             }
             let (scale, min) = scales(layout, &unit, at * STEP + span.start);
-            sum = (products as f32).mul_add(scale * a.scale, sum);
-            sum = min.mul_add(a.scaled[half], sum);
+            sum = (products as f32).mul_add(scale, sum);
+            if let Some(min) = min {
+                sum = min.mul_add(a.sums[half], sum);
+            }
+        }
+        if (step + 1) % GROUP_STEPS == 0 || step + 1 == matrix.steps() {
+            total = sum.mul_add(a.scale, total);
+            sum = 0.0;
         }
     }
-    sum
+    total
 }
 
 fn value(layout: &Layout, code: u8) -> i32 {
     match layout.codes {
-        Codes::Table(table) => 128 + i32::from(table[usize::from(code)]),
-        _ => i32::from(code),
+        Codes::Table(table) => i32::from(table[usize::from(code)]),
+        _ => i32::from(code) - layout.zero(),
     }
 }
 
-/// Scale, and weight of code zero, at column `k` of a unit.
-fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, f32) {
+/// Scale, and minimum where there is one, at column `k` of a unit.
+fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, Option<f32>) {
     let half = |bits| f16::from_bits(bits).to_f32();
     let (head, sub) = (k / layout.block(), k / layout.sub());
     let scale = match layout.scale {
@@ -60,10 +63,10 @@ fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, f32) {
         Scale::Super { .. } => half(unit.scales[head]) * f32::from(unit.sub_scales[sub]),
     };
     let min = match layout.min {
-        Min::Without => -scale * layout.zero(),
-        Min::Half => half(unit.mins[head]),
-        Min::Zero => -scale * f32::from(unit.mins[head]),
-        Min::Super => -half(unit.mins[head]) * f32::from(unit.sub_mins[sub]),
+        Min::Without => None,
+        Min::Half => Some(half(unit.mins[head])),
+        Min::Zero => Some(-scale * f32::from(unit.mins[head])),
+        Min::Super => Some(-half(unit.mins[head]) * f32::from(unit.sub_mins[sub])),
     };
     (scale, min)
 }

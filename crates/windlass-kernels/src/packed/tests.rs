@@ -335,17 +335,22 @@ fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
     let memory = Memory::new();
     for &level in Level::supported() {
         let pool = Pool::with_level(1, level);
-        let mut x: Vec<f32> = (0..96).map(|i| (i as f32 - 48.0) / 3.0).collect();
-        (x[40], x[70]) = (f32::NAN, f32::NEG_INFINITY);
-        let q = Activations::quantize(&pool, &memory, &x, 96);
-        let (quants, scales) = q.step(0, 0);
-        assert_eq!(quants[0], -127, "{level}");
-        assert!((scales.scale * 127.0 - 16.0).abs() < 1e-5);
-        for k in 0..32 {
-            let error = (scales.scale * f32::from(quants[k]) - x[k]).abs();
-            assert!(error <= scales.scale * 0.5001, "{level}: {error}");
+        let mut x: Vec<f32> = (0..384).map(|i| (i as f32 - 48.0) / 3.0).collect();
+        (x[140], x[300]) = (f32::NAN, f32::NEG_INFINITY);
+        let q = Activations::quantize(&pool, &memory, &x, 384);
+        for step in 0..4 {
+            let (quants, scales) = q.step(0, step);
+            assert!((scales.scale * 127.0 - x[127]).abs() < 1e-5, "{level}");
+            let whole = |quants: &[i8]| quants.iter().map(|&q| f32::from(q)).sum::<f32>();
+            let sums = [&quants[..16], &quants[16..], quants].map(whole);
+            assert_eq!(scales.sums, sums, "{level}");
+            for (q, x) in quants.iter().zip(&x[step * STEP..]) {
+                let error = (scales.scale * f32::from(*q) - x).abs();
+                assert!(error <= scales.scale * 0.5001, "{level}: {error}");
+            }
         }
-        assert!(q.step(0, 1).1.scale.is_nan() && q.step(0, 2).1.scale.is_nan());
+        assert_eq!(q.step(0, 3).0[31], 127, "{level}");
+        assert!((4..12).all(|step| q.step(0, step).1.scale.is_nan()));
         let q = Activations::quantize(&pool, &memory, &[1e-42f32; 32], 32);
         assert_eq!((q.step(0, 0).1.scale, q.step(0, 0).0[0]), (0.0, 0));
     }
