@@ -161,8 +161,7 @@ unsafe fn unpack<U: Unpack, const HALF_STEPS: bool>(work: &Work<'_>, from: usize
                         _mm512_store_si512(to.add(row * 64).cast(), codes);
                     }
                     let mut scale = |to: usize, half: usize| {
-                        let (scale, min) =
-                            scales::<Vnni>(work.layout, &unit, base, 0, step, half);
+                        let (scale, min) = scales::<Vnni>(work.layout, &unit, base, 0, step, half);
                         let to = &mut space.scales[to][p];
                         _mm512_store_ps(to.scale.as_mut_ptr(), scale);
                         _mm512_store_ps(to.min.as_mut_ptr(), min);

@@ -7,6 +7,7 @@ use super::lanes::{Avx2, Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::dispatch::Level;
+use std::ops::Range;
 
 /// What a tile computes: the sums of `panels x rows` of activations, to `out [panels, rows, 16]`.
 pub(super) struct Tile<'a> {
@@ -34,6 +35,7 @@ pub(super) struct Kernel {
     pub rows: usize,
     /// What its products subtract from every byte.
     less: i32,
+    start: Start,
     /// # Safety
     /// The CPU has the level's features; pointers are valid for panels and rows of the layout and for the result.
     pub run: unsafe fn(&Tile<'_>),
@@ -50,15 +52,32 @@ impl Kernel {
         starts: &mut [i32],
     ) {
         let factor = (self.less - layout.zero()) as f32;
-        let halves = layout.halves();
         let steps = scales.chunks(height);
-        for (starts, scales) in starts.chunks_exact_mut(halves.len() * self.rows).zip(steps) {
-            for (starts, half) in starts.chunks_exact_mut(self.rows).zip(halves.clone()) {
-                for (start, scales) in starts.iter_mut().zip(scales) {
-                    // Both are whole and their product is below 2^24.
-                    *start = (factor * scales.sums[half]) as i32;
-                }
-            }
+        let starts = starts.chunks_exact_mut(layout.halves().len() * self.rows);
+        for (starts, scales) in starts.zip(steps) {
+            // SAFETY: the kernel was chosen for a CPU with its features.
+            unsafe { (self.start)(factor, layout.halves(), scales, starts) };
+        }
+    }
+}
+
+/// Of `(factor, halves, scales, starts)`: the starts of a step.
+type Start = unsafe fn(f32, Range<usize>, &[StepScales], &mut [i32]);
+
+#[inline(always)]
+fn start<const M: usize>(
+    factor: f32,
+    halves: Range<usize>,
+    scales: &[StepScales],
+    starts: &mut [i32],
+) {
+    let Some(scales) = scales.first_chunk::<M>() else {
+        return;
+    };
+    for (starts, half) in starts.as_chunks_mut::<M>().0.iter_mut().zip(halves) {
+        for (start, scales) in starts.iter_mut().zip(scales) {
+            // SAFETY: both are whole and their product is below 2^24.
+            *start = unsafe { (factor * scales.sums[half]).to_int_unchecked() };
         }
     }
 }
@@ -479,10 +498,20 @@ macro_rules! level {
                 unsafe { tile::<$lanes, U, HALF_STEPS, P, M>(work) }
             }
             let run: unsafe fn(&Tile<'_>) = body!(codes, half_steps, run, P, M);
+            #[target_feature(enable = $features)]
+            unsafe fn starts<const M: usize>(
+                factor: f32,
+                halves: Range<usize>,
+                scales: &[StepScales],
+                out: &mut [i32],
+            ) {
+                start::<M>(factor, halves, scales, out);
+            }
             let wide = matches!(codes, Codes::U8 | Codes::Table(_));
             Kernel {
                 panels: P,
                 rows: M,
+                start: starts::<M>,
                 less: if wide && <$lanes>::SIGNED { 128 } else { 0 },
                 run,
             }

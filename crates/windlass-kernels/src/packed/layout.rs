@@ -167,9 +167,9 @@ impl Layout {
     pub fn problem(&self) -> Option<String> {
         let (codes, min) = (self.codes, self.min);
         match self.scale {
-            _ if self.zero() != 0 && min != Min::Without => {
-                Some(format!("a code of zero beside minimums of the kind {min:?}"))
-            }
+            _ if self.zero() != 0 && min != Min::Without => Some(format!(
+                "a code of zero beside minimums of the kind {min:?}"
+            )),
             _ if codes == Codes::U6 && !matches!(self.scale, Scale::Super { sub: 16 }) => {
                 Some("6 bits have a kernel for scales of 16 columns only".into())
             }

@@ -260,7 +260,14 @@ fn run_tiles<E: Element>(
             let tile_rows = row..rows.end.min(row + kernel.rows);
             for p in 0..kernel.panels.min(panels.end - panel) {
                 // SAFETY: the level's features are there.
-                unsafe { finish(job, panel + p, tile_rows.clone(), &sums.0[p * kernel.rows..]) };
+                unsafe {
+                    finish(
+                        job,
+                        panel + p,
+                        tile_rows.clone(),
+                        &sums.0[p * kernel.rows..],
+                    )
+                };
             }
         }
     }
