@@ -18,9 +18,10 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::activations::{BLOCK, BOTH, StepScales};
-use super::kernel::{Names, Planes, Unpack, body, scales};
+use super::kernel::{body, scales};
 use super::lanes::{Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Units};
+use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::tiles::Config;
 

@@ -21,6 +21,7 @@ mod kernel;
 mod lanes;
 mod layout;
 mod matrix;
+mod planes;
 mod product;
 mod quantize;
 mod reference;
