@@ -1,6 +1,6 @@
 """Known answers of adapters: PEFT on the tiny models of `fixtures/arch`.
 
-    python adapters.py ARCH_FOLDER OUT_FOLDER
+    python adapters.py ARCH_FOLDER OUT_FOLDER [CASE...]
 
 Needs torch (CPU), transformers and peft. Each case is a folder with the adapter as PEFT saves it and `golden.safetensors`:
 
@@ -57,6 +57,10 @@ CASES = {
     "llama_modules_to_save": (
         "llama",
         dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    ),
+    "llama_tied": (
+        "llama_biases_tied",
+        dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     ),
     "gpt2": (
         "gpt2",
@@ -159,7 +163,7 @@ def one(case, base, settings, arch, out):
     # Not the zeros that B begins with, and numbers that F32 holds exactly.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" in name:
+            if parameter.requires_grad and ("lora_" in name or config.ensure_weight_tying):
                 noise = torch.randn_like(parameter) * 0.1
                 parameter.copy_((parameter + noise).float().double())
     model.eval()
@@ -178,6 +182,10 @@ def one(case, base, settings, arch, out):
     settings_file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
     trained = [(name_of(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    if config.ensure_weight_tying:
+        # A table that is the head too is one parameter, and two tensors of the file.
+        heads = [n for n in state if n.endswith("lm_head.weight")]
+        trained += [(head, p) for head in heads for n, p in trained if n.endswith("embed_tokens.weight")]
     assert {n for n, _ in trained} == set(state), (case, sorted(state), sorted(n for n, _ in trained))
     logits, loss = loss_of(model, golden)
     loss.backward()
@@ -187,7 +195,7 @@ def one(case, base, settings, arch, out):
         answers |= dict(preference_losses(model, golden))
     # As transformers' Trainer has it: weights of norms do not decay.
     norms = [p for n, p in trained if n.endswith("norm.weight")]
-    others = [p for n, p in trained if not n.endswith("norm.weight")]
+    others = list({id(p): p for n, p in trained if not n.endswith("norm.weight")}.values())
     groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -201,7 +209,7 @@ def one(case, base, settings, arch, out):
     losses.append(loss_of(model, golden)[1].item())
     answers["losses"] = torch.tensor(losses)
     answers |= {f"final.{name}": p for name, p in trained}
-    count = sum(p.numel() for _, p in trained)
+    count = sum(p.numel() for p in norms + others)
     total = sum(p.numel() for p in model.parameters())
     answers["parameters"] = torch.tensor([count, total], dtype=torch.int32)
     answers = {k: v if v.dtype == torch.int32 else v.detach().float().contiguous() for k, v in answers.items()}
@@ -210,5 +218,6 @@ def one(case, base, settings, arch, out):
 
 
 if __name__ == "__main__":
-    for case, (base, settings) in CASES.items():
+    for case in sys.argv[3:] or CASES:
+        base, settings = CASES[case]
         one(case, base, settings, Path(sys.argv[1]), Path(sys.argv[2]))

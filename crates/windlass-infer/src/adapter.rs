@@ -7,6 +7,7 @@ mod gguf;
 mod low_rank;
 mod merge;
 mod overlay;
+mod sum;
 
 pub use overlay::{Overlay, OverlayLoader};
 
@@ -84,6 +85,22 @@ impl AdapterFolder {
         })
     }
 
+    /// What the file has twice, once as a table and once as the head that the table is, with different elements.
+    fn untied(&self, adapter: &Adapter) -> Result<Option<String>, InferError> {
+        for pair in adapter.tensors.windows(2) {
+            let names = [&pair[0].name, &pair[1].name];
+            if pair[0].parts == pair[1].parts && names.iter().all(|n| self.tensors.contains(n)) {
+                let [one, other] = names;
+                if self.tensors.get(one)?.bytes != self.tensors.get(other)?.bytes {
+                    return Ok(Some(format!(
+                        "{one} and {other} are one in the model and differ here"
+                    )));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// Checks that the file has the tensors of an adapter, in their shapes, and no others.
     fn check(&self, adapter: &Adapter) -> Result<(), InferError> {
         let mut wrong = Vec::new();
@@ -103,6 +120,7 @@ impl AdapterFolder {
                 }
             }
         }
+        wrong.extend(self.untied(adapter)?);
         let known = |name: &&str| !adapter.tensors.iter().any(|t| t.name == *name);
         let more = self.tensors.names().filter(known);
         wrong.extend(more.map(|name| format!("{name} has no place in the model")));

@@ -115,7 +115,7 @@ fn check(folder: &Path) {
 #[test]
 fn adapters_compute_what_peft_computes() {
     let folders = adapters();
-    assert_eq!(folders.len(), 14);
+    assert_eq!(folders.len(), 15);
     folders.iter().for_each(|folder| check(folder));
 }
 
@@ -296,4 +296,124 @@ fn adapters_that_do_not_fit_are_refused() {
     refused("llama", folder.path(), &["no adapter_model.safetensors"]);
     std::fs::write(folder.path().join("adapter_model.bin"), [0]).unwrap();
     refused("llama", folder.path(), &["pickle", "safe_serialization"]);
+    // A table and a head of their own, for a model in which they are one.
+    let tied = |place: &str| {
+        let from = peft.join("llama_tied").join(place);
+        (std::fs::read(from).unwrap(), folder.path().join(place))
+    };
+    let (tensors, file) = tied(ADAPTER_FILE);
+    std::fs::write(file, &tensors).unwrap();
+    let (settings, file) = tied("adapter_config.json");
+    let settings = String::from_utf8(settings).unwrap();
+    let apart = settings.replace(
+        "\"ensure_weight_tying\": true",
+        "\"ensure_weight_tying\": false",
+    );
+    std::fs::write(&file, apart).unwrap();
+    refused(
+        "llama_biases_tied",
+        folder.path(),
+        &["table and head in one", "ensure_weight_tying"],
+    );
+    std::fs::write(&file, settings).unwrap();
+    let mut damaged = tensors;
+    let header = u64::from_le_bytes(damaged[..8].try_into().unwrap());
+    // The first element of the first tensor, which is the head.
+    damaged[8 + header as usize] ^= 1;
+    std::fs::write(folder.path().join(ADAPTER_FILE), damaged).unwrap();
+    refused(
+        "llama_biases_tied",
+        folder.path(),
+        &["are one in the model"],
+    );
+}
+
+/// A model with several adapters gives the logits of one merged after the other.
+fn check_sum(name: &str, first: &str, second: &str, weight: f64) {
+    let cpu = Cpu::new(2);
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| fixtures().join("peft").join(name);
+    let (a, b) = (path(first), path(second));
+    let base = base(&a);
+    let mut sum = open(&cpu, &base);
+    sum.add_adapters(&[(a.clone(), 1.0), (b.clone(), weight)])
+        .unwrap();
+    let got = logits(&sum, &base);
+
+    let [merged, part] = ["merged", "part"].map(|name| place.path().join(name));
+    let mut one = open(&cpu, &base);
+    one.add_adapter(&a).unwrap();
+    let alone = logits(&one, &base);
+    one.save_merged(&merged, Dtype::F32, 1.0).unwrap();
+    std::fs::create_dir(&part).unwrap();
+    std::fs::copy(b.join(ADAPTER_FILE), part.join(ADAPTER_FILE)).unwrap();
+    let mut config = AdapterFolder::open(&b).unwrap().config;
+    config.lora_alpha *= weight;
+    let alphas = config.alpha_pattern.iter_mut();
+    alphas.for_each(|(_, alpha)| *alpha *= weight);
+    std::fs::write(
+        part.join("adapter_config.json"),
+        config.to_json().to_string(),
+    )
+    .unwrap();
+    let mut both = open(&cpu, &merged);
+    both.add_adapter(&part).unwrap();
+    let d = difference(&got, &logits(&both, &base));
+    assert!(d < 1e-5, "{name}: {d:.1e}");
+    let d = difference(&got, &alone);
+    assert!(d > 1e-3, "{name}: the second changes nothing: {d:.1e}");
+
+    // The sum is an adapter like others: merged, as a GGUF file, and with one of its parts as such a file.
+    sum.save_merged(&merged, Dtype::F32, 1.0).unwrap();
+    let d = difference(&logits(&open(&cpu, &merged), &base), &got);
+    assert!(d < 1e-5, "{name}: merged, {d:.1e}");
+    let file = place.path().join("a.gguf");
+    if one
+        .save_adapter_gguf(&RealDisk, &file, BlockType::F32)
+        .is_ok()
+    {
+        let mut again = open(&cpu, &base);
+        again.add_adapters(&[(file, 1.0), (b, weight)]).unwrap();
+        let d = difference(&logits(&again, &base), &got);
+        assert!(d < 1e-5, "{name}: from a GGUF file, {d:.1e}");
+    }
+}
+
+#[test]
+fn several_adapters_add_up() {
+    for (first, second, weight) in [
+        ("llama", "llama_rslora_patterns", 1.0),
+        ("llama_rslora_patterns", "llama_to_transform", 0.5),
+        ("llama", "llama_modules_to_save", 1.0),
+        ("gpt2", "gpt2_usual", -2.0),
+        ("phi3", "phi3", 0.25),
+        ("gpt_neox", "gpt_neox", 0.5),
+    ] {
+        check_sum(
+            &format!("{first} + {weight} {second}"),
+            first,
+            second,
+            weight,
+        );
+    }
+    let cpu = Cpu::new(1);
+    for (first, second, weight, words) in [
+        ("llama", "llama_dora", 1.0, "stands alone"),
+        ("llama_dora", "llama", 1.0, "stands alone"),
+        ("llama", "llama_modules_to_save", 0.5, "counts 1"),
+        (
+            "llama_modules_to_save",
+            "llama_modules_to_save",
+            1.0,
+            "has another",
+        ),
+    ] {
+        let path = |name: &str| fixtures().join("peft").join(name);
+        let mut model = open(&cpu, &base(&path(first)));
+        let error = model
+            .add_adapters(&[(path(first), 1.0), (path(second), weight)])
+            .unwrap_err();
+        let text = format!("{error} {}", error.hint().unwrap_or_default());
+        assert!(text.contains(words) && text.contains("merge"), "{text}");
+    }
 }

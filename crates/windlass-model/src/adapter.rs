@@ -28,7 +28,8 @@ const PREFIX: &str = "base_model.model.";
 pub struct Adapter {
     /// The settings.
     pub config: AdapterConfig,
-    /// The tensors of its file: parameters of adapters, then modules that are saved whole.
+    /// The tensors of its file: parameters of adapters, then modules that are saved whole. A table that is the head too is
+    /// there twice, under the names of both.
     pub tensors: Vec<FileTensor>,
     /// The modules that are adapted, by their names in files.
     pub modules: Vec<String>,
@@ -51,8 +52,10 @@ impl<B> Model<B> {
         assert!(fresh, "a model is adapted once");
         let files = naming.file_tensors(self);
         let selection = Selection::new(config, naming, &files)?;
+        let mut config = config.clone();
+        config.ensure_weight_tying &= selection.ties();
         let mut adapter = Adapter {
-            config: config.clone(),
+            config,
             tensors: Vec::new(),
             modules: Vec::new(),
             magnitudes: Vec::new(),
@@ -68,10 +71,14 @@ impl<B> Model<B> {
                 for id in &file.parts {
                     units[id.unit].params[id.slot].trained = true;
                 }
-                saved.push(FileTensor {
-                    name: format!("{PREFIX}{}", file.name),
-                    ..file.clone()
-                });
+                let head = selection.tied_head(module);
+                let head = head.map(|head| file.name.replacen(module, head, 1));
+                for name in std::iter::once(file.name.clone()).chain(head) {
+                    saved.push(FileTensor {
+                        name: format!("{PREFIX}{name}"),
+                        ..file.clone()
+                    });
+                }
             } else if selection.adapts(module) && is_matrix(file) {
                 let unit = &mut units[file.parts[0].unit];
                 Parameters::of(file, module, &selection).declare(unit, &mut adapter);

@@ -81,6 +81,12 @@ impl Naming {
         }
     }
 
+    /// What files call the head; those of a model whose table is its head have none.
+    pub(crate) fn head(self) -> &'static str {
+        let renamed = self.rules().iter().find(|(inside, _)| *inside == "lm_head");
+        renamed.map_or("lm_head", |(_, file)| file)
+    }
+
     fn layout(self, file_name: &str) -> Layout {
         match self {
             Naming::Gpt2 if file_name.ends_with(".weight") && (file_name.contains(".c_")) => {

@@ -262,6 +262,7 @@ impl Error {
     /// What the user can do about samples.
     fn hint_about_samples(&self) -> Option<String> {
         let hint: String = match self {
+            Self::Malformed { .. } => "mend it there, or take it out of the data".into(),
             Self::NoTable(_) => {
                 "tables are .jsonl, .json (an array), .csv and .parquet".into()
             }

@@ -12,12 +12,16 @@ const TEXT: &str = "the cat sat on the mat and the dog sat on the log while the 
 
 /// A tiny model of random weights with a context of 48 tokens, in `folder`.
 fn model(folder: &Path, hidden_size: usize) {
+    model_of(folder, hidden_size, false);
+}
+
+fn model_of(folder: &Path, hidden_size: usize, tied: bool) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
         "model_type": "llama", "vocab_size": 300, "hidden_size": hidden_size, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 48, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "initializer_range": 0.2, "tie_word_embeddings": false,
+        "initializer_range": 0.2, "tie_word_embeddings": tied,
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let config = DecoderConfig::load(folder).unwrap();
@@ -118,6 +122,7 @@ fn bad_input_is_told_what_is_wrong() {
             &["line 2", "tokens", "at most 48", "--long"],
         ),
         (&[good, empty, empty], "", 1, &["2 of 3", "line 2"]),
+        (&[good, "{"], "", 1, &["line 2", "not JSON", "mend it"]),
         (
             &[good, chat],
             "",
@@ -167,6 +172,67 @@ fn bad_input_is_told_what_is_wrong() {
     let other = ["q_proj.lora_A.weight", "the model needs [16, 64]", "model"];
     let arguments = "generate --model wider --adapter tuned --prompt the --max-tokens 1";
     check(cases.len(), arguments, 1, &other);
+    let arguments = "generate --model model --adapter tuned@half --prompt the";
+    let (code, _, said) = place.run(arguments);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("half is no weight"), "{said}");
+    // A folder of the user's that has the name of a merge's own.
+    let arguments = "adapter merge --model model --adapter tuned --out merged.gguf";
+    fs::create_dir(place.path("merged.merging")).unwrap();
+    place.write("merged.merging/notes", "mine");
+    check(
+        cases.len() + 1,
+        arguments,
+        1,
+        &["merged.merging is in the way"],
+    );
+    assert!(place.path("merged.merging/notes").is_file());
+    assert!(!place.path("merged.gguf").exists());
+    fs::remove_dir_all(place.path("merged.merging")).unwrap();
+    place.ok(arguments);
+    assert!(place.path("merged.gguf").is_file() && !place.path("merged.merging").exists());
+}
+
+/// Headings say everything of a conversation: tools, calls and results.
+#[test]
+fn a_plain_template_shows_tools() {
+    let place = Place::new();
+    let call =
+        json!({"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}});
+    let sample = json!({
+        "messages": [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "rain?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "name": "weather", "content": "sunny"},
+            {"role": "assistant", "content": "no"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+    });
+    place.write("tools.jsonl", &sample.to_string());
+    let show = "data show --model model --data tools.jsonl --template plain --learn assistant";
+    let (out, _) = place.ok(show);
+    let mut rest = out.as_str();
+    for word in [
+        "### Tools:",
+        "\"weather\"",
+        "be kind",
+        "### Instruction:",
+        "rain?",
+        "### Response:",
+        "⟦",
+        "\"Lima\"",
+        "<|end|>",
+        "⟧",
+        "### Result:",
+        "sunny",
+        "⟦no<|end|>",
+    ] {
+        let (_, after) = rest
+            .split_once(word)
+            .unwrap_or_else(|| panic!("{word} in {out}"));
+        rest = after;
+    }
 }
 
 /// Full fine-tuning becomes an adapter; PEFT's folder becomes a GGUF file and comes back; all compute the same.
@@ -198,6 +264,14 @@ fn adapters_go_from_form_to_form() {
     let (plain, folder) = (measured(""), measured("--adapter tuned"));
     assert_ne!(plain, folder);
     assert_eq!(folder, measured("--adapter tuned.gguf"));
+    // Several at once are their sum.
+    place.ok(&format!(
+        "{run} --lr 1e-2 --rank 2 --target q_proj,up_proj --seed 5 --out other"
+    ));
+    place.ok("adapter add tuned other --weights 1,0.5 --out sum");
+    let sum = measured("--adapter sum");
+    assert_ne!(sum, folder);
+    assert_eq!(sum, measured("--adapter tuned --adapter other@0.5"));
     // What packing takes is less with LoftQ, and with every turn.
     let mut left = Vec::new();
     for turns in [1, 3] {
@@ -215,4 +289,45 @@ fn adapters_go_from_form_to_form() {
         ));
     }
     assert!(left[1] < left[0], "{left:?}");
+}
+
+/// A table that is the head too is trained and saved whole as one, and the adapter is the merged model.
+#[test]
+fn a_table_that_is_the_head_is_trained_as_one() {
+    let place = Place::new();
+    model_of(&place.path("tied"), 32, true);
+    place.write("the.txt", &TEXT.repeat(3));
+    let measured = |model: &str| {
+        let arguments =
+            format!("eval perplexity --model {model} --json --file the.txt --dtype f32");
+        let report: serde_json::Value = serde_json::from_str(&place.ok(&arguments).0).unwrap();
+        report["loss"].as_f64().unwrap()
+    };
+    for flags in [
+        "--modules-to-save embed_tokens",
+        "--modules-to-save lm_head --method qlora",
+    ] {
+        let (_, said) = place.ok(&format!(
+            "finetune --model tied --data data.jsonl --steps 4 --lr 1e-2 --rank 2 --dtype f32 --held-out 0 --out tuned {flags}"
+        ));
+        let packed = if flags.contains("qlora") {
+            " --load-in q4"
+        } else {
+            ""
+        };
+        // The table once, 300 x 32, and 2 x 512 in each of two layers.
+        assert!(said.contains("trainable params: 11,648 "), "{said}");
+        let config = fs::read_to_string(place.path("tuned/last/adapter_config.json")).unwrap();
+        assert!(config.contains("\"ensure_weight_tying\": true"), "{config}");
+        let adapted = measured(&format!("tied{packed} --adapter tuned"));
+        assert_ne!(adapted, measured(&format!("tied{packed}")));
+        place.ok("adapter merge --model tied --adapter tuned --out merged");
+        let merged = measured("merged");
+        let bound = if packed.is_empty() { 1e-5 } else { 0.1 };
+        assert!(
+            (merged - adapted).abs() < bound * adapted,
+            "{flags}: {merged} for {adapted}"
+        );
+        fs::remove_dir_all(place.path("tuned")).unwrap();
+    }
 }

@@ -32,6 +32,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Modules that are trained and saved whole.
     pub modules_to_save: Vec<String>,
+    /// Whether a table that is the head too stays one when it is trained whole.
+    pub ensure_weight_tying: bool,
     /// Whether `A` begins normal instead of uniform.
     pub gaussian: bool,
     /// Whether the adapted matrices are transposed in files (GPT-2).
@@ -70,6 +72,7 @@ impl Default for AdapterConfig {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             gaussian: false,
             fan_in_fan_out: false,
             base_model_name_or_path: None,
@@ -78,7 +81,7 @@ impl Default for AdapterConfig {
 }
 
 /// Keys that are read here.
-const KNOWN: [&str; 18] = [
+const KNOWN: [&str; 19] = [
     "peft_type",
     "r",
     "lora_alpha",
@@ -92,6 +95,7 @@ const KNOWN: [&str; 18] = [
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "ensure_weight_tying",
     "init_lora_weights",
     "fan_in_fan_out",
     "bias",
@@ -100,7 +104,7 @@ const KNOWN: [&str; 18] = [
 ];
 
 /// Keys that change nothing about what an adapter computes.
-const WITHOUT_EFFECT: [&str; 11] = [
+const WITHOUT_EFFECT: [&str; 10] = [
     "auto_mapping",
     "peft_version",
     "revision",
@@ -110,7 +114,6 @@ const WITHOUT_EFFECT: [&str; 11] = [
     "runtime_config",
     "qalora_group_size",
     "eva_config",
-    "ensure_weight_tying",
     "corda_config",
 ];
 
@@ -146,6 +149,7 @@ impl AdapterConfig {
             })?,
             alpha_pattern: pattern(&f, &value, "alpha_pattern", Value::as_f64)?,
             modules_to_save: texts(&f, &value, "modules_to_save")?.unwrap_or_default(),
+            ensure_weight_tying: f.flag("ensure_weight_tying")?.unwrap_or(false),
             gaussian: value["init_lora_weights"] == "gaussian",
             fan_in_fan_out: f.flag("fan_in_fan_out")?.unwrap_or(false),
             base_model_name_or_path: f.text("base_model_name_or_path")?,
@@ -216,6 +220,10 @@ impl AdapterConfig {
             ("use_dora", json!(self.use_dora)),
             ("use_rslora", json!(self.use_rslora)),
         ];
+        if self.ensure_weight_tying {
+            // A key that older versions of PEFT do not know.
+            all.push(("ensure_weight_tying", json!(true)));
+        }
         all.sort_by_key(|(key, _)| *key);
         let all = all.into_iter().map(|(key, value)| (key.to_owned(), value));
         Value::Object(all.collect::<Map<_, _>>())

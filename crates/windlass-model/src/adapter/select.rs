@@ -8,6 +8,9 @@ use regex::Regex;
 use std::collections::BTreeSet;
 use windlass_tensor::{FileTensor, Layout};
 
+/// The tables of embeddings among them.
+const TABLES: [&str; 3] = ["model.embed_tokens", "transformer.wte", "gpt_neox.embed_in"];
+
 /// The modules that are neither projections of a block nor norms: tables and heads.
 const ENDS: [&str; 7] = [
     "model.embed_tokens",
@@ -24,6 +27,8 @@ pub(super) struct Selection<'a> {
     pub(super) config: &'a AdapterConfig,
     adapted: BTreeSet<String>,
     saved: BTreeSet<String>,
+    /// What files call the head, where it is a table that is saved.
+    tied_head: Option<&'static str>,
     ranks: Vec<(Regex, usize)>,
     alphas: Vec<(Regex, f64)>,
 }
@@ -45,7 +50,7 @@ impl<'a> Selection<'a> {
                 "set it to false: only GPT-2 stores its matrices that way",
             ));
         }
-        let saved = saved(config, &modules)?;
+        let (saved, tied_head) = saved(config, naming, &modules)?;
         let mut adapted = BTreeSet::new();
         for &name in &matrices {
             if !saved.contains(name) && config.chooses(naming, name)? {
@@ -64,6 +69,7 @@ impl<'a> Selection<'a> {
             config,
             adapted,
             saved,
+            tied_head,
             ranks: config.patterns("rank_pattern", &config.rank_pattern)?,
             alphas: config.patterns("alpha_pattern", &config.alpha_pattern)?,
         })
@@ -75,6 +81,16 @@ impl<'a> Selection<'a> {
 
     pub(super) fn saves(&self, module: &str) -> bool {
         self.saved.contains(module)
+    }
+
+    /// Whether a table that is the head too is saved.
+    pub(super) fn ties(&self) -> bool {
+        self.tied_head.is_some()
+    }
+
+    /// The other name of a table that is saved, where it is the head too: PEFT writes it under both.
+    pub(super) fn tied_head(&self, module: &str) -> Option<&'static str> {
+        self.tied_head.filter(|_| TABLES.contains(&module))
     }
 
     /// The rank of a module's adapter, and what its product is multiplied with.
@@ -91,15 +107,25 @@ impl<'a> Selection<'a> {
     }
 }
 
-/// The modules of `modules_to_save`.
-fn saved(config: &AdapterConfig, modules: &BTreeSet<&str>) -> Result<BTreeSet<String>, ModelError> {
+/// The modules of `modules_to_save`, and the name of the head where a table that is head too is among them.
+fn saved(
+    config: &AdapterConfig,
+    naming: Naming,
+    modules: &BTreeSet<&str>,
+) -> Result<(BTreeSet<String>, Option<&'static str>), ModelError> {
+    let head = naming.head();
+    let table = TABLES.iter().find(|table| modules.contains(*table));
+    let tied = table.filter(|_| !modules.contains(head));
     let mut saved = BTreeSet::new();
     for wanted in &config.modules_to_save {
         // Any end of a name counts, as in PEFT: "norm" is every norm.
         let named = modules
             .iter()
             .filter(|name| name.ends_with(wanted.as_str()));
-        let named: Vec<String> = named.map(|name| (*name).to_owned()).collect();
+        let mut named: Vec<String> = named.map(|name| (*name).to_owned()).collect();
+        if let Some(table) = tied.filter(|_| head.ends_with(wanted.as_str())) {
+            named.push((*table).to_owned());
+        }
         if named.is_empty() {
             let key = "modules_to_save";
             return Err(config.error(
@@ -110,16 +136,18 @@ fn saved(config: &AdapterConfig, modules: &BTreeSet<&str>) -> Result<BTreeSet<St
         }
         saved.extend(named);
     }
-    let tied = !modules.contains("lm_head") && !modules.contains("embed_out");
-    let table = |name: &&String| ENDS.contains(&name.as_str());
-    if let Some(name) = saved.iter().find(table).filter(|_| tied) {
+    let Some(table) = tied.filter(|table| saved.contains(**table)) else {
+        return Ok((saved, None));
+    };
+    if !config.ensure_weight_tying {
         return Err(config.error(
             "modules_to_save",
-            format!("names {name}, which is table and head in one in this model"),
-            "leave it out: PEFT would make two different copies of it",
+            format!("names {table}, which is table and head in one in this model"),
+            "without \"ensure_weight_tying\": true, PEFT makes two different copies of it, and models here have one: train \
+             the adapter with it",
         ));
     }
-    Ok(saved)
+    Ok((saved, Some(head)))
 }
 
 /// Refuses a choice that chooses nothing, or a name in it that does.
@@ -187,6 +215,7 @@ impl AdapterConfig {
             config: self,
             adapted: BTreeSet::new(),
             saved: BTreeSet::new(),
+            tied_head: None,
             ranks: self.patterns("rank_pattern", &self.rank_pattern)?,
             alphas: self.patterns("alpha_pattern", &self.alpha_pattern)?,
         };

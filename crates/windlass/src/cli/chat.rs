@@ -82,7 +82,8 @@ pub fn run(args: &Args) -> Result<()> {
     let model = args.source.open()?;
     let tokenizer = model.tokenizer()?;
     let with_tools = tools.is_some();
-    let of_adapter = args.source.adapter.as_deref().and_then(adapter_template);
+    let mut adapters = args.source.adapter.iter();
+    let of_adapter = adapters.find_map(|(adapter, _)| adapter_template(adapter));
     let template = template(
         tokenizer,
         args.template.as_deref().or(of_adapter.as_deref()),

@@ -123,7 +123,7 @@ pub fn run(args: Args) -> Result<()> {
             };
             let source = Source {
                 base,
-                adapter: None,
+                adapter: Vec::new(),
             };
             Some(source.open_on(model.store.cpu())?)
         }

@@ -9,13 +9,21 @@ use windlass::model::{ChatTemplate, LocalTime, Tokenizer};
 use windlass::progress::say;
 use windlass::train::tune::{Encoder, Example, Form, Learned, Long, Row, Sample, read_rows};
 
-/// A template for models that came without one: headings, and the end token after every answer.
-const PLAIN: &str = "{%- for message in messages -%}
+/// A template for models that came without one: headings, and the end token after every answer. Tools and calls are JSON.
+const PLAIN: &str = "{%- if tools -%}### Tools:
+{{ tools | tojson }}
+
+{% endif -%}
+{%- for message in messages -%}
 {%- if message.role == 'system' -%}{{ message.content }}
 
 {% elif message.role == 'assistant' -%}### Response:
-{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{% generation %}{% if message.content %}{{ message.content }}{% endif -%}
+{%- for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}{{ eos_token }}{% endgeneration %}
 
+
+{% elif message.role == 'tool' -%}### Result:
+{{ message.content }}
 
 {% else -%}### Instruction:
 {{ message.content }}

@@ -17,9 +17,25 @@ use windlass::tensor::{Cpu, DType};
 pub struct Source {
     #[command(flatten)]
     pub base: Base,
-    /// Folder of an adapter (PEFT) to apply
-    #[arg(long, value_name = "DIR", conflicts_with = "save_packed")]
-    pub adapter: Option<PathBuf>,
+    /// Adapter to apply: a folder (PEFT) or a GGUF file (LoRA); several times for several, whose changes add up. DIR@0.5
+    /// counts half
+    #[arg(long, value_name = "DIR|FILE", conflicts_with = "save_packed", value_parser = chosen)]
+    pub adapter: Vec<(PathBuf, f64)>,
+}
+
+/// An adapter and how much of it counts: `DIR`, or `DIR@WEIGHT`. A path that exists is no other.
+fn chosen(text: &str) -> Result<(PathBuf, f64), String> {
+    let whole = (PathBuf::from(text), 1.0);
+    match text.rsplit_once('@') {
+        Some((path, weight)) if !whole.0.exists() && !path.is_empty() => {
+            match (weight.parse::<f64>(), Path::new(path).exists()) {
+                (Ok(weight), _) if weight.is_finite() => Ok((path.into(), weight)),
+                (_, true) => Err(format!("{weight} is no weight: write {path}@0.5")),
+                (_, false) => Ok(whole),
+            }
+        }
+        _ => Ok(whole),
+    }
 }
 
 /// A model as it is, without an adapter.
@@ -109,7 +125,7 @@ impl Source {
 
     /// As [`Source::open_without_tokenizer`], on the threads of another model.
     pub fn open_on(&self, cpu: &Cpu) -> Result<LoadedModel> {
-        self.base.open_with(cpu, self.adapter.as_deref())
+        self.base.open_with(cpu, &self.adapter)
     }
 }
 
@@ -123,12 +139,12 @@ impl Deref for Source {
 impl Base {
     /// As [`Source::open`], without an adapter.
     pub fn open(&self) -> Result<LoadedModel> {
-        let model = self.open_with(&self.machine.cpu()?, None)?;
+        let model = self.open_with(&self.machine.cpu()?, &[])?;
         model.tokenizer()?;
         Ok(model)
     }
 
-    fn open_with(&self, cpu: &Cpu, adapter: Option<&Path>) -> Result<LoadedModel> {
+    fn open_with(&self, cpu: &Cpu, adapters: &[(PathBuf, f64)]) -> Result<LoadedModel> {
         let folder = hub::resolve(&self.model)?;
         let start = Instant::now();
         let dtype = self.dtype.map(Precision::dtype);
@@ -142,9 +158,7 @@ impl Base {
             model.kv_type = kind.kind();
         }
         let parameters = model.model.num_params();
-        if let Some(adapter) = adapter {
-            model.add_adapter(adapter)?;
-        }
+        model.add_adapters(adapters)?;
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
         }
@@ -155,9 +169,13 @@ impl Base {
             Some(packing) => format!(" with {packing:?} weights").to_lowercase(),
             None => String::new(),
         };
-        let adapted = match adapter {
-            Some(adapter) => format!(" with the adapter {}", adapter.display()),
-            None => String::new(),
+        let adapted = match adapters {
+            [] => String::new(),
+            [one] => format!(" with the adapter {}", named(one)),
+            some => {
+                let names: Vec<String> = some.iter().map(named).collect();
+                format!(" with the adapters {}", names.join(" and "))
+            }
         };
         eprintln!(
             "loaded {}: {}, {:.1} M parameters, {}{packed}{adapted}, {} threads, {:.1} s",
@@ -173,6 +191,14 @@ impl Base {
             eprintln!("saved {}", folder.display());
         }
         Ok(model)
+    }
+}
+
+/// An adapter as it was given.
+fn named((path, weight): &(PathBuf, f64)) -> String {
+    match *weight == 1.0 {
+        true => path.display().to_string(),
+        false => format!("{}@{weight}", path.display()),
     }
 }
 

@@ -64,7 +64,7 @@ pub struct Args {
         default_value = "all-linear"
     )]
     target: Vec<String>,
-    /// Modules that are trained and saved whole, such as lm_head
+    /// Modules that are trained and saved whole, such as embed_tokens,lm_head; a table that is the head too stays one
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     modules_to_save: Vec<String>,
     /// Scale by the root of the rank
@@ -89,14 +89,17 @@ pub fn begin(args: &All, path: &Path, model: &mut LoadedModel) -> Result<()> {
     }
     match given.init {
         Init::Loftq => loftq(args, path, model),
-        Init::Zero | Init::Gaussian => Ok(model.new_adapter(&config(args)?, args.seed)?),
+        Init::Zero | Init::Gaussian => {
+            let config = config(args, model)?;
+            Ok(model.new_adapter(&config, args.seed)?)
+        }
     }
 }
 
 /// Gives the model an adapter that makes up for packing.
 fn loftq(args: &All, path: &Path, model: &mut LoadedModel) -> Result<()> {
     let turns = args.adapter.loftq_iterations.get();
-    let config = config(args)?;
+    let config = config(args, model)?;
     if args.plan {
         return Ok(model.new_adapter(&config, args.seed)?);
     }
@@ -130,7 +133,7 @@ pub fn targets(given: &[String]) -> Targets {
 }
 
 /// The settings of a new adapter.
-fn config(args: &All) -> Result<AdapterConfig> {
+fn config(args: &All, model: &LoadedModel) -> Result<AdapterConfig> {
     let given = &args.adapter;
     let target_modules = targets(&given.target);
     let use_dora = args.method == Method::Dora;
@@ -144,6 +147,7 @@ fn config(args: &All) -> Result<AdapterConfig> {
         gaussian: given.init == Init::Gaussian,
         target_modules,
         modules_to_save: given.modules_to_save.clone(),
+        ensure_weight_tying: model.config.tie_word_embeddings,
         base_model_name_or_path: Some(args.model.clone()),
         ..AdapterConfig::default()
     };
