@@ -317,7 +317,8 @@ impl Error {
             Self::Malformed { path, .. } if path.extension().is_some_and(|end| end == "json") => {
                 "a .json file holds one array; a file with one object a line is called .jsonl".into()
             }
-            Self::NoTable(_)
+            Self::Malformed { .. }
+            | Self::NoTable(_)
             | Self::UnknownForm { .. }
             | Self::MixedForms { .. }
             | Self::NothingLearned { .. }
@@ -345,7 +346,7 @@ impl Error {
                 "lower the learning rate, lengthen the warm-up or train in f32; resume from the last checkpoint".into()
             }
             Self::NoSync { .. } => "use stage 0 or 1, or leave no_sync out".into(),
-            Self::Io { .. } | Self::Malformed { .. } | Self::Setting { .. } | Self::Peer { .. } => {
+            Self::Io { .. } | Self::Setting { .. } | Self::Peer { .. } => {
                 return None;
             }
         };

@@ -319,6 +319,8 @@ fn a_table_that_is_the_head_is_trained_as_one() {
         assert!(said.contains("trainable params: 11,648 "), "{said}");
         let config = fs::read_to_string(place.path("tuned/last/adapter_config.json")).unwrap();
         assert!(config.contains("\"ensure_weight_tying\": true"), "{config}");
+        let (told, _) = place.ok("adapter inspect tuned");
+        assert!(told.contains("parameters  11648"), "{told}");
         let adapted = measured(&format!("tied{packed} --adapter tuned"));
         assert_ne!(adapted, measured(&format!("tied{packed}")));
         place.ok("adapter merge --model tied --adapter tuned --out merged");

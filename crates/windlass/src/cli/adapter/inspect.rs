@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 use std::path::PathBuf;
 use windlass::infer::AdapterFolder;
+use windlass::model::AdapterConfig;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -14,6 +15,20 @@ pub struct Args {
     json: bool,
 }
 
+fn method(config: &AdapterConfig) -> &'static str {
+    match (config.use_dora, config.use_rslora) {
+        (true, _) => "DoRA",
+        (false, true) => "rsLoRA",
+        (false, false) => "LoRA",
+    }
+}
+
+/// Whether a tensor is a table once more, under the name of the head that it is too.
+fn is_copy(config: &AdapterConfig, name: &str) -> bool {
+    let heads = [".lm_head.weight", ".embed_out.weight"];
+    config.ensure_weight_tying && heads.iter().any(|head| name.ends_with(head))
+}
+
 /// Says what an adapter is.
 pub fn inspect(args: &Args) -> Result<()> {
     let folder = AdapterFolder::open(&args.adapter)?;
@@ -21,7 +36,9 @@ pub fn inspect(args: &Args) -> Result<()> {
     let (mut parameters, mut kinds) = (0, Vec::new());
     let (mut modules, mut whole) = (0, Vec::new());
     for name in folder.tensors.names() {
-        parameters += folder.tensors.get(name)?.elements();
+        if !is_copy(config, name) {
+            parameters += folder.tensors.get(name)?.elements();
+        }
         match name.split_once(".lora_") {
             Some((module, rest)) => {
                 modules += usize::from(rest.starts_with("A."));
@@ -33,11 +50,6 @@ pub fn inspect(args: &Args) -> Result<()> {
             None => whole.push(name.to_owned()),
         }
     }
-    let method = match (config.use_dora, config.use_rslora) {
-        (true, _) => "DoRA",
-        (false, true) => "rsLoRA",
-        (false, false) => "LoRA",
-    };
     if args.json {
         let mut json = config.to_json();
         json["parameters"] = json!(parameters);
@@ -46,8 +58,10 @@ pub fn inspect(args: &Args) -> Result<()> {
         return Ok(());
     }
     println!(
-        "method      {method}, rank {}, alpha {}",
-        config.r, config.lora_alpha
+        "method      {}, rank {}, alpha {}",
+        method(config),
+        config.r,
+        config.lora_alpha
     );
     for (name, patterns) in [
         (
