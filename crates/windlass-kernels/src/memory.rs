@@ -2,6 +2,8 @@
 //!
 //! Page faults cost more than arithmetic on a CPU, so blocks go back to a free list when their [`Buffer`] drops and
 //! the next request of about that size takes them again. Large blocks are anonymous mappings with `MADV_HUGEPAGE`.
+//! In a pool that is [tight](Memory::tighten), free large blocks of other sizes go back to the system before it is asked for
+//! more, as far as the pool would otherwise hold more than was ever in use at once.
 //! Every block is accounted under a [`Category`], in use and at the moment of the highest use.
 //!
 //! This module does not know tensors, and it never zeroes a block on its own: a fresh block is zero, a reused one
@@ -82,6 +84,9 @@ struct State {
     free: BTreeMap<usize, Vec<Block>>,
     now: Usage,
     peak: Usage,
+    /// The most that was ever in use at once.
+    high: usize,
+    tight: bool,
 }
 
 struct Inner {
@@ -101,7 +106,10 @@ pub struct Memory(Arc<Inner>);
 pub const PAGE: usize = 4096;
 
 /// Blocks from this size on are mapped on their own, on pages of 2 MiB where the system has them.
-const MAPPED_FROM: usize = 1 << 20;
+const MAPPED_FROM: usize = 1 << 16;
+
+/// Gradients from this size on go back to the system.
+const RETURNED_FROM: usize = 1 << 20;
 
 impl Default for Memory {
     fn default() -> Self {
@@ -122,13 +130,24 @@ impl Memory {
     /// # Panics
     /// When the system has no memory left.
     pub fn alloc(&self, bytes: usize, category: Category) -> Buffer {
-        let capacity = size_class(bytes);
+        let capacity = match category {
+            // What stays has its own size, what comes and goes one that fits others too.
+            Category::Weights | Category::Optimizer | Category::Gradients
+                if bytes >= MAPPED_FROM =>
+            {
+                bytes.next_multiple_of(PAGE)
+            }
+            _ => size_class(bytes),
+        };
         let mut state = self.0.state.lock().expect("memory pool");
         let taken = state.take(capacity);
         let fresh = taken.is_none();
         let block = match taken {
             Some(block) => block,
             None => {
+                if state.tight && capacity >= MAPPED_FROM {
+                    state.make_room(capacity);
+                }
                 state.now.reserved += capacity;
                 Block {
                     ptr: system_alloc(capacity),
@@ -140,6 +159,7 @@ impl Memory {
         if state.now.in_use() > state.peak.in_use() {
             state.peak.by_category = state.now.by_category;
         }
+        state.high = state.high.max(state.now.in_use());
         state.peak.reserved = state.peak.reserved.max(state.now.reserved);
         Buffer {
             block,
@@ -166,13 +186,24 @@ impl Memory {
         state.peak = state.now;
     }
 
-    /// Gives all free blocks back to the system.
+    /// From now on the pool holds no more large blocks than were ever in use at once: for a computation that uses most of its
+    /// memory in other sizes at other times, and is slow beside what new pages cost.
+    pub fn tighten(&self) {
+        self.0.state.lock().expect("memory pool").tight = true;
+    }
+
+    /// Gives all free blocks back to the system, and what the allocator of small ones keeps.
     pub fn trim(&self) {
         let mut state = self.0.state.lock().expect("memory pool");
         for block in std::mem::take(&mut state.free).into_values().flatten() {
             state.now.reserved -= block.capacity;
             // SAFETY: a block on the free list has no other owner.
             unsafe { system_free(block) };
+        }
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // SAFETY: it touches nothing but memory that is free.
+        unsafe {
+            libc::malloc_trim(0);
         }
     }
 }
@@ -187,6 +218,26 @@ impl State {
             self.free.remove(&size);
         }
         block
+    }
+
+    /// Gives free mapped blocks back to the system until a new one of `capacity` bytes makes no more than was ever in use at
+    /// once; those first of which most is free.
+    fn make_room(&mut self, capacity: usize) {
+        let limit = self.high.max(self.now.in_use() + capacity);
+        while self.now.reserved + capacity > limit {
+            let mapped = self.free.range_mut(MAPPED_FROM..);
+            let Some((&size, blocks)) = mapped.max_by_key(|(size, blocks)| **size * blocks.len())
+            else {
+                return;
+            };
+            let block = blocks.pop().expect("no class is empty");
+            if blocks.is_empty() {
+                self.free.remove(&size);
+            }
+            self.now.reserved -= size;
+            // SAFETY: a block on the free list has no other owner.
+            unsafe { system_free(block) };
+        }
     }
 }
 
@@ -299,7 +350,11 @@ impl Drop for Buffer {
         state.now.by_category[self.category as usize] -= self.block.capacity;
         // Gradients live while activations die and the other way round, in blocks of other sizes. They are zeroed for
         // every step anyway, which the system does for mapped blocks: handing those back costs nothing more.
-        if self.category == Category::Gradients && self.block.capacity >= MAPPED_FROM {
+        let returned_from = match state.tight {
+            true => MAPPED_FROM,
+            false => RETURNED_FROM,
+        };
+        if self.category == Category::Gradients && self.block.capacity >= returned_from {
             state.now.reserved -= self.block.capacity;
             // SAFETY: the buffer owned the block and is gone after this.
             unsafe { system_free(self.block) };
@@ -421,5 +476,34 @@ mod tests {
         memory.trim();
         assert_eq!(memory.now(), Usage::default());
         assert!(memory.peak().in_use() >= 9_999_999);
+    }
+
+    #[test]
+    fn a_tight_pool_holds_what_was_in_use_at_once() {
+        for tight in [false, true] {
+            let memory = Memory::new();
+            if tight {
+                memory.tighten();
+            }
+            let take = |count: usize, bytes: usize, category| -> Vec<Buffer> {
+                let block = |_| memory.alloc(bytes, category);
+                (0..count).map(block).collect()
+            };
+            for step in 0..3 {
+                let mut layers: Vec<_> = (0..8)
+                    .map(|_| {
+                        let wide = take(2, 5 << 20, Category::Activations);
+                        (wide, take(3, 2 << 20, Category::Activations))
+                    })
+                    .collect();
+                let mut gradients = Vec::new();
+                while layers.pop().is_some() {
+                    gradients.extend(take(14, 352 << 10, Category::Gradients));
+                }
+                let peak = memory.peak();
+                let held = peak.reserved - peak.in_use();
+                assert_eq!(held == 0, tight, "step {step}: {held} bytes too many");
+            }
+        }
     }
 }

@@ -322,6 +322,8 @@ impl Recorded {
             if let Some(op) = op
                 && let Some(dy) = cx.flowing[node].take()
             {
+                // Whoever needs this node's value has had it.
+                cx.again.take_if(|again| again.node == Some(node));
                 op.backward(&mut cx, dy);
             }
         }
@@ -338,7 +340,14 @@ pub struct Backprop<'a> {
     pub grads: &'a mut Grads,
     flowing: Vec<Option<Tensor>>,
     /// The value computed again last: neighbors on the tape often share one.
-    again: Option<(Arc<dyn Recipe>, Tensor)>,
+    again: Option<Again>,
+}
+
+/// A value that was computed again.
+struct Again {
+    node: Option<usize>,
+    recipe: Arc<dyn Recipe>,
+    tensor: Tensor,
 }
 
 impl Backprop<'_> {
@@ -354,11 +363,15 @@ impl Backprop<'_> {
             Value::Recipe(recipe) => recipe,
         };
         match &self.again {
-            Some((last, tensor)) if Arc::ptr_eq(last, recipe) => tensor.clone(),
+            Some(last) if Arc::ptr_eq(&last.recipe, recipe) => last.tensor.clone(),
             _ => {
                 self.again = None;
                 let tensor = recipe.value(&self.cpu, self.weights);
-                self.again = Some((recipe.clone(), tensor.clone()));
+                self.again = Some(Again {
+                    node: kept.node,
+                    recipe: recipe.clone(),
+                    tensor: tensor.clone(),
+                });
                 tensor
             }
         }

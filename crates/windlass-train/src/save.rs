@@ -286,8 +286,11 @@ pub(crate) fn together_save<B>(
         None => place.join(step),
     };
     let background = engine.options().async_checkpoints;
-    if background {
-        writer.hold(&engine.store().cpu().memory);
+    let memory = &engine.store().cpu().memory;
+    match background {
+        true => writer.hold(memory),
+        // What is written is put together where the activations were.
+        false => memory.trim(),
     }
     let written = write_part(&mut writer, engine, files);
     let written = written.and_then(|()| match first {

@@ -153,6 +153,8 @@ impl Store {
                 slot.state.clear();
                 slot.trained = trained(param) && slot.dtype().is_some();
                 if !slot.trained {
+                    // What adapters train has small gradients, which fit into no block that activations leave.
+                    self.cpu.memory.tighten();
                     continue;
                 }
                 slot.owned = if whole {

@@ -331,6 +331,8 @@ impl<'a> Head<'a> {
                     &mut losses.as_mut_slice::<A>()[rows.clone()],
                     Some((dlogits.as_mut_slice::<E>(), scale as f32)),
                 );
+                // Their memory serves the columns of the head.
+                drop(logits);
                 for (row, &slope) in slopes.into_iter().flat_map(|slopes| &slopes[rows.clone()]).enumerate() {
                     let row = &mut dlogits.as_mut_slice::<E>()[row * v..(row + 1) * v];
                     scale_in_place(&cpu.pool, slope as f32, row);

@@ -216,6 +216,12 @@ fn with_cols(shape: &crate::Shape, cols: usize) -> crate::Shape {
     crate::Shape::new(&axes)
 }
 
+/// How many of `n` lines of `len` elements of a packed weight are unpacked at a time.
+fn panel_of(n: usize, len: usize) -> usize {
+    let panels = (n * len).div_ceil(PANEL).max(1);
+    n.div_ceil(panels).next_multiple_of(128)
+}
+
 /// Calls `body` with the rows of a weight as plain elements: all at once when dense, in panels when packed.
 pub(super) fn for_panels<E: Element>(
     cpu: &Cpu,
@@ -226,7 +232,7 @@ pub(super) fn for_panels<E: Element>(
     match weight {
         Weight::Dense(tensor) => body(0..n, tensor.as_slice::<E>()),
         Weight::Packed(packed) => {
-            let panel = (PANEL / k.max(1)).next_multiple_of(128);
+            let panel = panel_of(n, k);
             for start in (0..n).step_by(panel) {
                 let rows = start..(start + panel).min(n);
                 let panel = packed.unpack_rows(cpu, rows.clone(), E::DTYPE);
@@ -248,7 +254,7 @@ pub(super) fn for_columns<E: Element>(
         Weight::Dense(tensor) => body(0..k, mat(tensor.as_slice::<E>(), k)),
         Weight::Packed(packed) => {
             let panel = match packed.order() {
-                None => (PANEL / n.max(1)).next_multiple_of(128),
+                None => panel_of(k, n),
                 Some(_) => k,
             };
             for start in (0..k).step_by(panel) {

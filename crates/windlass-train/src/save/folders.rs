@@ -68,6 +68,7 @@ fn by_the_first(
     write: &mut dyn FnMut(&FileTensors, Fill<'_>) -> Result<()>,
 ) -> Result<()> {
     let store = engine.store();
+    store.cpu().memory.trim();
     let files = FileTensors::new(engine, map);
     let mut units = Units::new(store);
     let written = match store.group().rank() {
