@@ -193,6 +193,54 @@ fn commands_change_the_conversation() {
     assert_ne!(moody, ok(&chat(model.path(), &[]), "ran\n").stdout);
 }
 
+/// A conversation goes on with other adapters, and with none: the answers are those of such a model.
+#[test]
+fn a_conversation_changes_its_adapter() {
+    let model = model();
+    let path = |name: &str| model.path().join(name).to_str().unwrap().to_owned();
+    let sample = json!({"prompt": "the cat", "completion": " ran ran ran"});
+    fs::write(path("data.jsonl"), vec![sample.to_string(); 4].join("\n")).unwrap();
+    let tuned = |seed: &str, name: &str| {
+        let (base, data, out) = (path(""), path("data.jsonl"), path(name));
+        let start = ["finetune", "--model", &base, "--data", &data, "--out", &out];
+        let flags = [
+            "--steps",
+            "3",
+            "--lr",
+            "1e-1",
+            "--held-out",
+            "0",
+            "--seed",
+            seed,
+        ];
+        ok(&[&start[..], &flags].concat(), "");
+        out
+    };
+    let (one, two) = (tuned("1", "one"), tuned("2", "two"));
+    let said = |adapters: &[&str], input: &str| {
+        let flags: Vec<&str> = adapters.iter().flat_map(|&a| ["--adapter", a]).collect();
+        ok(&chat(model.path(), &flags), input).stdout
+    };
+    let both = [one.as_str(), two.as_str()];
+    assert_ne!(said(&[], "the cat\n"), said(&both, "the cat\n"));
+    for (name, adapters) in [
+        ("all", &both[..]),
+        ("one", &both[..1]),
+        ("two", &both[1..]),
+        ("none", &[]),
+    ] {
+        let chosen = said(&both, &format!("/adapter {name}\nthe cat\n"));
+        assert_eq!(chosen, said(adapters, "the cat\n"), "{name}");
+    }
+    let wrong = "/adapter three\n";
+    refuse(
+        &chat(model.path(), &["--adapter", &one]),
+        wrong,
+        2,
+        &["three", "all, none"],
+    );
+}
+
 #[test]
 fn an_answer_can_be_interrupted() {
     let model = model();

@@ -62,7 +62,22 @@ impl LoadedModel {
         })
     }
 
-    /// The model once more without its adapter; it shares the weights.
+    /// The model once more, with adapters; it shares the weights.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::add_adapters`].
+    ///
+    /// # Panics
+    /// When the model has an adapter already.
+    #[track_caller]
+    pub fn with_adapters(&self, adapters: &[(PathBuf, f64)]) -> Result<LoadedModel, InferError> {
+        let mut model = self.beside()?;
+        model.tokenizer = self.tokenizer.clone();
+        model.add_adapters(adapters)?;
+        Ok(model)
+    }
+
+    /// The model once more without its tokenizer; it shares the weights.
     fn beside(&self) -> Result<LoadedModel, InferError> {
         assert!(self.adapter.is_none(), "a model is adapted once");
         let model = decoder(&self.config);

@@ -57,6 +57,8 @@ pub struct Args {
 /// A conversation under way.
 struct Chat<'a> {
     args: &'a Args,
+    /// The model with all adapters, with each alone, and with none, by their names.
+    choices: &'a [(String, LoadedModel)],
     model: &'a LoadedModel,
     template: ChatTemplate,
     session: Session<'a>,
@@ -79,7 +81,8 @@ pub fn run(args: &Args) -> Result<()> {
         Some(file) => read_list(file, "messages")?,
         None => Vec::new(),
     };
-    let model = args.source.open()?;
+    let choices = choices(&args.source)?;
+    let model = &choices[0].1;
     let tokenizer = model.tokenizer()?;
     let with_tools = tools.is_some();
     let mut adapters = args.source.adapter.iter();
@@ -90,12 +93,13 @@ pub fn run(args: &Args) -> Result<()> {
         with_tools,
         &args.source.model,
     )?;
-    let context = context(args, &model)?;
+    let context = context(args, model)?;
     let mut chat = Chat {
         args,
         template,
-        session: Session::new(&model, context, options(args, 0).prefill_chunk),
-        model: &model,
+        session: Session::new(model, context, options(args, 0).prefill_chunk),
+        model,
+        choices: &choices,
         context,
         tools,
         variables,
@@ -108,6 +112,34 @@ pub fn run(args: &Args) -> Result<()> {
     let interactive = std::io::stdin().is_terminal();
     listen_for_interrupts(interactive)?;
     chat.talk(interactive)
+}
+
+/// The models to answer with: that with all adapters first. They share the weights.
+fn choices(source: &Source) -> Result<Vec<(String, LoadedModel)>> {
+    let base = source.base.open()?;
+    if source.adapter.is_empty() {
+        return Ok(vec![("none".into(), base)]);
+    }
+    let mut choices = vec![("all".to_owned(), base.with_adapters(&source.adapter)?)];
+    if source.adapter.len() > 1 {
+        for (index, one) in source.adapter.iter().enumerate() {
+            let name = one
+                .0
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned());
+            let name = name.filter(|name| choices.iter().all(|(other, _)| other != name));
+            let name = name.unwrap_or_else(|| (index + 1).to_string());
+            choices.push((name, base.with_adapters(std::slice::from_ref(one))?));
+        }
+    }
+    choices.push(("none".into(), base));
+    eprintln!("adapters: {}; /adapter NAME chooses", names(&choices));
+    Ok(choices)
+}
+
+fn names(choices: &[(String, LoadedModel)]) -> String {
+    let names: Vec<&str> = choices.iter().map(|(name, _)| name.as_str()).collect();
+    names.join(", ")
 }
 
 fn options(args: &Args, answer: u64) -> GenerateOptions {
@@ -311,8 +343,27 @@ impl Chat<'_> {
                 self.messages = read_list(&file, "messages")?;
                 eprintln!("loaded {} messages", self.messages.len());
             }
+            Command::Adapter(name) => self.choose(&name)?,
             Command::Exit => {}
         }
+        Ok(())
+    }
+
+    /// Goes on with the model of a name, which reads the conversation anew.
+    fn choose(&mut self, name: &str) -> Result<()> {
+        let choices = self.choices;
+        if name.is_empty() {
+            eprintln!("adapters: {}", names(choices));
+            return Ok(());
+        }
+        let Some((_, model)) = choices.iter().find(|(known, _)| known == name) else {
+            let hint = format!("there are {}", names(choices));
+            return Err(usage(format!("/adapter {name}: no such adapter"), hint));
+        };
+        self.model = model;
+        let chunk = options(self.args, 0).prefill_chunk;
+        self.session = Session::new(model, self.context, chunk);
+        eprintln!("adapter {name}");
         Ok(())
     }
 

@@ -9,6 +9,7 @@ pub const HELP: &str = "\
 /system TEXT    tell the model TEXT before the conversation; without TEXT, nothing
 /save FILE      write the conversation as JSON
 /load FILE      go on with a conversation that was saved
+/adapter NAME   answer with one adapter alone; all, none; without NAME, the names
 /exit           end the program (so does Ctrl-D)
 A line that ends with \\ goes on in the next one; \"\"\" begins and ends a text of several lines.
 A message that begins with / is written with //.";
@@ -35,6 +36,8 @@ pub enum Command {
     Save(PathBuf),
     /// Read a conversation.
     Load(PathBuf),
+    /// Answer with other adapters, or say which there are.
+    Adapter(String),
     /// End the program.
     Exit,
 }
@@ -106,6 +109,7 @@ fn parse(text: String) -> Input {
         "system" => Ok(Command::System(rest.to_owned())),
         "save" => file(Command::Save),
         "load" => file(Command::Load),
+        "adapter" => Ok(Command::Adapter(rest.to_owned())),
         "exit" | "quit" => Ok(Command::Exit),
         _ => Err(format!("/{name} is no command")),
     })
@@ -153,6 +157,10 @@ mod tests {
             (
                 "/save a b.json",
                 vec![Input::Command(Ok(Command::Save("a b.json".into())))],
+            ),
+            (
+                "/adapter none",
+                vec![Input::Command(Ok(Command::Adapter("none".into())))],
             ),
             (
                 "/load",
