@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import json
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -71,11 +72,14 @@ MODELS = [
     ("gpt_neox-sequential", "gpt_neox", {"num_key_value_heads": 4, "use_parallel_residual": False}, LIMIT),
 ]
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
-         "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "MXFP4_MOE", "TQ1_0", "TQ2_0"]
+         "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "MXFP4_MOE", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M",
+         "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
 # The numbers of llama_ftype.
 NUMBERS = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12,
            "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
            "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38}
+# Types of codebooks, which windlass reads and llama.cpp writes, with importances of one.
+CODEBOOKS = {"IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "IQ3_XXS": 23, "IQ3_S": 26}
 
 
 def shapes(config):
@@ -242,16 +246,31 @@ def compare(windlass, path, ids, folder):
     """Mean divergence of ours from theirs, of either from exact numbers, share of equal first tokens."""
     their, our = theirs(path, ids), ours(windlass, path, ids, folder)
     back = folder / "back"
+    shutil.rmtree(back, ignore_errors=True)
     subprocess.run([windlass, "convert", path, back, "--type", "F32"], check=True, capture_output=True)
     exact = ours(windlass, back, ids, folder)
     same = (their.argmax(-1) == our.argmax(-1)).mean()
     return divergence(their, our), divergence(exact, our), divergence(exact, their), same
 
 
-def quantize(source, target, number):
+def even(windlass, path):
+    """Importances of one for every matrix of a file, and what keeps them alive."""
+    text = subprocess.run([windlass, "inspect", path, "--json"], check=True, capture_output=True).stdout
+    matrices = [t for t in json.loads(text)["tensors"] if len(t["shape"]) > 1]
+    entry, arrays = llama_cpp.llama_model_imatrix_data, []
+    for tensor in matrices:
+        count = tensor["shape"][-1] * (tensor["shape"][0] if len(tensor["shape"]) == 3 else 1)
+        arrays.append((tensor["name"].encode(), (ctypes.c_float * count)(*[1.0] * count)))
+    entries = [entry(name, ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), len(data)) for name, data in arrays]
+    return (entry * (len(entries) + 1))(*entries, entry(None, None, 0)), arrays
+
+
+def quantize(source, target, number, importances=None):
     """llama.cpp's own quantization."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = number, 2
+    if importances:
+        parameters.imatrix = importances
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     if code != 0:
         raise RuntimeError(f"llama.cpp's quantize returns {code}")
@@ -286,12 +305,17 @@ def main():
             for kind in arguments.types:
                 for writer in ["windlass", "llama.cpp"]:
                     path = place / "model.gguf"
+                    if writer == "windlass" and kind in CODEBOOKS:
+                        continue
                     try:
                         if writer == "windlass":
                             subprocess.run([arguments.windlass, "convert", folder, path, "--type", kind], check=True,
                                            capture_output=True)
                         elif kind in NUMBERS:
                             quantize(plain, path, NUMBERS[kind])
+                        elif kind in CODEBOOKS:
+                            importances, alive = even(arguments.windlass, plain)
+                            quantize(plain, path, CODEBOOKS[kind], importances)
                         else:
                             continue
                         between, our, their, top = compare(arguments.windlass, path, ids, place)

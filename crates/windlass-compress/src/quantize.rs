@@ -4,7 +4,7 @@ use std::path::Path;
 
 use regex::Regex;
 use windlass_store::atomic::Disk;
-use windlass_store::gguf::{self, BlockType, TensorInfo, Writer};
+use windlass_store::gguf::{self, BlockType, Metadata, TensorInfo, Writer};
 use windlass_tensor::kernels::blocks::{dequantize_all, first_bad_block, quantize_all};
 use windlass_tensor::kernels::pool::Pool;
 
@@ -56,6 +56,30 @@ impl Options {
             allow_requantize: false,
         }
     }
+
+    /// Writes into a file's metadata what the file is made with.
+    pub fn describe(&self, metadata: &mut Metadata) {
+        metadata.insert("general.quantization_version", QUANTIZATION_VERSION);
+        metadata.insert("general.file_type", self.file_type.id());
+        if let Some(importance) = &self.importance {
+            metadata.insert("quantize.imatrix.file", self.importance_name.as_str());
+            metadata.insert("quantize.imatrix.dataset", importance.datasets.join(","));
+            metadata.insert(
+                "quantize.imatrix.entries_count",
+                importance.names().len() as u32,
+            );
+            metadata.insert("quantize.imatrix.chunks_count", importance.chunks);
+        }
+    }
+
+    /// Finds what cannot be done with tensors of a plan. Returns the matrices that lose bits and have no importances, where
+    /// there is an importance matrix.
+    ///
+    /// # Errors
+    /// A type that is not written or needs importances, a source that is quantized already, importances of another model.
+    pub fn check(&self, planned: &[Planned]) -> Result<Vec<String>> {
+        check(planned, self)
+    }
 }
 
 /// What was done.
@@ -94,19 +118,9 @@ pub fn quantize(
         });
     }
     let planned = plan(file, options)?;
-    let without_importance = check(&planned, options)?;
+    let without_importance = options.check(&planned)?;
     let mut metadata = file.metadata().clone();
-    metadata.insert("general.quantization_version", QUANTIZATION_VERSION);
-    metadata.insert("general.file_type", options.file_type.id());
-    if let Some(importance) = &options.importance {
-        metadata.insert("quantize.imatrix.file", options.importance_name.as_str());
-        metadata.insert("quantize.imatrix.dataset", importance.datasets.join(","));
-        metadata.insert(
-            "quantize.imatrix.entries_count",
-            importance.names().len() as u32,
-        );
-        metadata.insert("quantize.imatrix.chunks_count", importance.chunks);
-    }
+    options.describe(&mut metadata);
     let tensors: Vec<TensorInfo> = planned
         .iter()
         .map(|p| TensorInfo::new(p.info.name.clone(), p.info.shape.clone(), p.target))

@@ -2,24 +2,24 @@
 //!
 //! The types of a file's tensors are the caller's choice; this module knows what a tensor is made of.
 
+mod folder;
 mod weights;
 
+pub(crate) use folder::described;
+pub use folder::{folder_dtype, write_hugging_face};
 pub(crate) use weights::{encode, of_unit};
 
-use crate::gguf::{check, config, tokenizer};
 use crate::loaded::{find_folder, sort_out_unused, tokenizer_of};
 use crate::quantized::Quantization;
 use crate::{InferError, vocabulary};
-use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
 use weights::{Weights, exact_blocks, exact_type, holds};
-use windlass_model::gguf::{Key, Place, folder_config, metadata, place};
-use windlass_model::{DecoderConfig, Model, Tokenizer, Tokens, decoder};
+use windlass_model::gguf::{Key, Place, metadata, place};
+use windlass_model::{DecoderConfig, Model, Tokens, decoder};
 use windlass_store::Error as StoreError;
 use windlass_store::atomic::{Disk, write_atomic};
-use windlass_store::gguf::{BlockType, File, Metadata, TensorInfo, Value, Writer};
+use windlass_store::gguf::{BlockType, Metadata, TensorInfo, Value, Writer};
 use windlass_store::safetensors::{Dtype, Options, Spec, Tensors, write_folder};
-use windlass_tensor::kernels::blocks::dequantize;
 use windlass_tensor::{Cpu, FileTensor, ParamId, ParamSpec};
 
 /// The version of the block types, as llama.cpp counts them.
@@ -36,6 +36,17 @@ pub struct Folder {
     plan: Vec<Made>,
     infos: Vec<TensorInfo>,
     notes: Vec<String>,
+}
+
+/// How a folder becomes a file.
+pub struct Encoding<'a> {
+    /// The keys of the file.
+    pub keys: &'a Metadata,
+    /// The types of [`Folder::tensors`].
+    pub types: &'a [BlockType],
+    /// How much each column of a tensor matters, by its name: one number a column, or of a tensor with several matrices one a
+    /// column of each; `None` for all alike.
+    pub importance: &'a dyn Fn(&str) -> Option<Vec<f32>>,
 }
 
 /// What a tensor is made of: parameters in the order of its rows, or numbers.
@@ -187,18 +198,47 @@ impl Folder {
         disk: &dyn Disk,
         out: &Path,
         (file_type, types): (u32, &[BlockType]),
-        mut progress: impl FnMut(&TensorInfo, usize),
+        progress: impl FnMut(&TensorInfo, usize),
     ) -> Result<(), InferError> {
-        assert_eq!(types.len(), self.infos.len(), "types and tensors");
         let mut keys = self.metadata.clone();
         keys.insert("general.file_type", file_type);
         keys.insert("general.quantization_version", QUANTIZATION_VERSION);
+        let encoding = Encoding {
+            keys: &keys,
+            types,
+            importance: &|_| None,
+        };
+        self.write_encoded(cpu, disk, out, &encoding, progress)
+    }
+
+    /// As [`Folder::write`], with keys and roundings of the caller's choice.
+    ///
+    /// # Errors
+    /// Those of [`Folder::write`].
+    ///
+    /// # Panics
+    /// Without a type for each tensor.
+    pub fn write_encoded(
+        &self,
+        cpu: &Cpu,
+        disk: &dyn Disk,
+        out: &Path,
+        encoding: &Encoding<'_>,
+        mut progress: impl FnMut(&TensorInfo, usize),
+    ) -> Result<(), InferError> {
+        let Encoding {
+            keys,
+            types,
+            importance,
+        } = *encoding;
+        assert_eq!(types.len(), self.infos.len(), "types and tensors");
         let infos: Vec<TensorInfo> = self.infos.iter().zip(types).map(retyped).collect();
         let map = self.map();
         let mut weights = self.weights(cpu, &map);
-        let mut writer = Writer::create(disk, out, &keys, &infos)?;
+        let mut writer = Writer::create(disk, out, keys, &infos)?;
         let mut done = 0;
         for (info, made) in infos.iter().zip(&self.plan) {
+            let columns = importance(&info.name);
             let mut put = |bytes: &[u8], count: usize| {
                 writer.write(&info.name, bytes)?;
                 done += count;
@@ -206,10 +246,11 @@ impl Folder {
                 Ok::<(), InferError>(())
             };
             match made {
-                Made::Numbers(values) => put(&encode(cpu, info, values)?, values.len())?,
+                Made::Numbers(values) => put(&encode(cpu, info, values, None)?, values.len())?,
                 Made::Of(parts) => {
-                    for (id, place) in parts {
+                    for (part, (id, place)) in parts.iter().enumerate() {
                         let spec = &self.model.units()[id.unit].params[id.slot];
+                        let columns = part_of(columns.as_deref(), info.row_len(), part);
                         let packed = weights.packed(*id)?;
                         let bytes = match packed.filter(|p| holds(info.block_type, p)) {
                             Some(packed) => {
@@ -221,7 +262,7 @@ impl Folder {
                             }
                             None => {
                                 let values = weights.values(*id)?;
-                                encode(cpu, info, &arranged(&values, spec, place))?
+                                encode(cpu, info, &arranged(&values, spec, place), columns)?
                             }
                         };
                         put(&bytes, spec.shape.len())?;
@@ -281,6 +322,15 @@ impl Folder {
         json["torch_dtype"] = dtype_name(dtype).into();
         let text = serde_json::to_vec_pretty(&json).expect("a JSON value");
         Ok(write_atomic(disk, &config_path(out), &text)?)
+    }
+}
+
+/// The importances of a part of a tensor: its own where each part has some, as experts do, or those that all parts share.
+fn part_of(columns: Option<&[f32]>, row_len: usize, part: usize) -> Option<&[f32]> {
+    let columns = columns?;
+    match columns.len() == row_len {
+        true => Some(columns),
+        false => columns.chunks_exact(row_len).nth(part),
     }
 }
 
@@ -367,65 +417,6 @@ fn arranged(values: &[f32], spec: &ParamSpec, place: &Place) -> Vec<f32> {
     out
 }
 
-/// The type of a folder's weights that keeps every bit of a file's.
-pub fn folder_dtype(file: &File) -> Dtype {
-    let largest = file.tensors().max_by_key(|info| info.elements());
-    match largest.map(|info| info.block_type) {
-        Some(BlockType::BF16) => Dtype::BF16,
-        Some(BlockType::F16) => Dtype::F16,
-        _ => Dtype::F32,
-    }
-}
-
-/// Writes a GGUF file's model as a Hugging Face folder: weights in `dtype`, configuration, tokenizer and chat template.
-/// `progress` is told the tensor and how many elements are done. Returns what the user should know.
-///
-/// # Errors
-/// A file that is damaged or no model; whatever hinders writing.
-pub fn write_hugging_face(
-    file: &File,
-    disk: &dyn Disk,
-    out: &Path,
-    dtype: Dtype,
-    mut progress: impl FnMut(&str, usize),
-) -> Result<Vec<String>, InferError> {
-    let (config, mut notes) = config(file, file.path())?;
-    let tokenizer = tokenizer(file.metadata(), &config)?;
-    if let Some(tokenizer) = &tokenizer {
-        notes.extend(tokenizer.notes().iter().cloned());
-    }
-    let model = decoder(&config);
-    let map = config.naming.file_tensors(&model);
-    let param = |id: &ParamId| &model.units()[id.unit].params[id.slot];
-    for spec in model.units().iter().flat_map(|unit| &unit.params) {
-        let place = place(&config, &spec.name, spec.shape[0]);
-        let info = file.tensor(&place.tensor)?;
-        check(file.path(), info, &place, &spec.shape)?;
-    }
-    let specs = specs_of(&map, dtype);
-    let mut done = 0;
-    write_folder(disk, out, &specs, &Options::default(), |index, writer| {
-        let tensor = &map[index];
-        let values = tensor
-            .parts
-            .iter()
-            .map(|id| values(file, &config, param(id)));
-        let values = values.collect::<Result<Vec<Vec<f32>>, StoreError>>()?;
-        let parts: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
-        let rows: Vec<usize> = tensor.parts.iter().map(|id| param(id).shape[0]).collect();
-        done += tensor.shape.len();
-        progress(&tensor.name, done);
-        writer.values(&tensor.join(&parts, &rows))
-    })?;
-    if let Some(tokenizer) = &tokenizer {
-        tokenizer.save(out)?;
-    }
-    let json = described(&config, tokenizer.as_ref(), dtype);
-    let text = serde_json::to_vec_pretty(&json).expect("a JSON value");
-    write_atomic(disk, &config_path(out), &text)?;
-    Ok(notes)
-}
-
 fn config_path(folder: &Path) -> PathBuf {
     folder.join("config.json")
 }
@@ -437,50 +428,4 @@ fn dtype_name(dtype: Dtype) -> &'static str {
         Dtype::F16 => "float16",
         _ => "float32",
     }
-}
-
-/// The `config.json` of the folder.
-pub(crate) fn described(
-    config: &DecoderConfig,
-    tokenizer: Option<&Tokenizer>,
-    dtype: Dtype,
-) -> Json {
-    let mut json = folder_config(config.json.clone());
-    json["torch_dtype"] = dtype_name(dtype).into();
-    let ids = tokenizer.map(|t| (t.bos(), t.eos(), t.pad()));
-    let (bos, eos, pad) = ids.unwrap_or((None, &[], None));
-    json["bos_token_id"] = json!(bos);
-    json["pad_token_id"] = json!(pad);
-    json["eos_token_id"] = match eos {
-        [] => Json::Null,
-        [one] => json!(one),
-        several => json!(several),
-    };
-    json
-}
-
-/// The elements of a parameter.
-fn values(file: &File, config: &DecoderConfig, spec: &ParamSpec) -> Result<Vec<f32>, StoreError> {
-    let rows = spec.shape[0];
-    let place = place(config, &spec.name, rows);
-    let info = file.tensor(&place.tensor)?;
-    let bytes = file.bytes(&place.tensor)?;
-    let mut out = vec![0f32; spec.shape.len()];
-    // The elements of a vector are in rows of the file that may hold others.
-    let cols = out.len() / rows;
-    if spec.shape.to_vec().len() == 1 {
-        let mut all = vec![0f32; info.elements()];
-        dequantize(info.block_type, bytes, &mut all);
-        for (row, out) in out.iter_mut().enumerate() {
-            *out = all[place.row(row, rows)] - place.offset;
-        }
-    } else {
-        let size = info.byte_size() / info.rows();
-        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
-            let at = place.row(row, rows);
-            dequantize(info.block_type, &bytes[at * size..][..size], out);
-        }
-    }
-    file.release(&place.tensor)?;
-    Ok(out)
 }

@@ -29,6 +29,13 @@ impl LoadedModel {
         load_in: LoadIn,
     ) -> Result<Self, InferError> {
         let file = File::open(path)?;
+        if file.tensors().next().is_none() {
+            return Err(InferError::NoModel {
+                path: path.to_owned(),
+                problem: "has metadata and no weights".into(),
+                hint: "it may be the vocabulary of a model, which `windlass tokenize` takes".into(),
+            });
+        }
         let (config, mut notes) = config(&file, path)?;
         let tokenizer = tokenizer(file.metadata(), &config)?;
         let model = decoder(&config);
@@ -216,6 +223,7 @@ impl Reader<'_> {
                 return Ok((Weight::Packed(Packed::from(packed)), place.tensor));
             }
             (LoadIn::Packed(layout), _) => Some(layout),
+            (LoadIn::Plain, _) => None,
             (LoadIn::AsStored, None) => match info.block_type {
                 BlockType::F32 | BlockType::F16 | BlockType::BF16 | BlockType::F64 => None,
                 other => {
@@ -245,10 +253,13 @@ impl Reader<'_> {
         match first_bad_block_of_all(&self.cpu.pool, info.block_type, bytes) {
             Some(block) => Err(InferError::NoModel {
                 path: self.path.to_owned(),
-                problem: format!(
-                    "tensor {}: block {block} has a scale that is no finite number",
-                    info.name
-                ),
+                problem: match info.block_type.elements() {
+                    1 => format!("tensor {}: weight {block} is no finite number", info.name),
+                    _ => format!(
+                        "tensor {}: block {block} has a scale that is no finite number",
+                        info.name
+                    ),
+                },
                 hint: "the file is damaged: download it again".into(),
             }),
             None => Ok(()),

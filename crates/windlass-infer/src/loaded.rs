@@ -61,6 +61,8 @@ pub enum LoadIn {
     AsStored,
     /// Rounded to a layout as they are read, a unit at a time.
     Packed(packed::Layout),
+    /// Plain numbers, in the storage type of activations: blocks and codes are unpacked.
+    Plain,
 }
 
 impl LoadedModel {
@@ -105,7 +107,7 @@ impl LoadedModel {
             None if load_in != LoadIn::AsStored || quantization.is_some() => DType::F32,
             None => file_dtype(&tensors, &mut notes)?,
         };
-        if quantization.is_some() && load_in != LoadIn::AsStored {
+        if quantization.is_some() && matches!(load_in, LoadIn::Packed(_)) {
             let note = "matrices that the checkpoint has quantized keep their bits; the others are rounded";
             notes.push(note.to_owned());
         }
@@ -386,7 +388,7 @@ impl Reader<'_> {
         let naming = self.config.naming;
         // Packed weights are rounded once, from what the file says.
         let dtype = match self.load_in {
-            LoadIn::AsStored => self.dtype,
+            LoadIn::AsStored | LoadIn::Plain => self.dtype,
             LoadIn::Packed(_) => DType::F32,
         };
         let units = std::slice::from_ref(unit);
@@ -396,7 +398,7 @@ impl Reader<'_> {
         let mut weights: Vec<Option<Weight>> = vec![None; unit.params.len()];
         if let Some(quantized) = &self.quantized {
             for (slot, packed) in quantized.read(self.cpu, unit, map)? {
-                weights[slot] = Some(Weight::Packed(packed));
+                weights[slot] = Some(kept(self.cpu, packed, self.load_in, self.dtype));
             }
         }
         for (slot, weight) in weights.iter_mut().enumerate() {
@@ -407,7 +409,7 @@ impl Reader<'_> {
             let id = ParamId { unit: 0, slot };
             let tensor = loader.read(id, 0..shape.len(), dtype)?.reshape(shape);
             *weight = Some(match self.load_in {
-                LoadIn::AsStored => tensor.into(),
+                LoadIn::AsStored | LoadIn::Plain => tensor.into(),
                 LoadIn::Packed(layout) if tensor.rows() > 1 => {
                     Weight::Packed(Packed::quantize(self.cpu, layout, &tensor))
                 }
@@ -416,6 +418,14 @@ impl Reader<'_> {
         }
         let weights = Weights::new(weights.into_iter().flatten().collect());
         Ok((weights, loader.unused()))
+    }
+}
+
+/// A matrix of a file that has it packed: as it is, or unpacked.
+pub(crate) fn kept(cpu: &Cpu, packed: Packed, load_in: LoadIn, dtype: DType) -> Weight {
+    match load_in {
+        LoadIn::Plain => packed.unpack_rows(cpu, 0..packed.shape()[0], dtype).into(),
+        LoadIn::AsStored | LoadIn::Packed(_) => Weight::Packed(packed),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Models kept as they are in memory: a folder of configuration, tokenizer and packed weights, which opens at once.
 
 use crate::gguf::tokenizer;
-use crate::loaded::tokenizer_of;
+use crate::loaded::{kept, tokenizer_of};
 use crate::{InferError, LoadIn, LoadedModel, vocabulary};
 use std::path::Path;
 use windlass_model::{DecoderConfig, decoder};
@@ -31,7 +31,7 @@ impl LoadedModel {
         if !self.is_packed()? {
             return refuse(
                 "would hold plain weights, which open as fast from their own folder",
-                "pack them while loading: --load-in q4, q4g128 or q8",
+                "pack them while loading: --load-in q4 or q8",
             );
         }
         let weights = folder.join(FILE_NAME);
@@ -96,7 +96,7 @@ impl LoadedModel {
         let config = DecoderConfig::load(folder)?;
         let file = PackedFile::open(&folder.join(FILE_NAME))?;
         notes.extend(config.notes.iter().cloned());
-        if load_in != LoadIn::AsStored {
+        if matches!(load_in, LoadIn::Packed(_)) {
             notes.push("the folder's weights keep their bits: --load-in changes nothing".into());
         }
         let vocabulary = folder.join(VOCABULARY);
@@ -111,6 +111,7 @@ impl LoadedModel {
             let unit = unit.params.iter().map(|param| {
                 let weight = file.weight(cpu, &param.name, param.shape)?;
                 Ok(match weight {
+                    Weight::Packed(packed) => kept(cpu, packed, load_in, dtype),
                     Weight::Dense(tensor) if tensor.dtype() != dtype => {
                         tensor.cast(cpu, dtype, Category::Weights).into()
                     }

@@ -28,6 +28,8 @@ pub struct Guesses {
     pub accepted: usize,
     /// Passes of the model that read guesses.
     pub passes: usize,
+    /// Times that guessing stopped for a while since it did not pay.
+    pub pauses: usize,
 }
 
 /// Tokens of the longest pattern that is looked up.
@@ -106,9 +108,6 @@ impl<'g, 'm> Speculator<'g, 'm> {
         self.counts.drafted += draft.len();
         self.counts.passes += 1;
         self.gain = MEMORY * self.gain - (1.0 - MEMORY) * self.cost * draft.len() as f64;
-        if self.gain < 0.0 {
-            (self.gain, self.pause) = (1.0, PAUSE);
-        }
         let mut read = vec![token];
         read.extend_from_slice(&draft);
         let logits = session.next_of_each(&read)?;
@@ -123,6 +122,11 @@ impl<'g, 'm> Speculator<'g, 'm> {
     }
 
     fn draft(&mut self, ids: &[u32], left: usize) -> Result<Vec<u32>, InferError> {
+        // By now it is known how many of the last guesses were right.
+        if self.gain < 0.0 {
+            (self.gain, self.pause) = (1.0, PAUSE);
+            self.counts.pauses += 1;
+        }
         if self.pause > 0 {
             self.pause -= 1;
             return Ok(Vec::new());

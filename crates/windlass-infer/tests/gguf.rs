@@ -83,14 +83,19 @@ fn files_of_all_types_give_the_known_logits() {
         ("Q4_0", 0.6, 1e-3),
     ] {
         let path = folder.join(format!("stories260K-{name}.gguf"));
-        let model = LoadedModel::open(&cpu, &path, Some(DType::F32)).unwrap();
         let (ids, want) = golden(&folder, name);
-        let got = model.logits(&ids).unwrap();
-        let got: Vec<Vec<f32>> = got
-            .to_f32()
-            .chunks(got.cols())
-            .map(<[f32]>::to_vec)
-            .collect();
+        let logits = |load_in: LoadIn| {
+            let model = LoadedModel::open_in(&cpu, &path, Some(DType::F32), load_in).unwrap();
+            let got = model.logits(&ids).unwrap();
+            let rows = got.to_f32();
+            let rows = rows.chunks(got.cols()).map(<[f32]>::to_vec);
+            rows.collect::<Vec<Vec<f32>>>()
+        };
+        // Unpacked, the numbers are those of the file, and activations are not rounded.
+        let unpacked = logits(LoadIn::Plain);
+        let apart = divergence(&want, &unpacked);
+        assert!(apart < 1e-9, "{name}, unpacked: divergence {apart}");
+        let got = logits(LoadIn::AsStored);
         let largest = got.iter().flatten().zip(want.iter().flatten());
         let off = largest.map(|(g, w)| (g - w).abs()).fold(0f32, f32::max);
         let divergence = divergence(&want, &got);
@@ -147,6 +152,30 @@ fn the_file_tells_the_stories_of_the_folder() {
     }
 }
 
+/// A pass that was paid for is judged when it is known how many of its guesses were right.
+#[test]
+fn right_guesses_count_before_guessing_stops() {
+    let Some(data) = data() else { return };
+    let path = data.join("gguf-v3/stories260K-Q8_0.gguf");
+    let cpu = Cpu::new(2);
+    let model = LoadedModel::open(&cpu, &path, None).unwrap();
+    let options = GenerateOptions {
+        sampling: SamplingParams::greedy(),
+        max_tokens: 150,
+        stop_at_end: false,
+        ..GenerateOptions::default()
+    };
+    let mut generator = Generator::new(&model, options).unwrap();
+    generator.guess_by_model(&model).unwrap();
+    let generation = generator.generate_text("One day", &mut |_| {}).unwrap();
+    let guesses = generation.guesses.unwrap();
+    assert_eq!(guesses.accepted, guesses.drafted, "its own draft");
+    assert!(
+        guesses.pauses > 0 && guesses.passes >= 2 * guesses.pauses,
+        "{guesses:?}"
+    );
+}
+
 /// Guessing changes no token, chosen or drawn, and saves passes.
 #[test]
 fn guesses_change_nothing_but_the_passes() {
@@ -196,6 +225,8 @@ fn guesses_change_nothing_but_the_passes() {
                 println!("{name}, {max_tokens} tokens: {guesses:?}");
                 assert!(guesses.accepted <= guesses.drafted);
                 if name == "draft" && max_tokens >= 150 {
+                    // A draft model of the same size cannot pay, however often it is right.
+                    assert!(guesses.pauses > 0, "{guesses:?}");
                     assert!(guesses.accepted * 2 > guesses.passes, "{guesses:?}");
                 }
             }

@@ -504,6 +504,11 @@ fn compare(name: &str, cpu: &Cpu, quantized: &Path, plain: &Path, ids: &[u32]) -
     println!("{name}: divergence {divergence:.1e}");
     assert!(divergence < 1e-3, "{name}: divergence {divergence}");
     assert_ne!(p, q, "{name}: activations are rounded");
+    // Unpacked, they are the plain model.
+    let plain = LoadedModel::open_in(cpu, quantized, None, LoadIn::Plain).unwrap();
+    assert!(!plain.is_packed().unwrap(), "{name}");
+    let unpacked = plain.logits(ids).unwrap().to_f32();
+    assert_eq!(unpacked, p, "{name}: unpacked weights");
     let kept = tempfile::tempdir().unwrap();
     let kept = kept.path().join("packed");
     got.save_packed(&RealDisk, &kept).unwrap();

@@ -71,6 +71,8 @@ fn kept_models_are_the_same_models() {
     let note = again.unwrap().notes.pop().unwrap();
     assert!(note.contains("--load-in changes nothing"), "{note}");
 
+    let unpacked = LoadedModel::open_in(&cpu, &folder("own"), None, LoadIn::Plain).unwrap();
+    assert!(!unpacked.is_packed().unwrap());
     let packed = LoadedModel::open(&cpu, &folder("own"), None).unwrap();
     let dense = LoadedModel::open(&cpu, &plain, None).unwrap();
     for (model, folder, expected) in [

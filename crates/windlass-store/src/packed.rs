@@ -318,6 +318,30 @@ impl PackedFile {
         self.header.tensors.keys().map(String::as_str)
     }
 
+    /// Name, shape, form and bytes of each weight. A form is a type, or the codes of a packed matrix and the columns that share a
+    /// scale, with `z` for zeros and `m` for minimums beside the scales: `u4/32`, `u4/128z`.
+    pub fn forms(&self) -> impl Iterator<Item = (&str, &[usize], String, usize)> {
+        self.header.tensors.iter().map(|(name, entry)| {
+            let form = match &entry.kind {
+                Kind::Dense(dtype) => dtype.to_uppercase(),
+                Kind::Packed {
+                    codes,
+                    columns,
+                    min,
+                    ..
+                } => {
+                    let more = match min.as_str() {
+                        "none" => "",
+                        "zero" => "z",
+                        _ => "m",
+                    };
+                    format!("{codes}/{columns}{more}")
+                }
+            };
+            (name.as_str(), &entry.shape[..], form, entry.place.bytes)
+        })
+    }
+
     fn range(&self, place: &Place) -> Result<Range<usize>> {
         let end = place.offset.checked_add(place.bytes);
         match end.filter(|end| *end <= self.header.bytes && place.offset.is_multiple_of(PAGE)) {

@@ -78,14 +78,42 @@ pub fn failure(message: impl Into<String>, hint: impl Into<String>) -> Error {
     .into()
 }
 
+/// Lets the program end without a complaint when the reader of its output went away, as `head` does: a success where the
+/// results were being printed, a failure where only notes were, for the work may not be done.
+pub fn end_when_nobody_reads() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload_as_str().unwrap_or_default();
+        match text.strip_prefix("failed printing to ") {
+            Some(rest) if rest.ends_with("(os error 32)") => {
+                std::process::exit(i32::from(rest.starts_with("stderr")))
+            }
+            _ => report(panic),
+        }
+    }));
+}
+
 /// Prints an error and its hint, and gives the exit code.
 pub fn report(error: &Error) -> ExitCode {
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", told(error));
     if let Some(hint) = error.chain().find_map(hint) {
         eprintln!("hint: {hint}");
     }
     let misuse = error.chain().any(|cause| cause.is::<Usage>());
     ExitCode::from(if misuse { 2 } else { 1 })
+}
+
+/// An error and its causes, but for those that it says itself.
+fn told(error: &Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<String> {

@@ -63,6 +63,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    cli::end_when_nobody_reads();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Quickstart(args) => cli::quickstart::run(args),

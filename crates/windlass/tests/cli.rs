@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use windlass::model::{DecoderConfig, Tokenizer, decoder};
 use windlass::store::checkpoint::Checkpoints;
+use windlass::store::gguf::File;
 use windlass::store::{Store, elements, save_weights};
 use windlass::tensor::{Cpu, DType};
 
@@ -408,7 +409,13 @@ fn bad_input_is_refused_by_name() {
             2,
             &["--greedy", "--top-k"],
         ),
-        (generate, &["--load-in", "q9"], 2, &["q9", "q8"]),
+        (generate, &["--load-in", "q9"], 2, &["q9", "q8", "bf16"]),
+        (
+            generate,
+            &["--load-in", "bf16", "--dtype", "f32"],
+            2,
+            &["--load-in bf16 with --dtype f32"],
+        ),
         (generate, &["--dtype", "f8"], 2, &["f8", "bf16"]),
         (generate, &["--threads", "0"], 2, &["--threads 0"]),
         (generate, &["-p", "-", "-p", "-"], 2, &["given twice"]),
@@ -543,8 +550,24 @@ fn generate_continues_every_prompt() {
         &["--dtype", "bf16"][..],
         &["--load-in", "q8"],
         &["--load-in", "q8", "--dtype", "bf16"],
+        &["--load-in", "q4"],
+        &["--load-in", "q4s64"],
+        &["--load-in", "q4s128"],
+        &["--load-in", "q4g32"],
+        &["--load-in", "q4g64"],
+        &["--load-in", "q4g128"],
+        &["--load-in", "bf16"],
+        &["--load-in", "f16", "--dtype", "f16"],
     ] {
-        let objects = generate(&[more, &["--greedy", "--json"]].concat(), "").json();
+        let run = generate(&[more, &["--greedy", "--json"]].concat(), "");
+        let packed = more.get(1).is_some_and(|form| form.starts_with('q'));
+        assert_eq!(
+            run.stderr.contains("with weights of"),
+            packed,
+            "{more:?}: {}",
+            run.stderr
+        );
+        let objects = run.json();
         assert_eq!(
             (
                 &objects[0]["prompt_tokens"],
@@ -646,6 +669,26 @@ fn eval_reports_its_measures() {
         words.contains(&format!("{:.4}", field("perplexity"))),
         "{words}"
     );
+    // Control tokens in a text are told of, and can be read as llama-perplexity reads them.
+    let marked = fixture.write("marked.txt", format!("{TEXT}<|end|>").repeat(5));
+    let eval = [
+        "eval",
+        "perplexity",
+        "-m",
+        model,
+        "--window",
+        "16",
+        "--json",
+        "-f",
+        &marked,
+    ];
+    let read = |more: &[&str]| windlass(&[&eval[..], more].concat(), &[], "");
+    let (marks, literal) = (read(&[]), read(&["--literal"]));
+    assert!(marks.stderr.contains("--literal"), "{}", marks.stderr);
+    assert!(!literal.stderr.contains("note:"), "{}", literal.stderr);
+    let tokens = |run: Run| run.json()[0]["tokens"].as_u64().unwrap();
+    assert!(tokens(marks) + 4 < tokens(literal));
+
     let saved = fixture.write("saved", "");
     let halves = run(&["--json", "--save-logits", &saved]).json();
     assert!(halves[0]["stride"].is_null());
@@ -688,12 +731,118 @@ fn eval_reports_its_measures() {
     );
 }
 
+/// A file is rounded by importances the same whether it is written at once or in two steps, and not as without them.
+#[test]
+fn conversion_rounds_by_importance() {
+    let model = Fixture::new();
+    let file = |name: &str| model.file(name).display().to_string();
+    let run = |arguments: &[&str]| windlass(arguments, &[], "").ok();
+    let (text, matrix) = (model.write("text.txt", TEXT.repeat(9)), file("matrix.gguf"));
+    let (name, once, twice) = (model.name(), file("once.gguf"), file("twice.gguf"));
+    let (whole, plain) = (file("whole.gguf"), file("plain.gguf"));
+    run(&["imatrix", "-m", name, "-f", &text, "-o", &matrix]);
+    let mix = [
+        "-t",
+        "Q4_0",
+        "--output-tensor-type",
+        "Q8_0",
+        "--tensor-type",
+        "attn_[kv]=Q5_1",
+    ];
+    let by_importance = [&mix[..], &["--imatrix", &matrix]].concat();
+    run(&[&["convert", name, &once], &by_importance[..]].concat());
+    run(&["convert", name, &whole, "-t", "F32"]);
+    run(&[&["quantize", &whole, &twice], &by_importance[..]].concat());
+    run(&[&["convert", name, &plain], &mix[..]].concat());
+    let open = |path: &str| File::open(Path::new(path)).unwrap();
+    let (once, twice, plain) = (open(&once), open(&twice), open(&plain));
+    let mut otherwise = 0;
+    for info in twice.tensors() {
+        let bytes = twice.bytes(&info.name).unwrap();
+        assert_eq!(once.tensor(&info.name).unwrap(), info);
+        assert!(once.bytes(&info.name).unwrap() == bytes, "{}", info.name);
+        otherwise += usize::from(plain.bytes(&info.name).unwrap() != bytes);
+    }
+    assert!(otherwise > 4, "{otherwise} tensors are rounded otherwise");
+    let kind = |name: &str| once.tensor(name).unwrap().block_type.name();
+    assert_eq!(kind("blk.1.attn_v.weight"), "Q5_1");
+    assert_eq!(kind("output.weight"), "Q8_0");
+    let entries = once.metadata().get_u32("quantize.imatrix.entries_count");
+    assert_eq!(entries.unwrap(), Some(14));
+    assert!(!plain.metadata().contains("quantize.imatrix.entries_count"));
+
+    let folder = file("folder");
+    for (name, arguments, code, said) in [
+        (
+            "no type",
+            &["convert", name, "x.gguf", "--pure"][..],
+            2,
+            "--type",
+        ),
+        (
+            "a folder",
+            &["convert", &whole, &folder, "-t", "F32", "--pure"],
+            2,
+            "--pure for the folder",
+        ),
+        (
+            "a folder to quantize",
+            &["quantize", name, "x.gguf", "-t", "Q8_0"],
+            1,
+            "windlass convert",
+        ),
+    ] {
+        refuse(name, arguments, code, &[said]);
+    }
+}
+
+/// A folder of packed weights says what it holds.
+#[test]
+fn packed_folders_are_inspected() {
+    let model = Fixture::new();
+    let folder = model.file("kept").display().to_string();
+    let pack = [
+        "--load-in",
+        "q4g64",
+        "--save-packed",
+        &folder,
+        "--max-tokens",
+        "2",
+    ];
+    windlass(
+        &[&["generate", "-m", model.name()], &pack[..]].concat(),
+        &[],
+        "",
+    )
+    .ok();
+    let found = windlass(&["inspect", &folder, "--json"], &[], "").json();
+    assert_eq!(found[0]["format"], "packed weights");
+    assert_eq!(found[0]["architecture"], "llama");
+    assert_eq!(found[0]["types"][0]["type"], "u4/64z");
+    assert_eq!(found[0]["run"]["layers"], 2);
+    let told = windlass(&["inspect", &folder], &[], "").ok();
+    assert!(
+        told.contains("model.layers.0.mlp.gate_proj.weight"),
+        "{told}"
+    );
+    refuse(
+        "packed",
+        &["convert", &folder, "x.gguf"],
+        1,
+        &["--save-packed"],
+    );
+}
+
 #[test]
 fn info_names_the_kernels() {
     let info = windlass(&["info", "--json"], &[("WINDLASS_KERNELS", "scalar")], "").json();
     assert_eq!(info[0]["kernels"], "scalar");
     assert_eq!(info[0]["packed_products"], "scalar");
     assert!(info[0]["threads"].as_u64().unwrap() > 0);
+    if info[0]["memory_available_bytes"].as_u64() > Some(1 << 30) {
+        assert!(info[0]["read_bytes_per_second"].as_f64().unwrap() > 1e8);
+        assert!(info[0]["read_streams"].as_u64().unwrap() > 0);
+    }
     assert!(windlass(&["info"], &[], "").ok().contains("kernels"));
 }
 

@@ -61,6 +61,7 @@ fn folders_become_files_and_files_folders() {
     assert_eq!(want.len(), 4 * 24 * 4);
     assert!(logits(&file, "y") == want && logits(&folder, "z") == want);
     refused(&["convert", &file, &file], 1, "is a file");
+    refused(&["convert", &file, &folder], 1, "holds a model");
     refused(
         &["convert", model, &path("c")],
         2,
@@ -71,7 +72,6 @@ fn folders_become_files_and_files_folders() {
         2,
         "for a folder",
     );
-    refused(&["convert", model, &file, "--type", "q2_k_s"], 2, "Q2_K_S");
     let gemma = arch.join("gemma2");
     refused(
         &["convert", gemma.to_str().unwrap(), &path("d.gguf")],

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use windlass::store::atomic::RealDisk;
 use windlass::store::gguf::{BlockType, Metadata, TensorInfo, Writer};
 use windlass::store::safetensors::{Dtype, Options, Spec, write_folder};
@@ -149,6 +149,15 @@ fn inspect_says_what_is_there() {
     let broken = folder.path().join("broken.gguf");
     fs::write(&broken, b"GGUF\x01\0\0\0").unwrap();
     refused(&["inspect", broken.to_str().unwrap()], 1, "GGUF version 1");
+    let nothing = folder.path().join("vocabulary.gguf");
+    let keys = Metadata::new();
+    let writer = Writer::create(&RealDisk, &nothing, &keys, &[]).unwrap();
+    writer.finish().unwrap();
+    refused(
+        &["generate", "--model", nothing.to_str().unwrap()],
+        1,
+        "has metadata and no weights",
+    );
     fs::write(&broken, b"tjgg\x01\0\0\0").unwrap();
     refused(&["inspect", broken.to_str().unwrap()], 1, "old GGJT");
     refused(
@@ -163,6 +172,30 @@ fn inspect_says_what_is_there() {
     );
 }
 
+/// As `windlass inspect FILE | head -0`: no complaint, whichever stream nobody reads.
+#[test]
+fn output_that_nobody_reads_ends_the_program() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = model(folder.path());
+    let closed = |arguments: &[&str], code: i32| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_windlass"));
+        let pipes = command.args(arguments).stdout(Stdio::piped());
+        let mut child = pipes.stderr(Stdio::piped()).spawn().unwrap();
+        match code {
+            0 => drop(child.stdout.take()),
+            _ => drop(child.stderr.take()),
+        }
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    };
+    let path = path.to_str().unwrap();
+    closed(&["inspect", path], 0);
+    let out = folder.path().join("out.gguf");
+    let arguments = ["quantize", path, out.to_str().unwrap(), "-t", "Q4_K_M"];
+    closed(&arguments, 1);
+}
+
 #[test]
 fn quantize_writes_fewer_bits() {
     let folder = tempfile::tempdir().unwrap();
@@ -173,9 +206,9 @@ fn quantize_writes_fewer_bits() {
     snapshot("quantize-plan.txt", &plan);
     assert!(!Path::new(out).exists());
     let (_, _, notes) = windlass(&["quantize", source, "--type", "q4_k_m", "--dry-run"]);
+    // A line for all that fell back alike.
     assert!(
-        notes.contains("blk.0.ffn_down.weight: Q8_0 instead of Q6_K")
-            || notes.contains("instead of Q4_K"),
+        notes.contains("blk.0.ffn_down.weight and 1 more: Q8_0 instead of Q6_K"),
         "{notes}"
     );
     let object: Value =
@@ -197,6 +230,10 @@ fn quantize_writes_fewer_bits() {
     assert_eq!(object["tensors"][2]["type"], "Q5_0");
     assert_eq!(object["tensors"][3]["type"], "Q4_0");
 
+    let nowhere = folder.path().join("none/out.gguf");
+    let nowhere = nowhere.to_str().unwrap();
+    let (_, _, said) = windlass(&["quantize", source, nowhere, "--type", "Q8_0"]);
+    assert_eq!(said.matches("No such file").count(), 1, "{said}");
     refused(&["quantize", source, out], 2, "--type");
     refused(&["quantize", source, "--type", "Q8_0"], 2, "OUTPUT");
     refused(&["quantize", source, out, "--type", "Q9"], 2, "Q4_K_M");

@@ -88,7 +88,7 @@ impl LoadedModel {
         }
         let mut writer = Writer::create(disk, out, &keys, &infos)?;
         for (info, values) in infos.iter().zip(&values) {
-            writer.write(&info.name, &encode(self.store.cpu(), info, values)?)?;
+            writer.write(&info.name, &encode(self.store.cpu(), info, values, None)?)?;
         }
         Ok(writer.finish()?)
     }

@@ -172,8 +172,13 @@ pub(super) fn exact_blocks(
     out
 }
 
-/// The bytes of some rows of a tensor.
-pub(crate) fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec<u8>, InferError> {
+/// The bytes of some rows of a tensor, rounded with a weight for each column's error where there are some.
+pub(crate) fn encode(
+    cpu: &Cpu,
+    info: &TensorInfo,
+    values: &[f32],
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>, InferError> {
     let unfit = |problem: String| InferError::Unfit {
         tensor: info.name.clone(),
         problem,
@@ -185,7 +190,8 @@ pub(crate) fn encode(cpu: &Cpu, info: &TensorInfo, values: &[f32]) -> Result<Vec
     let mut bytes = vec![0; size.expect("rows of whole blocks")];
     // A part of a vector is less than a row.
     let row = info.row_len().min(values.len());
-    quantize_all(&cpu.pool, info.block_type, values, row, None, &mut bytes);
+    let (pool, kind) = (&cpu.pool, info.block_type);
+    quantize_all(pool, kind, values, row, importance, &mut bytes);
     match first_bad_block(info.block_type, &bytes) {
         Some(_) => Err(unfit(format!("weights are beyond {}", info.block_type))),
         None => Ok(bytes),

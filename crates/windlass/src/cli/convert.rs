@@ -1,16 +1,18 @@
 //! `windlass convert`: a Hugging Face folder as a GGUF file, or a GGUF file as a folder.
 
 use super::drive::bytes;
+use super::quantize::{Mix, fallbacks, unmeasured as unmeasured_note};
 use super::{Machine, failure, usage};
 use anyhow::Result;
 use serde_json::json;
 use std::path::{Path, PathBuf};
-use windlass::compress::{FileType, Options, plan_tensors};
+use windlass::compress::{FileType, plan_tensors};
 use windlass::hub;
-use windlass::infer::convert::{Folder, folder_dtype, write_hugging_face};
+use windlass::infer::convert::{Encoding, Folder, folder_dtype, write_hugging_face};
 use windlass::progress::Progress;
 use windlass::store::atomic::RealDisk;
 use windlass::store::gguf::{BlockType, File, TensorInfo, is_gguf};
+use windlass::store::packed::FILE_NAME as PACKED;
 use windlass::store::safetensors::Dtype;
 
 /// Flags of the verb.
@@ -25,6 +27,8 @@ pub struct Args {
     /// F32 for the weights of a quantized file; codes of a quantized folder are kept where Q4_0 or Q8_0 holds them]
     #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = super::quantize::file_type)]
     file_type: Option<FileType>,
+    #[command(flatten)]
+    mix: Mix,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -35,11 +39,17 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
     let input = hub::resolve(&args.input)?;
+    let output = &args.output;
     if is_gguf(&input) {
+        refuse_mix(&args)?;
         return to_folder(&args, &input);
     }
+    if input.join(PACKED).is_file() {
+        let message = format!("{} holds weights packed by --save-packed", input.display());
+        let hint = "convert the folder or file that they were packed from";
+        return Err(failure(message, hint));
+    }
     let folder = Folder::open(&input)?;
-    let output = &args.output;
     let file = !output.is_dir() && output.extension().is_some_and(|end| end == "gguf");
     if file {
         return to_file(&args, &folder);
@@ -48,7 +58,19 @@ pub fn run(args: Args) -> Result<()> {
         let message = format!("{} is no name of a GGUF file", output.display());
         return Err(usage(message, "a folder becomes a file: name it NAME.gguf"));
     }
+    refuse_mix(&args)?;
     to_plain(&args, &folder)
+}
+
+/// Flags about the tensors of a file have no meaning for a folder.
+fn refuse_mix(args: &Args) -> Result<()> {
+    match args.mix.given() {
+        None => Ok(()),
+        Some(flag) => Err(usage(
+            format!("{flag} for the folder {}", args.output.display()),
+            "the weights of a folder are F32, F16 or BF16",
+        )),
+    }
 }
 
 fn to_file(args: &Args, folder: &Folder) -> Result<()> {
@@ -66,42 +88,42 @@ fn to_file(args: &Args, folder: &Folder) -> Result<()> {
             _ => FileType::F32,
         },
     };
-    if !file_type.base().is_writable() || file_type == FileType::Q2_K_S {
-        let message = format!("--type {file_type}");
-        let hint = "choose a type that is written, and for one that needs importances convert to F16 first";
-        return Err(usage(message, hint));
-    }
-    let planned = plan_tensors(
-        folder.metadata(),
-        folder.tensors(),
-        &Options::new(file_type),
-    )?;
+    let mut options = args.mix.options(file_type)?;
+    let planned = plan_tensors(folder.metadata(), folder.tensors(), &options)?;
+    let unmeasured = options.check(&planned)?;
     for note in folder.notes() {
         eprintln!("note: {note}");
     }
-    for line in super::quantize::fallbacks(&planned) {
+    for line in fallbacks(&planned)
+        .into_iter()
+        .chain(unmeasured_note(&unmeasured))
+    {
         eprintln!("note: {line}");
     }
     let mut types: Vec<BlockType> = planned.iter().map(|tensor| tensor.target).collect();
     for (kind, exact) in types.iter_mut().zip(&exact) {
         *kind = exact.unwrap_or(*kind);
     }
-    let file_type = main_type(folder, &exact).unwrap_or(file_type);
+    options.file_type = main_type(folder, &exact).unwrap_or(file_type);
+    let mut keys = folder.metadata().clone();
+    options.describe(&mut keys);
+    let importance = options.importance.as_ref();
+    let encoding = Encoding {
+        keys: &keys,
+        types: &types,
+        importance: &|tensor| importance?.columns(tensor),
+    };
     let elements: usize = folder.tensors().iter().map(TensorInfo::elements).sum();
     let mut bar = Progress::new(elements as u64, "convert");
-    folder.write(
-        &cpu,
-        &RealDisk,
-        output,
-        (file_type.id(), &types),
-        |tensor, done| bar.set(done as u64, &tensor.name),
-    )?;
+    folder.write_encoded(&cpu, &RealDisk, output, &encoding, |tensor, done| {
+        bar.set(done as u64, &tensor.name);
+    })?;
     bar.finish(&output.display().to_string());
     let sizes = folder.tensors().iter().zip(&types);
     let size: usize = sizes
         .map(|(info, kind)| kind.size_of(info.elements()).unwrap_or(0))
         .sum();
-    say(args, file_type.name(), elements, size);
+    say(args, options.file_type.name(), elements, size);
     Ok(())
 }
 
@@ -134,10 +156,7 @@ fn to_plain(args: &Args, folder: &Folder) -> Result<()> {
         None => folder.dtype()?,
         Some(file_type) => plain_type(file_type)?,
     };
-    if args.output.join("config.json").exists() {
-        let message = format!("{} holds a model", args.output.display());
-        return Err(failure(message, "name a new folder"));
-    }
+    keep_models(&args.output)?;
     for note in folder.notes() {
         eprintln!("note: {note}");
     }
@@ -150,6 +169,15 @@ fn to_plain(args: &Args, folder: &Folder) -> Result<()> {
     bar.finish(&args.output.display().to_string());
     let size = elements * dtype.bitsize() / 8;
     say(args, &dtype.to_string(), elements, size);
+    Ok(())
+}
+
+/// Refuses to write over the model of a folder.
+fn keep_models(folder: &Path) -> Result<()> {
+    if folder.join("config.json").exists() {
+        let message = format!("{} holds a model", folder.display());
+        return Err(failure(message, "name a new folder"));
+    }
     Ok(())
 }
 
@@ -178,6 +206,7 @@ fn to_folder(args: &Args, input: &Path) -> Result<()> {
         None => folder_dtype(&file),
         Some(file_type) => plain_type(file_type)?,
     };
+    keep_models(output)?;
     let elements: usize = file.tensors().map(TensorInfo::elements).sum();
     let mut bar = Progress::new(elements as u64, "convert");
     let notes = write_hugging_face(&file, &RealDisk, output, dtype, |tensor, done| {

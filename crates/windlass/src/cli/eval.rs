@@ -51,6 +51,9 @@ struct PerplexityArgs {
     /// window - N tokens before it, except in the first window
     #[arg(long, value_name = "N", conflicts_with = "save_logits")]
     stride: Option<usize>,
+    /// Read control tokens that are spelled in the text as text, as llama-perplexity does
+    #[arg(long, conflicts_with = "kl_divergence")]
+    literal: bool,
     /// Keep the log-probabilities of all tokens in a file: two bytes for each token of the text and of the vocabulary
     #[arg(long, value_name = "FILE")]
     save_logits: Option<PathBuf>,
@@ -103,7 +106,12 @@ fn run_perplexity(args: &PerplexityArgs) -> Result<()> {
     };
     let text = super::read_text(file)?;
     let model = args.source.open()?;
-    let ids = model.tokenizer()?.encode(&text, true)?;
+    let tokenizer = model.tokenizer()?;
+    let ids = tokenizer.encode_with(&text, true, !args.literal)?;
+    if !args.literal && ids != tokenizer.encode_with(&text, true, false)? {
+        let note = "the text spells control tokens, which are read as such; llama-perplexity reads them as text: --literal";
+        eprintln!("note: {note}");
+    }
     let window = args.window.unwrap_or(model.context().min(DEFAULT_WINDOW));
     let start = Instant::now();
     let mut progress = Progress::new(ids.len() as u64, "perplexity");

@@ -8,7 +8,7 @@ use serde_json::json;
 use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::time::Instant;
-use windlass::infer::{GenerateOptions, Generation, Generator, StopReason};
+use windlass::infer::{GenerateOptions, Generation, Generator, Guesses, StopReason};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -164,14 +164,38 @@ pub fn run(args: Args) -> Result<()> {
                     .map_or("-".into(), |speed| format!("{speed:.1}")),
             );
             if let Some(guesses) = generation.guesses {
-                eprintln!(
-                    "guessed {} tokens in {} passes, {} rightly",
-                    guesses.drafted, guesses.passes, guesses.accepted
-                );
+                eprintln!("{}", told(&guesses));
             }
         }
     }
     Ok(())
+}
+
+/// What guessing was good for, in words.
+fn told(guesses: &Guesses) -> String {
+    let many = |count: usize, one: &str, more: &str| match count {
+        1 => format!("1 {one}"),
+        count => format!("{count} {more}"),
+    };
+    let Guesses {
+        drafted,
+        accepted,
+        passes,
+        pauses,
+    } = *guesses;
+    let share = 100.0 * accepted as f64 / drafted.max(1) as f64;
+    let stopped = match pauses {
+        0 => String::new(),
+        n => format!(
+            "; switched off {} for a while, since it did not pay",
+            many(n, "time", "times")
+        ),
+    };
+    format!(
+        "guessed {} in {}, {accepted} rightly ({share:.0} %){stopped}",
+        many(drafted, "token", "tokens"),
+        many(passes, "pass", "passes")
+    )
 }
 
 /// Writes to stdout at once. A reader that went away, such as `head`, ends the program without a complaint.

@@ -4,7 +4,8 @@ use super::usage;
 use anyhow::Result;
 use serde::Serialize;
 use windlass::tensor::kernels::dispatch::Level;
-use windlass::tensor::kernels::packed;
+use windlass::tensor::kernels::{packed, roofline};
+use windlass::tensor::{Category, Cpu, DType, Tensor};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
@@ -28,7 +29,15 @@ struct Info {
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     huge_pages: Option<String>,
+    /// Reads by all threads together, and with how many streams a thread; `None` where there is no memory to measure.
+    read_bytes_per_second: Option<f64>,
+    read_streams: Option<usize>,
 }
+
+/// Elements that bandwidth is measured over: 256 MiB, more than most caches hold.
+const STREAM: usize = 1 << 26;
+/// Streams of a thread that are tried.
+const STREAMS: [usize; 4] = [1, 4, 8, 12];
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
@@ -62,6 +71,14 @@ pub fn run(args: Args) -> Result<()> {
         "huge pages   {}",
         info.huge_pages.as_deref().unwrap_or("unknown")
     );
+    let bandwidth = info.read_bytes_per_second.zip(info.read_streams);
+    println!(
+        "bandwidth    {}",
+        bandwidth.map_or("not measured".into(), |(rate, streams)| format!(
+            "{:.1} GB/s of reads, best with {streams} streams a thread",
+            rate / 1e9
+        ))
+    );
     Ok(())
 }
 
@@ -76,10 +93,15 @@ impl Info {
         };
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let huge = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let available = kilobytes(&meminfo, "MemAvailable:");
+        let bandwidth = available
+            .is_some_and(|bytes| bytes > 8 * STREAM as u64)
+            .then(|| bandwidth(threads));
         Ok(Info {
             version: env!("CARGO_PKG_VERSION"),
             cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            threads,
             features: features(),
             kernels: level.name(),
             kernels_reason: reason,
@@ -89,10 +111,27 @@ impl Info {
                 .collect(),
             packed_products: packed::kernel_names(level),
             memory_total_bytes: kilobytes(&meminfo, "MemTotal:"),
-            memory_available_bytes: kilobytes(&meminfo, "MemAvailable:"),
+            memory_available_bytes: available,
             huge_pages: huge.ok().and_then(|text| bracketed(&text)),
+            read_bytes_per_second: bandwidth.map(|(rate, _)| rate),
+            read_streams: bandwidth.map(|(_, streams)| streams),
         })
     }
+}
+
+/// The best rate of reads in bytes a second, and its streams a thread.
+fn bandwidth(threads: usize) -> (f64, usize) {
+    let cpu = Cpu::new(threads);
+    let mut data = Tensor::empty(&cpu, [STREAM], DType::F32, Category::Workspace);
+    // Pages that were never written are one and the same.
+    data.as_mut_slice::<f32>().fill(1.0);
+    let of = |streams| {
+        let rate = roofline::stream_bandwidth(&cpu.pool, data.as_slice(), streams, 2);
+        (rate, streams)
+    };
+    let rates = STREAMS.map(of).into_iter();
+    let best = rates.max_by(|a, b| a.0.total_cmp(&b.0));
+    best.expect("some streams are tried")
 }
 
 fn cpu_name() -> Option<String> {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// Flags of the verb.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A GGUF file, a safetensors file, or a Hugging Face folder
+    /// A GGUF file, a safetensors file, a Hugging Face folder, or a folder of --save-packed
     #[arg(value_name = "FILE")]
     path: PathBuf,
     /// Print the value of one metadata key in full, and nothing else

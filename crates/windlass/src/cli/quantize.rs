@@ -22,24 +22,8 @@ pub struct Args {
     /// What to quantize to: Q4_K_M, Q8_0, IQ4_XS, ...
     #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = file_type)]
     file_type: FileType,
-    /// Give every matrix the main type of the mix
-    #[arg(long)]
-    pure: bool,
-    /// How much each column matters: a file of `windlass imatrix` or llama-imatrix
-    #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
-    /// Another type for tensors in whose name the pattern is found; the first that is found counts
-    #[arg(long, value_name = "REGEX=TYPE", value_parser = override_of)]
-    tensor_type: Vec<(Regex, BlockType)>,
-    /// The type of the output matrix
-    #[arg(long, value_name = "TYPE", value_parser = block_type)]
-    output_tensor_type: Option<BlockType>,
-    /// The type of the token embeddings
-    #[arg(long, value_name = "TYPE", value_parser = block_type)]
-    token_embedding_type: Option<BlockType>,
-    /// Keep the output matrix as it is
-    #[arg(long)]
-    leave_output_tensor: bool,
+    #[command(flatten)]
+    mix: Mix,
     /// Allow a source that is quantized already, which adds to its errors
     #[arg(long)]
     allow_requantize: bool,
@@ -51,6 +35,71 @@ pub struct Args {
     json: bool,
     #[command(flatten)]
     machine: Machine,
+}
+
+/// Flags that change which tensor gets which type, and how it is rounded.
+#[derive(clap::Args)]
+pub(super) struct Mix {
+    /// Give every matrix the main type of the mix
+    #[arg(long, requires = "file_type")]
+    pure: bool,
+    /// How much each column matters: a file of `windlass imatrix` or llama-imatrix
+    #[arg(long, value_name = "FILE", requires = "file_type")]
+    imatrix: Option<PathBuf>,
+    /// Another type for tensors in whose name the pattern is found; the first that is found counts
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = override_of, requires = "file_type")]
+    tensor_type: Vec<(Regex, BlockType)>,
+    /// The type of the output matrix
+    #[arg(long, value_name = "TYPE", value_parser = block_type, requires = "file_type")]
+    output_tensor_type: Option<BlockType>,
+    /// The type of the token embeddings
+    #[arg(long, value_name = "TYPE", value_parser = block_type, requires = "file_type")]
+    token_embedding_type: Option<BlockType>,
+    /// Keep the output matrix as it is
+    #[arg(long, requires = "file_type")]
+    leave_output_tensor: bool,
+}
+
+impl Mix {
+    /// The types and roundings of a mix.
+    pub(super) fn options(&self, file_type: FileType) -> Result<Options> {
+        if self.pure && !file_type.base().is_writable() {
+            let message = format!("--type {file_type}");
+            return Err(usage(message, "choose a type that is written"));
+        }
+        let mut options = Options {
+            pure: self.pure,
+            overrides: self.tensor_type.clone(),
+            output_type: self.output_tensor_type,
+            embedding_type: self.token_embedding_type,
+            leave_output: self.leave_output_tensor,
+            ..Options::new(file_type)
+        };
+        if let Some(path) = &self.imatrix {
+            options.importance = Some(Importance::open(path)?);
+            options.importance_name = path.display().to_string();
+        }
+        Ok(options)
+    }
+
+    /// The first flag that was given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let flags = [
+            ("--pure", self.pure),
+            ("--imatrix", self.imatrix.is_some()),
+            ("--tensor-type", !self.tensor_type.is_empty()),
+            ("--output-tensor-type", self.output_tensor_type.is_some()),
+            (
+                "--token-embedding-type",
+                self.token_embedding_type.is_some(),
+            ),
+            ("--leave-output-tensor", self.leave_output_tensor),
+        ];
+        flags
+            .iter()
+            .find(|(_, given)| *given)
+            .map(|(flag, _)| *flag)
+    }
 }
 
 /// The mix of a name.
@@ -80,24 +129,19 @@ fn override_of(text: &str) -> Result<(Regex, BlockType), String> {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    if args.pure && !args.file_type.base().is_writable() {
-        let message = format!("--type {}", args.file_type);
-        return Err(usage(message, "choose a type that is written"));
+    let input = &args.input;
+    let folder = input.is_dir() || input.extension().is_some_and(|end| end == "safetensors");
+    if folder && input.exists() {
+        let message = format!("{} is no GGUF file", input.display());
+        let hint =
+            "a Hugging Face folder becomes one by windlass convert FOLDER FILE.gguf --type TYPE";
+        return Err(failure(message, hint));
     }
-    let file = File::open(&args.input)?;
-    let mut options = Options {
-        pure: args.pure,
-        overrides: args.tensor_type.clone(),
-        output_type: args.output_tensor_type,
-        embedding_type: args.token_embedding_type,
-        leave_output: args.leave_output_tensor,
+    let options = Options {
         allow_requantize: args.allow_requantize,
-        ..Options::new(args.file_type)
+        ..args.mix.options(args.file_type)?
     };
-    if let Some(path) = &args.imatrix {
-        options.importance = Some(Importance::open(path)?);
-        options.importance_name = path.display().to_string();
-    }
+    let file = File::open(input)?;
     if args.dry_run {
         let tensors = plan(&file, &options)?;
         say_plan(&tensors, &args)?;
@@ -128,20 +172,19 @@ pub fn run(args: Args) -> Result<()> {
 fn say(report: &Report, args: &Args) -> Result<()> {
     let bits = |bytes: usize| 8.0 * bytes as f64 / report.elements.max(1) as f64;
     let (before, after) = (report.bytes_before, report.bytes_after);
-    let instead = fallbacks(&report.tensors);
-    for line in &instead {
+    let fallen = report.tensors.iter().filter(|t| t.instead_of.is_some());
+    let fallen = fallen.count();
+    for line in fallbacks(&report.tensors) {
         eprintln!("note: {line}");
     }
-    if !report.without_importance.is_empty() {
-        let count = report.without_importance.len();
-        let first = &report.without_importance[0];
-        eprintln!("note: {count} matrices have no importances, the first is {first}");
+    if let Some(line) = unmeasured(&report.without_importance) {
+        eprintln!("note: {line}");
     }
     if args.json {
         let object = json!({
             "file_type": args.file_type.name(), "parameters": report.elements,
             "bytes_before": before, "bytes_after": after,
-            "bits_per_weight": bits(after), "fallbacks": instead.len(),
+            "bits_per_weight": bits(after), "fallbacks": fallen,
             "without_importance": report.without_importance,
             "tensors": report.tensors.iter().map(row).collect::<Vec<_>>(),
         });
@@ -199,16 +242,42 @@ fn say_plan(tensors: &[Planned], args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The tensors that could not get the type that was meant for them.
+/// The tensors that could not get the type that was meant for them: a line for those of a kind.
 pub(super) fn fallbacks(tensors: &[Planned]) -> Vec<String> {
-    let line = |tensor: &Planned| {
-        let meant = tensor.instead_of?;
-        Some(format!(
-            "{}: {} instead of {meant}, since rows of {} are no whole blocks",
-            tensor.info.name,
-            tensor.target,
-            tensor.info.row_len()
-        ))
+    let mut kinds: Vec<(&Planned, BlockType, usize)> = Vec::new();
+    for tensor in tensors {
+        let Some(meant) = tensor.instead_of else {
+            continue;
+        };
+        let row = tensor.info.row_len();
+        let same = |(first, other, _): &&mut (&Planned, BlockType, usize)| {
+            first.target == tensor.target && *other == meant && first.info.row_len() == row
+        };
+        match kinds.iter_mut().find(same) {
+            Some((_, _, count)) => *count += 1,
+            None => kinds.push((tensor, meant, 1)),
+        }
+    }
+    let line = |(first, meant, count): &(&Planned, BlockType, usize)| {
+        let more = match count {
+            1 => String::new(),
+            count => format!(" and {} more", count - 1),
+        };
+        format!(
+            "{}{more}: {} instead of {meant}, since rows of {} are no whole blocks",
+            first.info.name,
+            first.target,
+            first.info.row_len()
+        )
     };
-    tensors.iter().filter_map(line).collect()
+    kinds.iter().map(line).collect()
+}
+
+/// The matrices that lose bits without importances, where others have some.
+pub(super) fn unmeasured(names: &[String]) -> Option<String> {
+    let first = names.first()?;
+    let count = names.len();
+    Some(format!(
+        "{count} matrices have no importances, the first is {first}"
+    ))
 }

@@ -2,6 +2,7 @@
 
 use super::{Machine, Precision, usage};
 use anyhow::Result;
+use clap::builder::PossibleValue;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -50,9 +51,9 @@ pub struct Base {
     /// Storage type of weights and activations [default: as in the file]
     #[arg(long, value_enum)]
     pub dtype: Option<Precision>,
-    /// Pack the weights while loading
+    /// Pack the weights while loading, or unpack them
     #[arg(long, value_enum, value_name = "FORMAT")]
-    pub load_in: Option<Packing>,
+    pub load_in: Option<Form>,
     /// How keys and values are kept [default: as activations, f16 beside packed weights]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub kv_cache_dtype: Option<KvPrecision>,
@@ -67,11 +68,57 @@ pub struct Base {
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
     /// 4-bit integers, symmetric, a scale for each 32
+    #[value(alias = "q4s32")]
     Q4,
-    /// 4-bit integers with a zero, for each 128 a scale: the smallest
+    /// 4-bit integers, symmetric, a scale for each 64
+    Q4S64,
+    /// 4-bit integers, symmetric, a scale for each 128: the smallest
+    Q4S128,
+    /// 4-bit integers with a zero, for each 32 a scale: the closest of 4 bits
+    Q4G32,
+    /// 4-bit integers with a zero, for each 64 a scale
+    Q4G64,
+    /// 4-bit integers with a zero, for each 128 a scale
     Q4G128,
     /// 8-bit integers, a scale for each 32
     Q8,
+}
+
+/// How weights are kept in memory, whatever the file has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Packed while loading.
+    Packed(Packing),
+    /// Plain, in the storage type of activations.
+    Plain(Precision),
+}
+
+impl clap::ValueEnum for Form {
+    fn value_variants<'a>() -> &'a [Self] {
+        use Form::{Packed, Plain};
+        &[
+            Packed(Packing::Q4),
+            Packed(Packing::Q4S64),
+            Packed(Packing::Q4S128),
+            Packed(Packing::Q4G32),
+            Packed(Packing::Q4G64),
+            Packed(Packing::Q4G128),
+            Packed(Packing::Q8),
+            Plain(Precision::F32),
+            Plain(Precision::Bf16),
+            Plain(Precision::F16),
+        ]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Form::Packed(packing) => packing.to_possible_value(),
+            Form::Plain(precision) => {
+                let plain = precision.to_possible_value()?;
+                Some(plain.help("Plain numbers, as --dtype: quantized weights are unpacked"))
+            }
+        }
+    }
 }
 
 /// How the key-value cache keeps numbers.
@@ -104,6 +151,10 @@ impl Packing {
     pub fn layout(self) -> Layout {
         match self {
             Packing::Q4 => Layout::q4(32),
+            Packing::Q4S64 => Layout::q4(64),
+            Packing::Q4S128 => Layout::q4(128),
+            Packing::Q4G32 => Layout::q4_asymmetric(32),
+            Packing::Q4G64 => Layout::q4_asymmetric(64),
             Packing::Q4G128 => Layout::q4_asymmetric(128),
             Packing::Q8 => Layout::q8(),
         }
@@ -144,20 +195,38 @@ impl Base {
         Ok(model)
     }
 
+    /// Storage type of activations, and how weights are kept.
+    fn kept(&self) -> Result<(Option<DType>, LoadIn)> {
+        let dtype = self.dtype.map(Precision::dtype);
+        match (self.load_in, self.dtype) {
+            (None, _) => Ok((dtype, LoadIn::AsStored)),
+            (Some(Form::Packed(packing)), _) => Ok((dtype, LoadIn::Packed(packing.layout()))),
+            (Some(Form::Plain(plain)), Some(other)) if plain != other => {
+                let name = |precision: Precision| precision.dtype().name().to_lowercase();
+                let message = format!("--load-in {} with --dtype {}", name(plain), name(other));
+                let hint = "plain weights are of the type of activations: leave one of the two out";
+                Err(usage(message, hint))
+            }
+            (Some(Form::Plain(plain)), _) => Ok((Some(plain.dtype()), LoadIn::Plain)),
+        }
+    }
+
     fn open_with(&self, cpu: &Cpu, adapters: &[(PathBuf, f64)]) -> Result<LoadedModel> {
         let folder = hub::resolve(&self.model)?;
         let start = Instant::now();
-        let dtype = self.dtype.map(Precision::dtype);
-        let mut model = match self.load_in {
-            None => LoadedModel::open(cpu, &folder, dtype)?,
-            Some(packing) => {
-                LoadedModel::open_in(cpu, &folder, dtype, LoadIn::Packed(packing.layout()))?
-            }
-        };
+        let (dtype, load_in) = self.kept()?;
+        let mut model = LoadedModel::open_in(cpu, &folder, dtype, load_in)?;
         if let Some(kind) = self.kv_cache_dtype {
             model.kv_type = kind.kind();
         }
         let parameters = model.model.num_params();
+        let packed = match model.is_packed()? {
+            true => {
+                let bits = 8.0 * model.weight_bytes()?.0 as f64 / parameters as f64;
+                format!(" with weights of {bits:.2} bits")
+            }
+            false => String::new(),
+        };
         model.add_adapters(adapters)?;
         if let Some(tokenizer) = &self.tokenizer {
             model.set_tokenizer(tokenizer)?;
@@ -165,10 +234,6 @@ impl Base {
         for note in &model.notes {
             eprintln!("note: {note}");
         }
-        let packed = match self.load_in {
-            Some(packing) => format!(" with {packing:?} weights").to_lowercase(),
-            None => String::new(),
-        };
         let adapted = match adapters {
             [] => String::new(),
             [one] => format!(" with the adapter {}", named(one)),

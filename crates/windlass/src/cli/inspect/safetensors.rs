@@ -1,4 +1,4 @@
-//! What safetensors files hold, with the configuration beside them.
+//! What safetensors files and files of packed weights hold, with the configuration beside them.
 
 use super::{Entry, Run, Summary, Tensor};
 use crate::cli::read_text;
@@ -6,10 +6,24 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
+use windlass::store::packed::{FILE_NAME, PackedFile};
 use windlass::store::safetensors::Tensors;
 
 /// The summary, and all metadata in full: the file's own and that of `config.json`.
 pub fn read(path: &Path) -> Result<(Summary, BTreeMap<String, Value>)> {
+    let packed = path.join(FILE_NAME);
+    if packed.is_file() || path.file_name().is_some_and(|name| name == FILE_NAME) {
+        let file = if packed.is_file() { &packed } else { path };
+        let tensor = |(name, shape, kind, bytes): (&str, &[usize], String, usize)| Tensor {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            kind,
+            bytes,
+        };
+        let weights = PackedFile::open(file)?;
+        let tensors = weights.forms().map(tensor).collect();
+        return described(path, "packed weights", 1, tensors, &BTreeMap::new());
+    }
     let weights = Tensors::open(path)?;
     let mut tensors = Vec::new();
     for name in weights.names() {
@@ -21,18 +35,25 @@ pub fn read(path: &Path) -> Result<(Summary, BTreeMap<String, Value>)> {
             bytes: view.bytes.len(),
         });
     }
+    let files = weights.files().len();
+    described(path, "safetensors", files, tensors, weights.metadata())
+}
+
+/// Tensors and their own metadata, with the configuration beside them.
+fn described(
+    path: &Path,
+    format: &str,
+    files: usize,
+    tensors: Vec<Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<(Summary, BTreeMap<String, Value>)> {
     let config = config(path)?;
-    let mut summary = Summary::new(
-        "safetensors".to_owned(),
-        weights.files().len(),
-        tensors,
-        to_run(&config),
-    );
+    let mut summary = Summary::new(format.to_owned(), files, tensors, to_run(&config));
     let text = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
     summary.architecture = text("model_type");
     summary.name = text("_name_or_path");
     let mut full = BTreeMap::new();
-    for (key, value) in weights.metadata() {
+    for (key, value) in metadata {
         full.insert(key.clone(), Value::String(value.clone()));
     }
     full.extend(config);
