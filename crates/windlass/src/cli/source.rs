@@ -74,7 +74,7 @@ pub enum Packing {
     Q4S64,
     /// 4-bit integers, symmetric, a scale for each 128: the smallest
     Q4S128,
-    /// 4-bit integers with a zero, for each 32 a scale: the closest of 4 bits
+    /// 4-bit integers with a zero, for each 32 a scale
     Q4G32,
     /// 4-bit integers with a zero, for each 64 a scale
     Q4G64,
