@@ -58,6 +58,13 @@ impl AdapterFolder {
             problem,
             hint: hint.into(),
         };
+        if path.is_file() {
+            let hint = "windlass adapter convert makes a folder of a GGUF adapter";
+            return Err(refuse(
+                "is a file, and here a folder is needed".into(),
+                hint,
+            ));
+        }
         let text = std::fs::read_to_string(&settings).map_err(|error| {
             let hint =
                 "an adapter is a folder with adapter_config.json and adapter_model.safetensors";

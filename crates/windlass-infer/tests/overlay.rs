@@ -196,6 +196,10 @@ fn what_cannot_share_a_model_is_refused() {
         ("llama_modules_to_save", ["lm_head, norm", "adapter merge"]),
         ("qwen3", ["tensors differ", "tiny/qwen3"]),
         ("nothing", ["adapter_config.json", "cannot be read"]),
+        (
+            "llama/adapter_model.safetensors",
+            ["folder is needed", "adapter convert"],
+        ),
     ] {
         let error = loader
             .load(&fixtures().join("peft").join(name))

@@ -266,9 +266,15 @@ impl Trainer {
             let mut stopped = None;
             if self.feed.has_held_out() && (due(self.options.eval_every) || done) {
                 let loss = self.evaluate()?;
-                let values = [("eval_loss", loss), ("eval_perplexity", loss.exp())];
+                let perplexity = self.preference.is_none().then(|| loss.exp());
+                let mut values = vec![("eval_loss", loss)];
+                values.extend(perplexity.map(|value| ("eval_perplexity", value)));
                 self.write(step, &values)?;
-                tell(Event::Evaluated { step, loss });
+                tell(Event::Evaluated {
+                    step,
+                    loss,
+                    perplexity,
+                });
                 stopped = self.judge(step, loss, tell)?;
                 look(self);
             }

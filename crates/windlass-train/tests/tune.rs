@@ -662,7 +662,14 @@ impl<'a> Job<'a> {
                 let now = self.stop == Some(step.step);
                 stop.store(now, std::sync::atomic::Ordering::Relaxed);
             }
-            Event::Evaluated { loss, .. } => seen.push(loss),
+            Event::Evaluated {
+                loss, perplexity, ..
+            } => {
+                // The loss of a comparison is none of tokens.
+                let expected = self.preference.is_none().then(|| loss.exp());
+                assert_eq!(perplexity, expected, "{self:?}");
+                seen.push(loss);
+            }
             _ => {}
         });
         let end = end.unwrap();

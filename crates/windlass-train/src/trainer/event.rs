@@ -15,8 +15,10 @@ pub enum Event {
     Evaluated {
         /// After this step.
         step: u64,
-        /// Mean loss of a token, in nats.
+        /// Mean loss of a token, in nats; of a comparison where answers are compared or rated.
         loss: f64,
+        /// `e^loss` where the loss is that of tokens.
+        perplexity: Option<f64>,
     },
     /// Weights better than all before were written to a folder of their own.
     Best {

@@ -57,12 +57,11 @@ pub fn train(trainer: &mut Trainer, steps: u64, observer: Option<Observer>) -> R
                 bar.note(&line);
             }
         }
-        Event::Evaluated { step, loss } => {
-            bar.note(&format!(
-                "step {step}: held-out loss {loss:.4}, perplexity {:.2}",
-                loss.exp()
-            ));
-        }
+        Event::Evaluated {
+            step,
+            loss,
+            perplexity,
+        } => bar.note(&evaluated(step, loss, perplexity)),
         Event::Profiled(layers) => {
             for line in observer.profile(layers) {
                 bar.note(&line);
@@ -131,11 +130,11 @@ pub fn tune(
                 bar.borrow().note(&line);
             }
         }
-        Event::Evaluated { step, loss } => {
-            let perplexity = loss.exp();
-            let line = format!("step {step}: held-out loss {loss:.4}, perplexity {perplexity:.2}");
-            bar.borrow().note(&line);
-        }
+        Event::Evaluated {
+            step,
+            loss,
+            perplexity,
+        } => bar.borrow().note(&evaluated(step, loss, perplexity)),
         Event::Profiled(layers) => {
             for line in observer.profile(layers) {
                 bar.borrow().note(&line);
@@ -207,6 +206,11 @@ fn group_memory(folder: &Path) -> Option<usize> {
     let cached = stat.lines().find_map(|line| line.strip_prefix("file "));
     let cached: usize = cached.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
     Some(limit.saturating_sub(used.saturating_sub(cached)))
+}
+
+fn evaluated(step: u64, loss: f64, perplexity: Option<f64>) -> String {
+    let perplexity = perplexity.map_or_else(String::new, |p| format!(", perplexity {p:.2}"));
+    format!("step {step}: held-out loss {loss:.4}{perplexity}")
 }
 
 #[cfg(test)]
