@@ -201,7 +201,7 @@ SW: Model with 2851M total params, 32M largest layer params.
     assert!((states..states * 3 / 2).contains(&peaks[0]), "{peaks:?}");
     for (memory, fits, settings) in [
         ("8G", true, "these settings"),
-        ("700M", true, "\"offload_optimizer\" to nvme in a --config"),
+        ("660M", true, "\"offload_optimizer\" to nvme in a --config"),
         (
             "1M",
             false,
