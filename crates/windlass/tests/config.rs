@@ -205,7 +205,7 @@ SW: Model with 2851M total params, 32M largest layer params.
         (
             "1M",
             false,
-            "\"offload_param\" to nvme in a --config at stage 3",
+            "\"nvme_path\" of \"activation_checkpointing\" in a --config and \"offload_optimizer\" to nvme in a --config",
         ),
     ] {
         let arguments = [
