@@ -27,8 +27,8 @@ struct Cut {
     rows: usize,
 }
 
-/// 256 rows of the matrix, for what is asked for at the end of a tile is read by the same core; rows of activations that
-/// stay in the second cache while panels pass by.
+/// 256 rows of the matrix, which stay in the second cache while blocks of activations pass by, and are read by the core that
+/// asked for them at the end of a tile; rows of activations enough that reading them anew for other panels costs little.
 const VECTORS: Cut = Cut {
     panels: 16,
     rows: 128,

@@ -141,7 +141,8 @@ pub struct Shard<'a> {
 
 impl Store {
     /// Freezes the parameters that `trained` refuses, and gives the others zero moments and what their `f32` masters need
-    /// beside `bf16` and `f16` weights; the masters start as the weights are.
+    /// beside `bf16` and `f16` weights; the masters start as the weights are. Where some are frozen, the pool of memory is
+    /// [tight](windlass_tensor::kernels::memory::Memory::tighten) from then on.
     ///
     /// # Errors
     /// A disk that is full.
