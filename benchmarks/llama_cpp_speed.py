@@ -8,6 +8,12 @@ Each round runs windlass and then llama.cpp with every setting that changes its 
 not, flash attention or not; at a depth also 8-bit keys and values). Medians of a run are printed as they come, and at the
 end the best run of windlass beside the best of all runs of llama.cpp: machines change from minute to minute, and so the
 ratio of bests, not of means, is the figure to quote. At a depth windlass keeps keys and values in 8 bits.
+
+What both do on a processor without AVX-512: set WINDLASS_KERNELS=avx2, and use a llama.cpp that was built without it
+(`--no-cache-dir`, for pip would else install the native build that it keeps); its features are printed first.
+
+    export CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF"
+    pip install --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 """
 
 import argparse
@@ -80,7 +86,7 @@ def ours(args):
     rates = {"prompt": [], "generation": []}
     for test in report["tests"]:
         rates["prompt" if test["test"].startswith("pp") else "generation"] += test["runs"]
-    return rates, report["ceilings"]
+    return rates, report["ceilings"][0]
 
 
 def main():
@@ -97,6 +103,7 @@ def main():
     llama.llama_backend_init()
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
+    print(llama.llama_print_system_info().decode())
     best = {}
 
     def note(who, setting, rates):

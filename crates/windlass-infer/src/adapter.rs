@@ -13,21 +13,31 @@ pub use overlay::{Overlay, OverlayLoader};
 
 pub use extract::Extracted;
 pub use low_rank::low_rank;
+pub use sum::write_sum;
 
 use crate::InferError;
 use crate::loaded::LoadedModel;
 use std::path::{Path, PathBuf};
-use windlass_model::{ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, AdapterConfig};
+use windlass_model::{
+    ADAPTER_CONFIG_FILE, ADAPTER_FILE, Adapter, AdapterConfig, DecoderConfig, decoder,
+};
 use windlass_store::atomic::{RealDisk, write_atomic};
 use windlass_store::gguf::is_gguf;
 use windlass_store::safetensors::{Dtype, Spec, Tensors, write_file};
 use windlass_store::{Loader, Store, elements};
 use windlass_tensor::{
-    Category, Cpu, DType, FileTensor, ParamId, ParamSpec, Tensor, Weight, Weights, row_norms,
+    Category, Cpu, DType, FileTensor, Layout, ParamId, ParamSpec, Tensor, Weight, Weights,
+    row_norms,
 };
 
 /// Mismatches that a message lists.
 const SHOWN: usize = 3;
+
+/// What PEFT puts in front of a module's name.
+const PREFIX: &str = "base_model.model.";
+
+/// The tensors of an adapter's file, with their elements.
+type Factors = Vec<(FileTensor, Vec<f32>)>;
 
 /// An adapter at rest: a folder as PEFT writes it.
 pub struct AdapterFolder {
@@ -90,6 +100,17 @@ impl AdapterFolder {
             config,
             tensors: Tensors::open(&file)?,
         })
+    }
+
+    /// Reads all tensors.
+    fn values(&self) -> Result<Factors, InferError> {
+        let read = |name: &str| {
+            let view = self.tensors.get(name)?;
+            let mut values = vec![0f32; view.elements()];
+            view.read_into(0..view.rows(), &mut values)?;
+            Ok((file_tensor(name.to_owned(), view.shape), values))
+        };
+        self.tensors.names().map(read).collect()
     }
 
     /// What the file has twice, once as a table and once as the head that the table is, with different elements.
@@ -186,9 +207,7 @@ impl LoadedModel {
         let first: Vec<usize> = self.store.units().map(|unit| unit.params.len()).collect();
         let cpu = self.store.cpu().clone();
         let magnitudes = adapter.magnitudes.clone();
-        let bases: Vec<Weights> = (0..first.len())
-            .map(|unit| self.store.gather(unit).map(|weights| (*weights).clone()))
-            .collect::<Result<_, _>>()?;
+        let bases = self.weights()?;
         self.extend(adapter, &mut |id, param, dtype| {
             if id.slot < first[id.unit] {
                 return Ok(None);
@@ -206,6 +225,26 @@ impl LoadedModel {
                 None => param.fill(&cpu, seed, dtype),
             }))
         })
+    }
+
+    /// The weights of all units, shared.
+    fn weights(&self) -> Result<Vec<Weights>, InferError> {
+        let units = 0..self.model.units().len();
+        units
+            .map(|unit| Ok(self.store.gather(unit)?.clone()))
+            .collect()
+    }
+
+    /// A model of its weights, without a tokenizer.
+    fn bare(
+        cpu: &Cpu,
+        config: DecoderConfig,
+        weights: Vec<Weights>,
+        dtype: DType,
+        folder: &Path,
+    ) -> Self {
+        let model = decoder(&config);
+        Self::assemble(cpu, config, model, weights, None, dtype, Vec::new(), folder)
     }
 
     /// Puts the parameters of an adapter into the store: what `value` gives; what it does not give stays, as plain elements
@@ -251,14 +290,19 @@ impl LoadedModel {
     /// When the model has none.
     #[track_caller]
     pub fn save_adapter(&self, folder: &Path) -> Result<(), InferError> {
+        let (config, tensors) = self.adapter_values()?;
+        write_adapter(folder, config, &tensors)
+    }
+
+    /// The adapter's settings and tensors, as its file has them.
+    #[track_caller]
+    fn adapter_values(&self) -> Result<(&AdapterConfig, Factors), InferError> {
         let adapter = self.adapter.as_ref().expect("a model with an adapter");
         let mut of = |id: ParamId| Ok(elements(self.store.gather(id.unit)?.at(id.slot).weight));
-        let tensors: Result<Vec<(FileTensor, Vec<f32>)>, InferError> = adapter
-            .tensors
-            .iter()
-            .map(|file| Ok((file.clone(), self.joined(file, &mut of)?)))
-            .collect();
-        write_adapter(folder, &adapter.config, &tensors?)
+        let values = adapter.tensors.iter();
+        let values = values.map(|file| Ok((file.clone(), self.joined(file, &mut of)?)));
+        let values: Result<Factors, InferError> = values.collect();
+        Ok((&adapter.config, values?))
     }
 
     /// The elements of a file's tensor from those of its parts.
@@ -294,6 +338,16 @@ fn plain(cpu: &Cpu, weight: Weight, dtype: DType) -> Tensor {
     match weight {
         Weight::Dense(tensor) => tensor,
         Weight::Packed(packed) => packed.unpack_rows(cpu, 0..packed.shape()[0], dtype),
+    }
+}
+
+/// A tensor of a file alone.
+fn file_tensor(name: String, shape: &[usize]) -> FileTensor {
+    FileTensor {
+        name,
+        shape: shape.into(),
+        parts: Vec::new(),
+        layout: Layout::Rows,
     }
 }
 

@@ -24,7 +24,9 @@ pub mod stop;
 pub mod vocabulary;
 pub mod workload;
 
-pub use adapter::{AdapterFolder, Extracted, Overlay, OverlayLoader, low_rank, write_adapter};
+pub use adapter::{
+    AdapterFolder, Extracted, Overlay, OverlayLoader, low_rank, write_adapter, write_sum,
+};
 pub use error::InferError;
 pub use generate::{GenerateOptions, Generation, Generator};
 pub use loaded::{LoadIn, LoadedModel};

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use windlass_infer::engine::{Engine, EngineOptions, Event, Pooling, Request, RequestGoal};
 use windlass_infer::{LoadIn, LoadedModel, Overlay, SamplingParams, write_adapter};
 use windlass_model::AdapterConfig;
+use windlass_store::atomic::RealDisk;
+use windlass_store::gguf::BlockType;
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Cpu, DType, Rng};
 
@@ -161,6 +163,13 @@ fn a_mixed_batch_gives_what_each_adapter_gives_alone() {
         names.iter().map(|name| folder.join(name)).collect()
     };
     let place = tempfile::tempdir().unwrap();
+    let files = ["llama", "gpt_neox"].map(|name| {
+        let file = place.path().join(name).with_extension("gguf");
+        let mut model = open(name, DType::F32, LoadIn::AsStored);
+        model.add_adapter(&peft(&[name])[0]).unwrap();
+        let written = model.save_adapter_gguf(&RealDisk, &file, BlockType::F32);
+        written.map(|()| file).unwrap()
+    });
     let experts = [false, true].map(|use_dora| {
         let folder = place.path().join(format!("experts {use_dora}"));
         random("qwen3_moe", &folder, use_dora);
@@ -185,6 +194,8 @@ fn a_mixed_batch_gives_what_each_adapter_gives_alone() {
         check("gpt_neox", &fused, dtype, load_in);
         check("phi3", &peft(&["phi3"]), dtype, load_in);
         check("qwen3_moe", &experts, dtype, load_in);
+        check("llama", &files[..1], dtype, load_in);
+        check("gpt_neox", &files[1..], dtype, load_in);
     }
 }
 

@@ -9,11 +9,16 @@
 //! `f32` products (all but AMX and pairs) AVX2 and AVX-512 give the same bits: sums are fused multiply-adds in order
 //! inside blocks of 384, and the blocks' sums are added in order.
 //!
+//! A B that is packed ([`gemm_packed`]) is unpacked a block at a time, where it would be copied anyway; the bits are those
+//! of the same product with all of it unpacked.
+//!
 //! There is no batched product and no product of mixed operand types.
 
 use crate::Element;
 use crate::dispatch::Level;
+use crate::packed::{PackedMatrix, Unpack};
 use crate::pool::{Pool, SharedMut};
+use std::ops::Range;
 
 mod amx;
 mod blocking;
@@ -23,6 +28,7 @@ mod lanes;
 mod micro;
 pub mod reference;
 
+use blocking::Right;
 use kernel::{Kernel, Source};
 
 /// Which operands are read transposed; all are row-major.
@@ -105,6 +111,59 @@ pub fn gemm<E: Element, C: Element<Acc = E::Acc>>(
     gemm_with(pool, kernel, layout, (m, n, k), a, b, c, c_stride, epilogue);
 }
 
+/// `C[m, cols] = A[m, rows] B (+ C) (+ bias) (+ residual)` with a packed `B [rows, cols]`: a linear layer's gradient by its
+/// input, with the bits that [`gemm`] gives ([`Layout::Nn`]) with all of B in `E`.
+///
+/// # Panics
+/// As [`gemm`].
+#[track_caller]
+pub fn gemm_packed<E: Element, C: Element<Acc = E::Acc>>(
+    pool: &Pool,
+    m: usize,
+    a: Mat<E>,
+    b: &PackedMatrix,
+    c: &mut [C],
+    c_stride: usize,
+    epilogue: Epilogue<E>,
+) {
+    let (k, n) = (b.rows(), b.cols());
+    if m == 0 {
+        return;
+    }
+    let Some(kernel) = kernel::select(E::DTYPE, pool.level()) else {
+        let mut data = vec![E::from_f64(0.0); k * n];
+        b.unpack_rows(pool, 0..k, &mut data);
+        let b = Mat {
+            data: &data,
+            stride: n,
+        };
+        return gemm(pool, Layout::Nn, m, n, k, a, b, c, c_stride, epilogue);
+    };
+    assert_operands((m, n), (a, m, k), c, c_stride, &epilogue);
+    // SAFETY: the pool's level is supported.
+    let unpack = unsafe { Unpack::<E>::new(b, pool.level()) };
+    let read = |steps: Range<usize>, columns: Range<usize>, room: &mut [f32], out: *mut u8| {
+        // SAFETY: `out` has room for the block, any bytes are an `E`, and it is aligned as all scratch memory.
+        let out =
+            unsafe { std::slice::from_raw_parts_mut(out.cast::<E>(), steps.len() * columns.len()) };
+        unpack.block(steps, columns, room, out);
+    };
+    let b = Right::Packed {
+        read: &read,
+        size: size_of::<E>(),
+    };
+    run(
+        pool,
+        kernel,
+        (m, n, k),
+        source(a, true),
+        b,
+        c,
+        c_stride,
+        epilogue,
+    );
+}
+
 /// [`gemm`] by a given kernel, or by the reference.
 #[track_caller]
 fn gemm_with<E: Element, C: Element<Acc = E::Acc>>(
@@ -120,8 +179,26 @@ fn gemm_with<E: Element, C: Element<Acc = E::Acc>>(
 ) {
     let (a_rows, a_columns) = if layout == Layout::Tn { (k, m) } else { (m, k) };
     let (b_rows, b_columns) = if layout == Layout::Nt { (n, k) } else { (k, n) };
-    assert_fits("A", a.data.len(), a.stride, a_rows, a_columns);
     assert_fits("B", b.data.len(), b.stride, b_rows, b_columns);
+    assert_operands((m, n), (a, a_rows, a_columns), c, c_stride, &epilogue);
+    let Some(kernel) = kernel else {
+        return by_reference(pool, layout, (m, n, k), a, b, c, c_stride, epilogue);
+    };
+    let a = source(a, layout != Layout::Tn);
+    let b = Right::Plain(source(b, layout == Layout::Nt));
+    run(pool, kernel, (m, n, k), a, b, c, c_stride, epilogue);
+}
+
+/// Checks all operands but B.
+#[track_caller]
+fn assert_operands<E, C>(
+    (m, n): (usize, usize),
+    (a, a_rows, a_columns): (Mat<E>, usize, usize),
+    c: &[C],
+    c_stride: usize,
+    epilogue: &Epilogue<E>,
+) {
+    assert_fits("A", a.data.len(), a.stride, a_rows, a_columns);
     assert_fits("C", c.len(), c_stride, m, n);
     if let Some(bias) = epilogue.bias {
         assert!(
@@ -130,21 +207,35 @@ fn gemm_with<E: Element, C: Element<Acc = E::Acc>>(
             bias.len()
         );
     }
-    if let Some(residual) = epilogue.residual {
+    if let Some(residual) = &epilogue.residual {
         assert_fits("residual", residual.data.len(), residual.stride, m, n);
     }
-    if m == 0 || n == 0 {
-        return;
-    }
-    let Some(kernel) = kernel else {
-        return by_reference(pool, layout, (m, n, k), a, b, c, c_stride, epilogue);
-    };
-    let source = |mat: Mat<E>, k_contiguous| Source {
+}
+
+/// A matrix as packing sees it.
+fn source<E>(mat: Mat<E>, k_contiguous: bool) -> Source {
+    Source {
         data: mat.data.as_ptr().cast(),
         stride: mat.stride * size_of::<E>(),
         size: size_of::<E>(),
         k_contiguous,
-    };
+    }
+}
+
+/// Runs a kernel on checked operands.
+fn run<E: Element, C: Element<Acc = E::Acc>>(
+    pool: &Pool,
+    kernel: &Kernel,
+    (m, n, k): (usize, usize, usize),
+    a: Source,
+    b: Right<'_>,
+    c: &mut [C],
+    c_stride: usize,
+    epilogue: Epilogue<E>,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
     let level = if pool.level() == Level::Avx2 {
         Level::Avx2
     } else {
@@ -155,8 +246,8 @@ fn gemm_with<E: Element, C: Element<Acc = E::Acc>>(
         m,
         n,
         k,
-        a: source(a, layout != Layout::Tn),
-        b: source(b, layout == Layout::Nt),
+        a,
+        b,
         target: finish::Target {
             c: c.as_mut_ptr().cast(),
             c_stride,

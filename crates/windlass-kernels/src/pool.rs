@@ -1,7 +1,9 @@
 //! The thread pool every kernel runs on.
 //!
-//! [`Pool::run`] hands out task numbers from one atomic counter; the caller takes part. Workers spin for about
-//! 20 µs after a run, then park, so that a chain of small kernels pays no system call and an idle pool costs nothing.
+//! [`Pool::run`] hands out task numbers from one atomic counter; the caller takes part. After a run workers spin for some
+//! microseconds, then offer their core to others until 200 µs have passed, then park: a chain of small kernels
+//! waits for no core to wake up (on a virtual machine that takes longer than a product of one token), and an idle pool
+//! costs nothing.
 //! A worker that wakes late is never waited for: a run ends when all its tasks are done.
 //!
 //! The pool carries the [`Level`] its kernels run at, and one scratch buffer a worker. It knows nothing of NUMA and
@@ -23,8 +25,21 @@ mod buffer;
 use buffer::Scratch;
 pub use buffer::SharedMut;
 
-/// How long a thread without work spins before it parks.
+/// How long a thread without work spins.
 const SPIN: Duration = Duration::from_micros(20);
+/// After how long it parks.
+const PARK: Duration = Duration::from_micros(200);
+
+/// Passes a moment of a wait that began at `start`; false when it is time to park.
+fn pause(start: Instant) -> bool {
+    let waited = start.elapsed();
+    if waited < SPIN {
+        std::hint::spin_loop();
+    } else if waited < PARK {
+        std::thread::yield_now();
+    }
+    waited < PARK
+}
 
 /// A fixed set of threads that run numbered tasks.
 ///
@@ -325,9 +340,7 @@ impl Shared {
         let mut inside = self.state.fetch_and(!OPEN, SeqCst) & INSIDE;
         let start = Instant::now();
         while inside != 0 {
-            if start.elapsed() < SPIN {
-                std::hint::spin_loop();
-            } else {
+            if !pause(start) {
                 // The worker that leaves last unparks us; a stray token only costs a turn of this loop.
                 std::thread::park();
             }
@@ -388,8 +401,7 @@ impl Shared {
         };
         let start = Instant::now();
         while !ready() {
-            if start.elapsed() < SPIN {
-                std::hint::spin_loop();
+            if pause(start) {
                 continue;
             }
             parked.store(true, SeqCst);

@@ -1,6 +1,6 @@
 //! `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the server runs.
 //!
-//! They exist only where the server was given a folder for it. A request names a subfolder of that one, never a path. An
+//! They exist only where the server was given a folder for it. A request names a subfolder or GGUF file in that one, never a path. An
 //! adapter is read beside the engine, which learns of it with the first request; one that is unloaded takes no more
 //! requests and goes with the last answer under way.
 
@@ -32,7 +32,7 @@ pub(crate) async fn load(
         return Err(Refusal::field("lora_name", rule));
     }
     if !is_plain(&place) {
-        let rule = "must be the plain name of a folder among the adapters, not a path";
+        let rule = "must be the plain name of a folder or GGUF file among the adapters, not a path";
         return Err(Refusal::field("lora_path", rule));
     }
     app.has_room_for(&name)?;
@@ -40,14 +40,18 @@ pub(crate) async fn load(
     body::prepare(move || {
         let root = app.options.adapter_folder.as_deref();
         let root = root.expect("without a folder there is no such address");
-        let folder = root.join(&place);
-        if !folder.is_dir() {
+        let path = root.join(&place);
+        if !path.is_dir()
+            && !path
+                .extension()
+                .is_some_and(|end| end == "gguf" && path.is_file())
+        {
             return Err(Refusal {
                 param: Some("lora_path".into()),
                 ..Refusal::not_found(format!("there is no adapter {place:?}"))
             });
         }
-        let overlay = base.loader.load(&folder);
+        let overlay = base.loader.load(&path);
         let overlay = overlay.map_err(|error| unfit(root, &error))?;
         tracing::info!(name, bytes = overlay.bytes(), "adapter loaded");
         let model = Model::adapted(&base, name, overlay, unix_now());

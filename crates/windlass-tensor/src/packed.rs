@@ -94,30 +94,6 @@ impl Packed {
         out
     }
 
-    /// Rows `rows` of columns `cols`, which begin at a multiple of 32, as plain elements.
-    ///
-    /// # Panics
-    /// When the columns are in another order than the matrix's and not all of them are asked for.
-    #[track_caller]
-    pub fn unpack_block(
-        &self,
-        cpu: &Cpu,
-        rows: std::ops::Range<usize>,
-        cols: std::ops::Range<usize>,
-        dtype: DType,
-    ) -> Tensor {
-        if cols == (0..self.shape[1]) {
-            return self.unpack_rows(cpu, rows, dtype);
-        }
-        assert!(self.order.is_none(), "some columns of an ordered matrix");
-        let shape = [rows.len(), cols.len()];
-        let mut out = Tensor::empty(cpu, shape, dtype, Category::Workspace);
-        each_dtype!(dtype, E => {
-            self.matrix.unpack_block(&cpu.pool, rows, cols, out.as_mut_slice::<E>());
-        });
-        out
-    }
-
     /// Unpacks row `row` into `out`.
     pub fn unpack_row<E: Element>(&self, cpu: &Cpu, row: usize, out: &mut [E]) {
         self.unpack(cpu, row..row + 1, out);

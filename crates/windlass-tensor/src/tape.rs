@@ -102,6 +102,8 @@ pub struct Tape {
     pub(crate) overlays: Overlays,
     /// Where what is left to chance comes from.
     noise: Option<u64>,
+    /// Whether the unit's output is known: only the way back is wanted.
+    repeats: bool,
 }
 
 /// Gradients that a loss op may add to while it runs forward, and the gradient of the loss it may assume.
@@ -126,6 +128,16 @@ impl Tape {
             adapters: true,
             overlays: Vec::new(),
             noise: None,
+            repeats: false,
+        }
+    }
+
+    /// As [`Tape::training`], for a pass whose output is known from a [`Tape::rehearsal`]: what only the output needs
+    /// ([`Tape::linear_out`]) is not computed again.
+    pub fn repeating(cpu: &Cpu) -> Self {
+        Tape {
+            repeats: true,
+            ..Self::training(cpu)
         }
     }
 
@@ -180,6 +192,11 @@ impl Tape {
     pub(crate) fn noise(&self, slot: usize) -> Option<u64> {
         let mut seed = self.noise? ^ (slot as u64) << 32;
         Some(crate::rng::splitmix64(&mut seed))
+    }
+
+    /// Whether the numbers of the unit's output are left out.
+    pub(crate) fn repeats(&self) -> bool {
+        self.repeats
     }
 
     /// Whether packed products stand for themselves: no gradient is asked for, so their inputs may be rounded.

@@ -48,7 +48,7 @@ impl Pass {
         let cpu = store.cpu();
         if !how.checkpointing && !how.frozen {
             let (y, recorded) = record(
-                store,
+                Tape::training(cpu),
                 (layer, weights),
                 (input, !how.ends),
                 batch,
@@ -96,18 +96,19 @@ impl Pass {
             Pass::Shelved(shelved) => store.unshelve(shelved)?,
             Pass::Frozen => unreachable!("no gradient reaches a layer that trains nothing"),
         };
-        Ok(record(store, layer, (input, true), batch, noise).1)
+        let tape = Tape::repeating(store.cpu());
+        Ok(record(tape, layer, (input, true), batch, noise).1)
     }
 }
 
 fn record<B>(
-    store: &Store,
+    tape: Tape,
     (layer, weights): (&dyn Layer<B>, &Weights),
     (input, flows): (Tensor, bool),
     batch: &B,
     noise: u64,
 ) -> (Var, Recorded) {
-    let mut tape = Tape::training(store.cpu()).with_noise(noise);
+    let mut tape = tape.with_noise(noise);
     // Without a place on the tape, no gradient is computed for it.
     let value = match flows {
         true => tape.input(input),

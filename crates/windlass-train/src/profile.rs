@@ -23,7 +23,8 @@ pub struct LayerProfile {
     pub forward: f64,
     /// Seconds of the backward pass, with the forward pass it repeats under activation checkpointing.
     pub backward: f64,
-    /// Forward passes that the backward pass repeats.
+    /// Forward passes that the backward pass repeats. One counts whole, as DeepSpeed counts it, though a decoder's last product is
+    /// left out of it.
     pub recomputed: f64,
 }
 
@@ -135,7 +136,7 @@ pub(crate) fn profile(
         let weights = store.gather(unit)?;
         let clock = Instant::now();
         let again = |input: Tensor| {
-            let mut tape = Tape::training(cpu);
+            let mut tape = Tape::repeating(cpu);
             let value = tape.input(input);
             let y = layer.forward(&weights, value, batch, &mut tape);
             tape.finish(&y).0

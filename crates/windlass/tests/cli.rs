@@ -846,6 +846,47 @@ fn info_names_the_kernels() {
     assert!(windlass(&["info"], &[], "").ok().contains("kernels"));
 }
 
+/// A test of a model for each combination of lists, in llama-bench's order.
+#[test]
+fn a_model_is_measured_in_lists() {
+    let model = Fixture::new();
+    let bench = |flags: &str| {
+        let flags: Vec<&str> = flags.split(' ').collect();
+        windlass(
+            &[&["bench", "-m", model.name()], &flags[..]].concat(),
+            &[],
+            "",
+        )
+    };
+    let found = bench("-p 9,0 -n 2,3 -d 0,5 -t 2,1 -r 2 --json")
+        .json()
+        .remove(0);
+    let rows = found["tests"].as_array().unwrap();
+    let of = |row: &Value| format!("{} {}", row["threads"], row["test"].as_str().unwrap());
+    let names: Vec<String> = rows.iter().map(of).collect();
+    let tests = ["pp9", "tg2", "tg3", "pp9 @ d5", "tg2 @ d5", "tg3 @ d5"];
+    let wanted = [2, 1].map(|threads| tests.map(|test| format!("{threads} {test}")));
+    assert_eq!(names, wanted.concat());
+    for row in rows {
+        assert_eq!(row["runs"].as_array().unwrap().len(), 2);
+        assert!(row["tokens_per_second"].as_f64() > Some(0.0), "{row}");
+    }
+    let ceilings = found["ceilings"].as_array().unwrap();
+    let threads: Vec<&Value> = ceilings.iter().map(|one| &one["threads"]).collect();
+    assert_eq!(threads, [2, 1]);
+    let told = bench("-p 8 -n 0 -d 4 --threads 1 -r 1").ok();
+    assert!(told.contains("| 1 | pp8 @ d4 |"), "{told}");
+    for (flags, said) in [
+        ("-t 1,0", "this machine has"),
+        ("-t 1 --threads 1", "cannot be used with"),
+        ("-p 1,x", "invalid value 'x'"),
+    ] {
+        let flags: Vec<&str> = flags.split(' ').collect();
+        let arguments = [&["bench", "-m", model.name()], &flags[..]].concat();
+        refuse("bench", &arguments, 2, &[said]);
+    }
+}
+
 /// The verbs whose help is kept under `tests/snapshots`; `WINDLASS_UPDATE_SNAPSHOTS=1` writes the files anew.
 const HELP: &[&[&str]] = &[
     &["quickstart"],

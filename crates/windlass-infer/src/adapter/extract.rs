@@ -3,7 +3,7 @@
 //! Matrices are compared as files hold them, since that is what PEFT's adapters speak of: a fused module is one matrix.
 
 use super::low_rank::{low_rank, multiplied};
-use super::{plain, write_adapter};
+use super::{Factors, PREFIX, file_tensor, plain, write_adapter};
 use crate::InferError;
 use crate::loaded::{LoadedModel, find_folder};
 use std::path::Path;
@@ -27,9 +27,6 @@ pub struct Extracted {
     /// Tensors without an adapter that differ too: nothing says how.
     pub others: Vec<String>,
 }
-
-/// Factors of all modules, as a file has them.
-type Factors = Vec<(FileTensor, Vec<f32>)>;
 
 impl LoadedModel {
     /// Writes the adapter by which `tuned` differs from this model, as near as its ranks allow.
@@ -263,13 +260,8 @@ fn factors(
     b.iter_mut()
         .for_each(|v| *v = (f64::from(*v) / scale) as f32);
     let mut put = |kind: &str, shape: [usize; 2], values: Vec<f32>| {
-        let tensor = FileTensor {
-            name: format!("base_model.model.{module}.{kind}.weight"),
-            shape: shape.into(),
-            parts: Vec::new(),
-            layout: Layout::Rows,
-        };
-        tensors.push((tensor, values));
+        let name = format!("{PREFIX}{module}.{kind}.weight");
+        tensors.push((file_tensor(name, &shape), values));
     };
     put("lora_A", [rank, k], a);
     put("lora_B", [n, rank], b);

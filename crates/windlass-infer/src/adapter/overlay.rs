@@ -3,18 +3,16 @@
 //! An [`Overlay`] is complete in itself and never changes: it is loaded on any thread while the model computes, and goes
 //! when the last request that names it has ended.
 
-use super::AdapterFolder;
 use crate::InferError;
 use crate::loaded::LoadedModel;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use windlass_model::{DecoderConfig, Tokens, decoder};
-use windlass_store::Loader;
+use windlass_model::{DecoderConfig, Tokens};
 use windlass_tensor::kernels::memory::Memory;
 use windlass_tensor::kernels::pool::Pool;
-use windlass_tensor::{Category, Cpu, DType, Lora, ParamId, Tape, Tensor, UnitOverlay, Weights};
+use windlass_tensor::{Category, Cpu, DType, Lora, Tape, Tensor, UnitOverlay, Weight, Weights};
 
 /// An adapter that requests can be computed with.
 #[derive(Debug)]
@@ -58,15 +56,11 @@ impl LoadedModel {
     #[track_caller]
     pub fn overlay_loader(&self) -> Result<OverlayLoader, InferError> {
         assert!(self.adapter.is_none(), "overlays on an adapted model");
-        let units = 0..self.model.units().len();
-        let base: Result<Vec<Weights>, InferError> = units
-            .map(|unit| Ok(self.store.gather(unit)?.clone()))
-            .collect();
         Ok(OverlayLoader {
             config: self.config.clone(),
             dtype: self.dtype,
             memory: self.store.cpu().memory.clone(),
-            base: base?,
+            base: self.weights()?,
         })
     }
 
@@ -92,52 +86,45 @@ impl LoadedModel {
 }
 
 impl OverlayLoader {
-    /// Loads the adapter of a folder.
+    /// Loads the adapter of a folder or GGUF file.
     ///
     /// # Errors
-    /// As [`AdapterFolder::open`]; an adapter for another model, tensor by tensor; one that replaces whole modules.
-    pub fn load(&self, folder: &Path) -> Result<Overlay, InferError> {
+    /// As [`LoadedModel::add_adapter`]; an adapter that replaces whole modules.
+    pub fn load(&self, path: &Path) -> Result<Overlay, InferError> {
         static LOADED: AtomicU64 = AtomicU64::new(1);
-        let asked = folder;
-        let folder = AdapterFolder::open(asked)?;
-        let template = [asked, &folder.path].map(|place| place.join("chat_template.jinja"));
-        if !folder.config.modules_to_save.is_empty() {
-            return Err(InferError::Adapter {
-                path: folder.path.clone(),
-                problem: format!(
-                    "modules_to_save replaces {}, which all requests share",
-                    folder.config.modules_to_save.join(", ")
-                ),
-                hint: "merge it into a model of its own: windlass adapter merge".into(),
-            });
-        }
-        // Declared as a model that has the adapter, of which only the adapter's parameters are ever allocated.
-        let mut model = decoder(&self.config);
-        let adapter = model.adapt(self.config.naming, &folder.config)?;
-        folder.check(&adapter)?;
         let cpu = Cpu {
             pool: Arc::new(Pool::new(1)),
             memory: self.memory.clone(),
         };
-        let own = match self.dtype {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
-        let specs = model.units();
-        let mut loader = Loader::new(&cpu, &folder.tensors, specs, &adapter.tensors, |_| None);
-        let mut units = Vec::with_capacity(specs.len());
-        for (unit, (spec, base)) in specs.iter().zip(&self.base).enumerate() {
+        // A model that has the adapter, of which the adapter's parameters are all that stays.
+        let (config, base) = (self.config.clone(), self.base.clone());
+        let mut model = LoadedModel::bare(&cpu, config, base, self.dtype, path);
+        model.add_adapter(path)?;
+        let config = model.adapter.map(|adapter| adapter.config);
+        let saved = config.map_or(Vec::new(), |config| config.modules_to_save);
+        if !saved.is_empty() {
+            return Err(InferError::Adapter {
+                path: path.to_owned(),
+                problem: format!(
+                    "modules_to_save replaces {}, which all requests share",
+                    saved.join(", ")
+                ),
+                hint: "merge it into a model of its own: windlass adapter merge".into(),
+            });
+        }
+        let mut units = Vec::new();
+        let specs = model.model.units();
+        let weights = model.store.into_weights();
+        for ((spec, base), all) in specs.iter().zip(&self.base).zip(weights) {
             let first = base.len();
-            let mut weights = Vec::new();
-            for (slot, param) in spec.params.iter().enumerate().skip(first) {
-                let values = loader.read(ParamId { unit, slot }, 0..param.shape.len(), own)?;
-                let values = values.reshape(param.shape);
-                // Factors are multiplied with activations; magnitudes, which are vectors, are not.
-                weights.push(match param.shape[..].len() > 1 {
-                    true => values.cast(&cpu, self.dtype, Category::Weights).into(),
-                    false => values.into(),
-                });
-            }
+            // Factors are multiplied with activations; magnitudes, which are vectors, are not.
+            let own = all.iter().skip(first).map(|weight| match weight {
+                Weight::Dense(values) if weight.shape()[..].len() > 1 => {
+                    values.cast(&cpu, self.dtype, Category::Weights).into()
+                }
+                other => other.clone(),
+            });
+            let weights = Weights::new(own.collect());
             let links = spec.adapters.iter().map(|&(slot, lora)| {
                 let own = Lora {
                     a: lora.a - first,
@@ -147,15 +134,15 @@ impl OverlayLoader {
                 };
                 (slot, own)
             });
-            let weights = Weights::new(weights);
             let overlay = UnitOverlay::new(&cpu, links, weights, base, self.dtype);
             units.push(Arc::new(overlay));
         }
         let id = LOADED.fetch_add(1, Ordering::Relaxed);
         Ok(Overlay {
-            chat_template: template
-                .into_iter()
-                .find_map(|file| std::fs::read_to_string(file).ok()),
+            chat_template: ["", "best", "last"].iter().find_map(|of_run| {
+                let file = path.join(of_run).join("chat_template.jinja");
+                std::fs::read_to_string(file).ok()
+            }),
             id,
             units,
         })

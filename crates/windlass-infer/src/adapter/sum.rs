@@ -1,21 +1,34 @@
 //! Several adapters at once: what they add to the weights adds up.
 //!
 //! Factors are put side by side, so the sum is one adapter whose product is the weighted sum of theirs; nothing else in a model
-//! knows that there were several.
+//! knows that there were several. They are added as files have them, on a model or without one.
 
+use super::{AdapterFolder, Factors, PREFIX, file_tensor, write_adapter};
 use crate::InferError;
 use crate::loaded::LoadedModel;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use windlass_model::{Adapter, AdapterConfig, Targets, decoder};
-use windlass_store::Store;
-use windlass_tensor::{Category, Lora, ParamId, Tensor, Weights};
+use windlass_model::{AdapterConfig, Targets};
+use windlass_tensor::{Category, FileTensor, ParamId, Tensor};
 
-/// One of several adapters, on a model of its own that shares the weights.
-struct Part<'a> {
-    path: &'a Path,
-    weight: f64,
-    model: LoadedModel,
+/// Adds up adapters' folders, each with how much of it counts, and writes their sum as one; returns its settings.
+///
+/// # Errors
+/// As [`AdapterFolder::open`] and [`LoadedModel::add_adapters`]; whatever hinders writing.
+pub fn write_sum(adapters: &[(PathBuf, f64)], out: &Path) -> Result<AdapterConfig, InferError> {
+    let mut parts = Vec::with_capacity(adapters.len());
+    for (path, weight) in adapters {
+        let folder = AdapterFolder::open(path)?;
+        parts.push(Part {
+            path,
+            weight: *weight,
+            tensors: folder.values()?,
+            config: folder.config,
+        });
+    }
+    let (config, tensors) = sum(parts)?;
+    write_adapter(out, &config, &tensors)?;
+    Ok(config)
 }
 
 impl LoadedModel {
@@ -39,26 +52,31 @@ impl LoadedModel {
         for (path, weight) in adapters {
             let mut model = self.beside()?;
             model.add_adapter(path)?;
-            let part = Part {
+            let (config, tensors) = model.adapter_values()?;
+            parts.push(Part {
                 path,
                 weight: *weight,
-                model,
-            };
-            part.adds_up(&parts)?;
-            parts.push(part);
+                config: config.clone(),
+                tensors,
+            });
         }
-        let config = together(&parts)?;
+        let (config, tensors) = sum(parts)?;
+        let named = tensors.into_iter().map(|(t, values)| (t.name, values));
+        let tensors: BTreeMap<String, Vec<f32>> = named.collect();
         let adapter = self.model.adapt(self.config.naming, &config)?;
+        let mut values: BTreeMap<ParamId, Vec<f32>> = BTreeMap::new();
+        for file in &adapter.tensors {
+            let rows = |id: &ParamId| self.model.units()[id.unit].params[id.slot].shape[0];
+            let rows: Vec<usize> = file.parts.iter().map(rows).collect();
+            let split = file.split(&tensors[&file.name], &rows);
+            values.extend(file.parts.iter().copied().zip(split));
+        }
         let cpu = self.store.cpu().clone();
         self.extend(adapter, &mut |id, param, dtype| {
-            let found = parts.iter().filter_map(|part| part.values(id, &param.name));
-            let found: Vec<Values> = found.collect::<Result<_, _>>()?;
-            let values = side_by_side(&found);
-            if values.is_empty() {
-                return Ok(None);
-            }
-            let values = Tensor::from_slice(&cpu, &values, param.shape, Category::Weights);
-            Ok(Some(values.cast(&cpu, dtype, Category::Weights)))
+            Ok(values.remove(&id).map(|values| {
+                let values = Tensor::from_slice(&cpu, &values, param.shape, Category::Weights);
+                values.cast(&cpu, dtype, Category::Weights)
+            }))
         })
     }
 
@@ -80,57 +98,34 @@ impl LoadedModel {
     /// The model once more without its tokenizer; it shares the weights.
     fn beside(&self) -> Result<LoadedModel, InferError> {
         assert!(self.adapter.is_none(), "a model is adapted once");
-        let model = decoder(&self.config);
-        let units = 0..model.units().len();
-        let weights: Result<Vec<Weights>, InferError> = units
-            .map(|unit| Ok(self.store.gather(unit)?.clone()))
-            .collect();
+        let (cpu, config) = (self.store.cpu(), self.config.clone());
+        let model = Self::bare(cpu, config, self.weights()?, self.dtype, &self.folder);
         Ok(LoadedModel {
-            config: self.config.clone(),
-            store: Store::new(self.store.cpu(), model.units(), weights?),
-            model,
-            tokenizer: None,
-            dtype: self.dtype,
             kv_type: self.kv_type,
-            notes: Vec::new(),
-            folder: self.folder.clone(),
-            adapter: None,
+            ..model
         })
     }
 }
 
-/// What an adapter gives a parameter.
-enum Values {
-    /// All of it: `A`, whose rows are followed by those of others, or a module that is saved whole.
-    Rows(Vec<f32>),
-    /// `B`, of so many columns, beside which those of others stand.
-    Columns(Vec<f32>, usize),
-}
-
-/// The rows or columns of several adapters.
-fn side_by_side(found: &[Values]) -> Vec<f32> {
-    let rows = found.iter().find_map(|values| match values {
-        Values::Columns(values, r) => Some(values.len() / r),
-        Values::Rows(_) => None,
-    });
-    let of = |values: &Values, row: usize| match values {
-        Values::Rows(values) => values.clone(),
-        Values::Columns(values, r) => values[row * r..(row + 1) * r].to_vec(),
-    };
-    (0..rows.unwrap_or(1))
-        .flat_map(|row| found.iter().flat_map(move |values| of(values, row)))
-        .collect()
+/// One of several adapters, as its file has it.
+struct Part<'a> {
+    path: &'a Path,
+    weight: f64,
+    config: AdapterConfig,
+    tensors: Factors,
 }
 
 impl Part<'_> {
-    fn adapter(&self) -> &Adapter {
-        self.model.adapter.as_ref().expect("an adapter, just added")
+    /// The tensors of factors, or those of modules that it has whole.
+    fn names(&self, whole: bool) -> impl Iterator<Item = &str> {
+        let names = self.tensors.iter().map(|(tensor, _)| tensor.name.as_str());
+        names.filter(move |name| name.contains(".lora_") != whole)
     }
 
-    /// The modules that it has whole, by their names in its file.
-    fn whole(&self) -> impl Iterator<Item = &str> {
-        let names = self.adapter().tensors.iter().map(|t| t.name.as_str());
-        names.filter(|name| !name.contains(".lora_"))
+    /// The modules that have factors, by their names in the file.
+    fn modules(&self) -> impl Iterator<Item = &str> {
+        let module = |name| str::split_once(name, ".lora_").map(|(module, _)| module);
+        self.names(false).filter_map(module)
     }
 
     fn refuse(&self, problem: String) -> InferError {
@@ -143,24 +138,21 @@ impl Part<'_> {
 
     /// Checks that it can be added to others.
     fn adds_up(&self, others: &[Part<'_>]) -> Result<(), InferError> {
-        let config = &self.adapter().config;
-        let dora = config.use_dora || others.iter().any(|part| part.adapter().config.use_dora);
-        if dora && (self.weight != 1.0 || !others.is_empty()) {
+        if self.config.use_dora {
             let problem = "DoRA's magnitudes replace norms: it stands alone, and counts whole";
             return Err(self.refuse(problem.into()));
         }
-        if let Some(name) = self.whole().next().filter(|_| self.weight != 1.0) {
+        if let Some(name) = self.names(true).next().filter(|_| self.weight != 1.0) {
             let problem = format!("has {name} whole, of which no part can be taken: it counts 1");
             return Err(self.refuse(problem));
         }
         for other in others {
             for (one, two) in [(self, other), (other, self)] {
                 let changed = |name: &&str| {
-                    let has = |t: &&str| t == name;
-                    let adapted = |m: &String| module_of(name) == m;
-                    two.whole().any(|t| has(&t)) || two.adapter().modules.iter().any(adapted)
+                    let (module, _) = name.rsplit_once('.').unwrap_or((name, ""));
+                    two.names(true).any(|t| t == *name) || two.modules().any(|m| m == module)
                 };
-                if let Some(name) = one.whole().find(changed) {
+                if let Some(name) = one.names(true).find(changed) {
                     let problem = format!(
                         "{name} is whole in {}, and {} has another",
                         one.path.display(),
@@ -173,63 +165,108 @@ impl Part<'_> {
         Ok(())
     }
 
-    /// What it gives a parameter of the sum; `None` where it has no say.
-    fn values(&self, id: ParamId, name: &str) -> Option<Result<Values, InferError>> {
-        let spec = &self.model.model.units()[id.unit];
-        let slot = spec.params.iter().position(|param| param.name == name)?;
-        if !spec.params[slot].trained {
-            return None;
-        }
-        let values = match self.model.store.gather(id.unit) {
-            Ok(weights) => weights.at(slot).weight.dense().to_f32(),
-            Err(error) => return Some(Err(error.into())),
+    /// A module's `A`, `B`, rank and scale; `None` where it has none.
+    fn factors(&self, module: &str) -> Result<Option<Pair<'_>>, InferError> {
+        let find = |kind: &str| {
+            let name = format!("{module}.{kind}.weight");
+            self.tensors.iter().find(|(tensor, _)| tensor.name == name)
         };
-        let links = || spec.adapters.iter().map(|(_, lora)| lora);
-        if links().any(|lora| lora.b == slot) {
-            return Some(Ok(Values::Columns(values, spec.params[slot].shape[1])));
-        }
-        let gain = links()
-            .find(|lora| lora.a == slot)
-            .map(|lora: &Lora| lora.scale);
-        let gain = gain.map_or(1.0, |scale| scale * self.weight) as f32;
-        Some(Ok(Values::Rows(values.iter().map(|v| v * gain).collect())))
+        let pair = match (find("lora_A"), find("lora_B")) {
+            (None, None) if !self.modules().any(|m| m == module) => return Ok(None),
+            (Some((a, of_a)), Some((b, of_b))) => match (&a.shape[..], &b.shape[..]) {
+                (&[rank, inputs], &[outputs, r]) if rank == r => Some(Pair {
+                    a: of_a,
+                    b: of_b,
+                    rank,
+                    shape: [outputs, inputs],
+                    gain: (self.config.rank_and_scale(bare(module))?.1 * self.weight) as f32,
+                }),
+                _ => None,
+            },
+            _ => None,
+        };
+        let problem = || self.refuse(format!("{module} has no pair of factors"));
+        pair.map(Some).ok_or_else(problem)
     }
 }
 
-/// A module's name, of that of its tensor in an adapter's file.
-fn module_of(tensor: &str) -> &str {
-    let name = tensor.strip_prefix("base_model.model.").unwrap_or(tensor);
-    name.rsplit_once('.').map_or(name, |(module, _)| module)
+/// A module's name in the model.
+fn bare(module: &str) -> &str {
+    module.strip_prefix(PREFIX).unwrap_or(module)
 }
 
-/// The settings of the sum: the ranks of a module add up, and its factors have their scales in them.
-fn together(parts: &[Part<'_>]) -> Result<AdapterConfig, InferError> {
-    let mut ranks: BTreeMap<String, usize> = BTreeMap::new();
+/// The factors of one module.
+struct Pair<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    rank: usize,
+    /// Of their product.
+    shape: [usize; 2],
+    /// What their product is multiplied with.
+    gain: f32,
+}
+
+/// The adapter whose factors are those of all, side by side, with their scales in `A`.
+fn sum(parts: Vec<Part<'_>>) -> Result<(AdapterConfig, Factors), InferError> {
+    for (at, part) in parts.iter().enumerate() {
+        part.adds_up(&parts[..at])?;
+    }
+    let modules: BTreeSet<&str> = parts.iter().flat_map(Part::modules).collect();
+    let (mut ranks, mut tensors) = (Vec::new(), Factors::new());
+    for module in modules {
+        let mut pairs: Vec<Pair<'_>> = Vec::new();
+        for part in &parts {
+            let pair = part.factors(module)?;
+            if pair
+                .iter()
+                .any(|pair| pairs.first().is_some_and(|p| p.shape != pair.shape))
+            {
+                return Err(part.refuse(format!("{module} has another shape than in others")));
+            }
+            pairs.extend(pair);
+        }
+        let rank = pairs.iter().map(|pair| pair.rank).sum();
+        let [outputs, inputs] = pairs[0].shape;
+        let a = pairs.iter().flat_map(|p| p.a.iter().map(|v| v * p.gain));
+        let row = |row: usize| {
+            pairs
+                .iter()
+                .flat_map(move |p| &p.b[row * p.rank..][..p.rank])
+        };
+        let mut put = |kind: &str, shape: [usize; 2], values: Vec<f32>| {
+            let name = format!("{module}.{kind}.weight");
+            tensors.push((file_tensor(name, &shape), values));
+        };
+        put("lora_A", [rank, inputs], a.collect());
+        put(
+            "lora_B",
+            [outputs, rank],
+            (0..outputs).flat_map(row).copied().collect(),
+        );
+        ranks.push((bare(module).to_owned(), rank));
+    }
     let mut config = AdapterConfig {
         file: "the adapters".into(),
+        r: ranks.iter().map(|(_, rank)| *rank).max().unwrap_or(1),
         ..AdapterConfig::default()
     };
-    for part in parts {
-        let own = &part.adapter().config;
-        for module in &part.adapter().modules {
-            *ranks.entry(module.clone()).or_default() += own.rank_and_scale(module)?.0;
-        }
-        config
-            .modules_to_save
-            .extend(own.modules_to_save.iter().cloned());
-        config.ensure_weight_tying |= own.ensure_weight_tying;
-        config.fan_in_fan_out |= own.fan_in_fan_out;
-        config.base_model_name_or_path = config
-            .base_model_name_or_path
-            .or_else(|| own.base_model_name_or_path.clone());
-    }
-    config.r = ranks.values().copied().max().unwrap_or(1);
     config.lora_alpha = config.r as f64;
-    let others = ranks.iter().filter(|(_, r)| **r != config.r);
+    let others = ranks.iter().filter(|(_, r)| *r != config.r);
     let exact = |name: &str| name.replace('.', "\\.");
     config.rank_pattern = others.map(|(name, r)| (exact(name), *r)).collect();
     let alphas = config.rank_pattern.iter();
     config.alpha_pattern = alphas.map(|(name, r)| (name.clone(), *r as f64)).collect();
-    config.target_modules = Targets::Names(ranks.into_keys().collect());
-    Ok(config)
+    config.target_modules = Targets::Names(ranks.into_iter().map(|(name, _)| name).collect());
+    for part in parts {
+        let own = part.config;
+        config.modules_to_save.extend(own.modules_to_save);
+        config.ensure_weight_tying |= own.ensure_weight_tying;
+        config.fan_in_fan_out |= own.fan_in_fan_out;
+        config.base_model_name_or_path = config
+            .base_model_name_or_path
+            .or(own.base_model_name_or_path);
+        let whole = |(tensor, _): &(FileTensor, Vec<f32>)| !tensor.name.contains(".lora_");
+        tensors.extend(part.tensors.into_iter().filter(whole));
+    }
+    Ok((config, tensors))
 }

@@ -8,6 +8,21 @@ use crate::pool::{Phases, Pool, SharedMut, Worker};
 
 use super::finish::{Block, Target};
 use super::kernel::{Kernel, Source};
+use crate::packed::ROOM;
+use std::ops::Range;
+
+/// Of `(steps, columns, room, out)`: writes a block of an operand, one step after another.
+type Read<'a> = dyn Fn(Range<usize>, Range<usize>, &mut [f32], *mut u8) + Sync + 'a;
+
+/// The second operand.
+pub(super) enum Right<'a> {
+    Plain(Source),
+    /// One that is unpacked when a block of it is needed, in elements of `size` bytes.
+    Packed {
+        read: &'a Read<'a>,
+        size: usize,
+    },
+}
 
 /// One product: sizes, operands and what becomes of the sums.
 pub(super) struct Problem<'a> {
@@ -16,7 +31,7 @@ pub(super) struct Problem<'a> {
     pub n: usize,
     pub k: usize,
     pub a: Source,
-    pub b: Source,
+    pub b: Right<'a>,
     pub target: Target,
 }
 
@@ -33,10 +48,9 @@ const PARTIAL_ROWS: usize = 4096;
 
 /// Runs the product; sizes are not zero, except perhaps `k`.
 pub(super) fn run(pool: &Pool, p: &Problem<'_>) {
-    if p.m <= TASK_ROWS {
-        p.run_few_rows(pool)
-    } else {
-        p.run_shared(pool)
+    match p.b {
+        Right::Plain(b) if p.m <= TASK_ROWS => p.run_few_rows(pool, b),
+        _ => p.run_shared(pool),
     }
 }
 
@@ -53,7 +67,7 @@ impl Problem<'_> {
     }
 
     /// Few rows: A is packed whole and shared; every task streams its own columns of B once, through its L1 cache.
-    fn run_few_rows(&self, pool: &Pool) {
+    fn run_few_rows(&self, pool: &Pool, b: Source) {
         let kn = self.kernel;
         let slivers = self.m.div_ceil(kn.mr);
         let k_blocks = blocks(self.k, kn.kc);
@@ -65,7 +79,7 @@ impl Problem<'_> {
             4
         };
         // Long streams of B for single tokens; wider blocks where A would be read too often, or B's rows too briefly.
-        let group = if self.m <= kn.mr && self.b.k_contiguous {
+        let group = if self.m <= kn.mr && b.k_contiguous {
             1
         } else {
             4
@@ -82,7 +96,7 @@ impl Problem<'_> {
             phases.run(b_slivers.div_ceil(group), |task, worker| {
                 let j = task * group..b_slivers.min((task + 1) * group);
                 let a = common.as_mut_ptr().cast_const();
-                self.stream_columns(worker, j, a, room);
+                self.stream_columns(worker, b, j, a, room);
             });
         });
     }
@@ -91,7 +105,8 @@ impl Problem<'_> {
     fn stream_columns(
         &self,
         worker: &mut Worker,
-        j: std::ops::Range<usize>,
+        source: Source,
+        j: Range<usize>,
         a: *const f32,
         room: usize,
     ) {
@@ -108,7 +123,7 @@ impl Problem<'_> {
                 for (local, sliver) in j.clone().enumerate() {
                     let (column, columns) = Self::block(sliver, kn.nr, self.n);
                     (kn.pack_b)(
-                        self.b.skip_lanes(column).skip_k(k),
+                        source.skip_lanes(column).skip_k(k),
                         columns,
                         depth,
                         b.as_mut_ptr(),
@@ -229,11 +244,10 @@ impl Shared<'_> {
         // Neighboring slivers together: where columns are neighbors in memory, they share pages.
         const GROUP: usize = 4;
         let groups = self.slivers.1.div_ceil(GROUP);
-        phases.run(groups * blocks(self.depth.1, kn.kc), |task, _| {
+        phases.run(groups * blocks(self.depth.1, kn.kc), |task, worker| {
             let (block, group) = (task / groups, task % groups);
-            for j in group * GROUP..self.slivers.1.min((group + 1) * GROUP) {
-                self.pack_columns(j, block);
-            }
+            let slivers = group * GROUP..self.slivers.1.min((group + 1) * GROUP);
+            self.pack_columns(worker, slivers, block);
         });
         // Blocks only shrink when there are too few for the threads; no result depends on their size.
         let slivers = self.rows.1.div_ceil(kn.mr);
@@ -266,7 +280,7 @@ impl Shared<'_> {
     }
 
     /// What is multiplied after a sliver: the next of the same depth, or the first of the next depth.
-    fn next_sliver(&self, sliver: usize, block: usize, j: &std::ops::Range<usize>) -> *const f32 {
+    fn next_sliver(&self, sliver: usize, block: usize, j: &Range<usize>) -> *const f32 {
         let (sliver, block) = if sliver < j.end {
             (sliver, block)
         } else {
@@ -277,23 +291,53 @@ impl Shared<'_> {
             .wrapping_add(self.b_offset(sliver, block))
     }
 
-    fn pack_columns(&self, sliver: usize, block: usize) {
+    /// Packs block `block` of the depth for neighboring slivers of columns.
+    fn pack_columns(&self, worker: &mut Worker, slivers: Range<usize>, block: usize) {
         let (p, kn) = (self.problem, self.problem.kernel);
-        let (column, columns) = Problem::block(self.slivers.0 + sliver, kn.nr, p.n);
+        let first = (self.slivers.0 + slivers.start) * kn.nr;
+        let columns = (slivers.len() * kn.nr).min(p.n - first);
         let (k, depth) = Problem::block(block, kn.kc, self.depth.1);
-        let src = p.b.skip_lanes(column).skip_k(self.depth.0 + k);
-        // SAFETY: this part of the buffer belongs to this task, columns and depth are in range, and `pitch` being a
-        // multiple of the vector, nothing is written past it.
-        unsafe {
-            let to = self
-                .common
-                .slice(self.b_offset(sliver, block), kn.nr * kn.words(depth));
-            (kn.pack_b)(src, columns, depth, to.as_mut_ptr(), kn.nr);
+        let k = self.depth.0 + k;
+        let src = match p.b {
+            Right::Plain(b) => b.skip_lanes(first).skip_k(k),
+            Right::Packed { read, size } => {
+                let words = (depth * columns * size).div_ceil(size_of::<f32>());
+                let (room, out) = worker.scratch2::<f32, f32>(ROOM, words);
+                read(
+                    k..k + depth,
+                    first..first + columns,
+                    room,
+                    out.as_mut_ptr().cast(),
+                );
+                Source {
+                    data: out.as_ptr().cast(),
+                    stride: columns * size,
+                    size,
+                    k_contiguous: false,
+                }
+            }
+        };
+        for (local, sliver) in slivers.enumerate() {
+            let (column, columns) = Problem::block(local, kn.nr, columns);
+            // SAFETY: this part of the buffer belongs to this task, columns and depth are in range, and `pitch` being a
+            // multiple of the vector, nothing is written past it.
+            unsafe {
+                let to = self
+                    .common
+                    .slice(self.b_offset(sliver, block), kn.nr * kn.words(depth));
+                (kn.pack_b)(
+                    src.skip_lanes(column),
+                    columns,
+                    depth,
+                    to.as_mut_ptr(),
+                    kn.nr,
+                );
+            }
         }
     }
 
     /// One block of C: slivers `i` of the rows by slivers `j` of the columns of this part.
-    fn multiply(&self, worker: &mut Worker, i: std::ops::Range<usize>, j: std::ops::Range<usize>) {
+    fn multiply(&self, worker: &mut Worker, i: Range<usize>, j: Range<usize>) {
         let (p, kn) = (self.problem, self.problem.kernel);
         let tile = kn.mr * kn.nr;
         let room = kn.a_room(kn.mr, kn.kc.min(self.depth.1));

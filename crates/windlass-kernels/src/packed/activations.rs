@@ -231,6 +231,12 @@ impl Activations {
         self.steps
     }
 
+    /// Rows of all steps of a block.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn block(&self) -> usize {
+        self.steps * self.height
+    }
+
     /// Rows of a block.
     pub(super) fn height(&self) -> usize {
         self.height

@@ -2,7 +2,7 @@
 
 #![cfg(target_arch = "x86_64")]
 
-use super::activations::{BOTH, StepScales};
+use super::activations::{BLOCK, BOTH, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
 use super::planes::{Names, Planes, Unpack};
@@ -24,6 +24,8 @@ pub(super) struct Tile<'a> {
     pub scales: *const StepScales,
     /// Rows that lie between a step and the next.
     pub height: usize,
+    /// Rows of all steps: what lies between a block and the next.
+    pub block: usize,
     /// Where the integer sums start, as [`Kernel::starts`] made them.
     pub starts: *const i32,
     pub out: *mut f32,
@@ -44,26 +46,35 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// Where the sums of integers start so that codes count from the layout's zero: `[steps (, halves), rows]`, for the rows
-    /// from `scales` on, whose blocks are `height` high.
+    /// from `scales` on, whose blocks of `block` steps of rows are `height` high.
     pub fn starts(
         &self,
         layout: &Layout,
         scales: &[StepScales],
-        height: usize,
+        (height, block): (usize, usize),
         starts: &mut [i32],
     ) {
         let factor = (self.less - layout.zero()) as f32;
-        let steps = scales.chunks(height);
-        let starts = starts.chunks_exact_mut(layout.halves().len() * self.rows);
-        for (starts, scales) in starts.zip(steps) {
-            // SAFETY: the kernel was chosen for a CPU with its features.
-            unsafe { (self.start)(factor, layout.halves(), scales, starts) };
+        for (at, scales) in (0..self.rows).step_by(BLOCK).zip(scales.chunks(block)) {
+            let starts = starts.chunks_exact_mut(layout.halves().len() * self.rows);
+            for (starts, scales) in starts.zip(scales.chunks(height)) {
+                // SAFETY: the kernel was chosen for a CPU with its features.
+                unsafe {
+                    (self.start)(
+                        factor,
+                        layout.halves(),
+                        scales,
+                        &mut starts[at..],
+                        self.rows,
+                    )
+                };
+            }
         }
     }
 }
 
-/// Of `(factor, halves, scales, starts)`: the starts of a step.
-type Start = unsafe fn(f32, Range<usize>, &[StepScales], &mut [i32]);
+/// Of `(factor, halves, scales, starts, pitch)`: the starts of a step of rows in a block, `pitch` from a half to the next.
+type Start = unsafe fn(f32, Range<usize>, &[StepScales], &mut [i32], usize);
 
 #[inline(always)]
 fn start<const M: usize>(
@@ -71,11 +82,13 @@ fn start<const M: usize>(
     halves: Range<usize>,
     scales: &[StepScales],
     starts: &mut [i32],
+    pitch: usize,
 ) {
     let Some(scales) = scales.first_chunk::<M>() else {
         return;
     };
-    for (starts, half) in starts.as_chunks_mut::<M>().0.iter_mut().zip(halves) {
+    for (starts, half) in starts.chunks_mut(pitch).zip(halves) {
+        let starts = starts.first_chunk_mut::<M>().expect("a start of each row");
         for (start, scales) in starts.iter_mut().zip(scales) {
             // SAFETY: both are whole and their product is below 2^24.
             *start = unsafe { (factor * scales.sums[half]).to_int_unchecked() };
@@ -83,22 +96,22 @@ fn start<const M: usize>(
     }
 }
 
-/// The kernel for a number of rows; `None` where there is only the scalar form.
-pub(super) fn choose(level: Level, codes: Codes, half_steps: bool, rows: usize) -> Option<Kernel> {
+/// The kernel for a number of rows, at a level with vectors.
+pub(super) fn choose(level: Level, codes: Codes, half_steps: bool, rows: usize) -> Kernel {
     match level {
-        Level::Scalar => None,
-        Level::Avx512 | Level::Amx if has_vnni() => Some(match rows {
+        Level::Avx512 | Level::Amx if has_vnni() => match rows {
             ..=1 => vnni::<4, 1>(codes, half_steps),
             2 => vnni::<4, 2>(codes, half_steps),
             3..=4 => vnni::<2, 4>(codes, half_steps),
             5..=8 => vnni::<2, 8>(codes, half_steps),
-            _ => vnni::<1, 8>(codes, half_steps),
-        }),
-        _ => Some(match rows {
+            // Two blocks: a sum waits five cycles for the one before it, and two begin in each.
+            _ => vnni::<1, 16>(codes, half_steps),
+        },
+        _ => match rows {
             ..=1 => avx2::<4, 1>(codes, half_steps),
             2 => avx2::<4, 2>(codes, half_steps),
             _ => avx2::<1, 4>(codes, half_steps),
-        }),
+        },
     }
 }
 
@@ -206,7 +219,7 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                         let a = work.scales.add(at * work.height);
                         for (m, sum) in sums.iter().enumerate() {
                             let out = work.out.add((p * M + m) * PANEL + lane);
-                            let scale = L::broadcast(&(*a.add(m)).scale);
+                            let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
                             L::store(L::fma(*sum, scale, L::load(out)), out);
                         }
                     }
@@ -214,6 +227,26 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
             }
         }
     }
+}
+
+/// Where row `m` of a tile lies from its first one, in rows.
+#[inline(always)]
+fn cell(work: &Tile<'_>, m: usize) -> usize {
+    m / BLOCK * work.block + m % BLOCK
+}
+
+/// The quants of a step in a tile's one or two blocks, each address in a register of its own: the compiler would make them of
+/// a base and an index that others share, and a product that reads its operand by an index is two operations.
+#[inline(always)]
+fn quants(work: &Tile<'_>, step: usize) -> [*const i8; 2] {
+    [0, work.block].map(|at| {
+        let mut address = work.quants.wrapping_add((step * work.height + at) * STEP);
+        // SAFETY: nothing is done.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) address, options(pure, readonly, nostack, preserves_flags));
+        }
+        address
+    })
 }
 
 /// Asks for the next `bytes` bytes, which need not exist.
@@ -240,7 +273,7 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
 ) {
     // SAFETY: as the caller promised.
     unsafe {
-        let quants = work.quants.add(step * work.height * STEP);
+        let quants = quants(work, step);
         let a = work.scales.add(step * work.height);
         let starts = work.starts.add(match HALF {
             BOTH => step * M,
@@ -248,11 +281,9 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
         });
         let mut products = [L::splat(0); M];
         // Written out: loops would keep their sums in memory. Rows go side by side, for a chain of sums has a latency.
-        macro_rules! rows {
-            ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
-        }
         macro_rules! all {
-            ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7) };
+            ($do:ident) => { all!($do: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+            ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
         }
         #[rustfmt::skip]
         macro_rules! start { ($m:literal) => { products[$m] = L::splat(*starts.add($m)) } }
@@ -261,7 +292,7 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
             ($j:literal) => {{
                 macro_rules! multiply {
                     ($m:literal) => {{
-                        let a = quants.add($m * STEP + 4 * $j);
+                        let a = quants[$m / BLOCK].add($m % BLOCK * STEP + 4 * $j);
                         products[$m] = match U::WIDE {
                             true => L::dot_wide(products[$m], codes[$j], a),
                             false => L::dot(products[$m], codes[$j], a),
@@ -292,7 +323,11 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
         if work.layout.min != Min::Without {
             macro_rules! offset {
                 ($m:literal) => {
-                    sums[$m] = L::fma(min, L::broadcast(&(*a.add($m)).sums[HALF]), sums[$m])
+                    sums[$m] = L::fma(
+                        min,
+                        L::broadcast(&(*a.add(cell(work, $m))).sums[HALF]),
+                        sums[$m],
+                    )
                 };
             }
             all!(offset);
@@ -336,8 +371,12 @@ macro_rules! level {
                 halves: Range<usize>,
                 scales: &[StepScales],
                 out: &mut [i32],
+                pitch: usize,
             ) {
-                start::<M>(factor, halves, scales, out);
+                match M {
+                    BLOCK.. => start::<BLOCK>(factor, halves, scales, out, pitch),
+                    _ => start::<M>(factor, halves, scales, out, pitch),
+                }
             }
             let wide = matches!(codes, Codes::U8 | Codes::Table(_));
             Kernel {

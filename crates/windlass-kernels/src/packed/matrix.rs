@@ -163,18 +163,4 @@ impl PackedMatrix {
             }
         }
     }
-
-    /// Writes some rows as plain elements.
-    ///
-    /// # Panics
-    /// When `out` does not hold exactly these rows.
-    #[track_caller]
-    pub fn unpack_rows<E: crate::Element>(
-        &self,
-        pool: &Pool,
-        rows: std::ops::Range<usize>,
-        out: &mut [E],
-    ) {
-        self.unpack_block(pool, rows, 0..self.cols, out);
-    }
 }

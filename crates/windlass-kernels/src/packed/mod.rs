@@ -36,6 +36,7 @@ pub use matrix::PackedMatrix;
 pub(crate) use product::uses_tiles;
 pub use product::{Product, kernel_names, multiply, multiply_groups};
 pub use unit::{RowUnit, UnitMut};
+pub(crate) use unpack::{ROOM, Unpack};
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;

@@ -193,8 +193,9 @@ fn run_task<E: Element>(
             return run_amx(level, worker, x, job, panels, rows);
         }
         let half_steps = layout.sub() == STEP / 2;
-        if let Some(kernel) = super::kernel::choose(level, layout.codes, half_steps, rows.len()) {
-            return run_tiles(level, kernel, worker, x, job, panels, rows);
+        if level != Level::Scalar {
+            let kernels = |rows| super::kernel::choose(level, layout.codes, half_steps, rows);
+            return run_tiles(level, kernels, worker, x, job, panels, rows);
         }
     }
     let _ = (pool, worker);
@@ -215,7 +216,7 @@ fn run_task<E: Element>(
 #[cfg(target_arch = "x86_64")]
 fn run_tiles<E: Element>(
     level: Level,
-    kernel: super::kernel::Kernel,
+    kernels: impl Fn(usize) -> super::kernel::Kernel,
     worker: &mut Worker,
     x: &Activations,
     job: &Job<'_, E>,
@@ -227,15 +228,18 @@ fn run_tiles<E: Element>(
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let finish = finisher(level);
     let mut sums = Sums([[0f32; PANEL]; TILE]);
-    let starts = worker.scratch::<f32>(units.steps() * layout.halves().len() * kernel.rows);
+    let starts = worker.scratch::<f32>(units.steps() * layout.halves().len() * TILE);
     // SAFETY: the same size and alignment; all bit patterns are valid.
     let starts = unsafe { &mut *(std::ptr::from_mut(starts) as *mut [i32]) };
     // A block of rows stays in the first cache and panels pass by from the second: what a tile writes then lies beside what
     // the tile before it wrote.
-    for row in rows.clone().step_by(kernel.rows) {
+    let mut row = rows.start;
+    while row < rows.end {
+        // What is left in the end may be few.
+        let kernel = kernels(rows.end - row);
         let cell = x.cell(row, 0);
         let (quants, scales) = (&x.quants()[cell * STEP..], &x.scales()[cell..]);
-        kernel.starts(layout, scales, x.height(), starts);
+        kernel.starts(layout, scales, (x.height(), x.block()), starts);
         for panel in panels.clone().step_by(kernel.panels) {
             // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
             // numbers are powers of two.
@@ -251,6 +255,7 @@ fn run_tiles<E: Element>(
                 quants: quants.as_ptr(),
                 scales: scales.as_ptr(),
                 height: x.height(),
+                block: x.block(),
                 starts: starts.as_ptr(),
                 out: sums.0.as_mut_ptr().cast(),
             };
@@ -270,6 +275,7 @@ fn run_tiles<E: Element>(
                 };
             }
         }
+        row += kernel.rows;
     }
 }
 

@@ -1,11 +1,13 @@
 //! Every format at every level against the specification, bit for bit, and that against plain numbers.
 
 use super::*;
+use crate::Element;
 use crate::blocks::{self, BlockType, FLOAT4, UNEVEN};
 use crate::dispatch::Level;
+use crate::gemm::{self, Epilogue, Mat, gemm, gemm_packed};
 use crate::memory::Memory;
 use crate::pool::Pool;
-use half::f16;
+use half::{bf16, f16};
 
 fn random(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -123,6 +125,45 @@ fn random_matrix(
     (matrix, rows)
 }
 
+/// A product with the matrix has the bits of one with all of it unpacked.
+fn unpacked_as_needed<E: Element<Acc = f32>>(what: &str, pool: &Pool, matrix: &PackedMatrix) {
+    let (n, k) = (matrix.rows(), matrix.cols());
+    let mut plain = vec![E::from_f64(0.0); n * k];
+    matrix.unpack_rows(pool, 0..n, &mut plain);
+    for m in [0, 1, 19] {
+        let mut next = random(m as u64 + 7);
+        let mut element = || E::from_f64((next() >> 40) as f64 / 8e6 - 1.0);
+        let a: Vec<E> = (0..m * n).map(|_| element()).collect();
+        let before: Vec<E> = (0..m * k).map(|_| element()).collect();
+        let epilogue = Epilogue {
+            accumulate: m > 1,
+            ..Default::default()
+        };
+        let mat = |data, stride| Mat { data, stride };
+        let (mut want, mut got) = (before.clone(), before);
+        let (a, b) = (mat(&a[..], n), mat(&plain[..], k));
+        gemm(
+            pool,
+            gemm::Layout::Nn,
+            m,
+            k,
+            n,
+            a,
+            b,
+            &mut want,
+            k,
+            epilogue,
+        );
+        gemm_packed(pool, m, a, matrix, &mut got, k, epilogue);
+        let numbers = |of: &[E]| of.iter().map(|x| x.to_f64() as f32).collect::<Vec<_>>();
+        assert_bits(
+            &format!("{what}, {m} rows of {}", E::DTYPE),
+            &numbers(&got),
+            &numbers(&want),
+        );
+    }
+}
+
 fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
     let pools: Vec<Pool> = Level::supported()
         .iter()
@@ -143,26 +184,16 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
         );
         dense.extend_from_slice(&row);
     }
-    for (pool, rows, cols) in pools.iter().flat_map(|pool| {
-        let (row, step) = (n / 3, k / 2 / STEP * STEP);
-        [
-            (pool, 0..n, 0..k),
-            (pool, row..n, step..k),
-            (pool, row..row + 1, 0..k - k / 4),
-        ]
+    for (pool, rows) in pools.iter().flat_map(|pool| {
+        let row = n / 3;
+        [(pool, 0..n), (pool, row..n), (pool, row..row + 1)]
     }) {
-        let mut got = vec![0f32; rows.len() * cols.len()];
-        matrix.unpack_block(pool, rows.clone(), cols.clone(), &mut got);
-        let want: Vec<f32> = rows
-            .clone()
-            .flat_map(|r| &dense[r * k..][cols.clone()])
-            .copied()
-            .collect();
-        let what = format!(
-            "{name} [{n}, {k}]: block {rows:?} {cols:?}, {}",
-            pool.level()
-        );
-        assert_bits(&what, &got, &want);
+        let mut got = vec![0f32; rows.len() * k];
+        matrix.unpack_rows(pool, rows.clone(), &mut got);
+        let what = format!("{name} [{n}, {k}]: rows {rows:?}, {}", pool.level());
+        assert_bits(&what, &got, &dense[rows.start * k..rows.end * k]);
+        unpacked_as_needed::<f32>(&what, pool, &matrix);
+        unpacked_as_needed::<bf16>(&what, pool, &matrix);
     }
     let memory = Memory::new();
     for m in [1, 2, 3, 5, 9, 17, 300] {
@@ -218,6 +249,21 @@ fn all_levels_give_the_bits_of_the_specification() {
             for shape in [[5, 32], [20, 172], [17, 900]] {
                 check(name, layout, shape);
             }
+        }
+    }
+}
+
+/// More rows and columns than the product takes at a time, and more than it packs in one piece.
+#[test]
+fn a_matrix_of_several_blocks_is_unpacked_as_needed() {
+    for &level in Level::supported() {
+        let pool = Pool::with_level(2, level);
+        for shape in [[1100, 160], [4200, 1100]] {
+            if level == Level::Scalar && shape[0] > 4000 {
+                continue;
+            }
+            let (matrix, _) = random_matrix(&pool, Layout::q4(32), shape);
+            unpacked_as_needed::<bf16>(&format!("{shape:?} on {level}"), &pool, &matrix);
         }
     }
 }
@@ -456,13 +502,13 @@ fn own_formats_round_well() {
         (sum / (rows * cols) as f64).sqrt()
     };
     let of = |layout| {
-        error(&PackedMatrix::quantize(
-            &pool,
-            &memory,
-            layout,
-            [rows, cols],
-            &x,
-        ))
+        let at = |pool: &Pool| PackedMatrix::quantize(pool, &memory, layout, [rows, cols], &x);
+        let matrix = at(&pool);
+        for &level in Level::supported() {
+            let same = at(&Pool::with_level(1, level)).bytes() == matrix.bytes();
+            assert!(same, "{layout:?} on {level}");
+        }
+        error(&matrix)
     };
     // As the file format's quantizer: the largest weight is -8, without a search.
     let mut q4_0 = 0f64;

@@ -14,58 +14,95 @@ use crate::pool::{Pool, SharedMut};
 use half::f16;
 use std::ops::Range;
 
-/// Numbers of a unit of a panel, a row of 256 after another.
-const VALUES: usize = PANEL * UNIT;
+/// Numbers of a unit of a panel, a row of 256 after another: room that [`Unpack::block`] asks for.
+pub(crate) const ROOM: usize = PANEL * UNIT;
 
-impl PackedMatrix {
-    /// Writes rows `rows` of columns `cols` as plain elements, rows after each other.
+/// Reads blocks of a matrix.
+pub(crate) struct Unpack<'a, E> {
+    matrix: &'a PackedMatrix,
+    numbers: Numbers,
+    narrow: unsafe fn(&[f32], &mut [E]),
+}
+
+impl<'a, E: Element> Unpack<'a, E> {
+    /// Of `matrix`, with what `level` has.
+    ///
+    /// # Safety
+    /// The machine has `level`.
+    pub(crate) unsafe fn new(matrix: &'a PackedMatrix, level: Level) -> Self {
+        Unpack {
+            matrix,
+            numbers: numbers(level),
+            narrow: narrow_chunk::<E>(level),
+        }
+    }
+
+    /// Writes rows `rows` of columns `cols` to `out`, rows after each other, by way of `room` ([`ROOM`] numbers).
     ///
     /// # Panics
-    /// When the block is not within the matrix or does not begin with a step, or `out` does not hold exactly the block.
-    #[track_caller]
-    pub fn unpack_block<E: Element>(
+    /// When the block is not within the matrix, or `room` or `out` is too short.
+    pub(crate) fn block(
         &self,
-        pool: &Pool,
         rows: Range<usize>,
         cols: Range<usize>,
+        room: &mut [f32],
         out: &mut [E],
     ) {
-        assert!(
-            rows.end <= self.rows() && cols.end <= self.cols() && cols.start.is_multiple_of(STEP),
-            "rows {rows:?} of columns {cols:?} of {self:?}"
-        );
-        let width = cols.len();
+        let matrix = self.matrix;
+        for panel in rows.start / PANEL..rows.end.div_ceil(PANEL) {
+            let top = panel * PANEL;
+            let lanes = rows.start.saturating_sub(top)..(rows.end - top).min(PANEL);
+            for index in cols.start / UNIT..cols.end.div_ceil(UNIT) {
+                let (unit, start) = matrix.units().at(index);
+                let bytes = &matrix.panel(panel)[start..][..unit.bytes];
+                let from = cols.start.saturating_sub(index * UNIT);
+                let to = (cols.end - index * UNIT).min(UNIT);
+                let steps = from / STEP..to.div_ceil(STEP);
+                // SAFETY: the level is supported.
+                unsafe {
+                    (self.numbers)(matrix.layout(), &unit, bytes, steps, lanes.clone(), room)
+                };
+                for lane in lanes.clone() {
+                    let at =
+                        (top + lane - rows.start) * cols.len() + index * UNIT + from - cols.start;
+                    // SAFETY: the level is supported.
+                    unsafe {
+                        (self.narrow)(&room[lane * UNIT..][from..to], &mut out[at..][..to - from])
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl PackedMatrix {
+    /// Writes some rows as plain elements.
+    ///
+    /// # Panics
+    /// When they are not within the matrix, or `out` does not hold exactly them.
+    #[track_caller]
+    pub fn unpack_rows<E: Element>(&self, pool: &Pool, rows: Range<usize>, out: &mut [E]) {
+        let cols = self.cols();
+        assert!(rows.end <= self.rows(), "rows {rows:?} of {self:?}");
         assert_eq!(
             out.len(),
-            rows.len() * width,
-            "elements of {} rows of {width}",
+            rows.len() * cols,
+            "elements of {} rows of {cols}",
             rows.len()
         );
         if out.is_empty() {
             return;
         }
-        let first = rows.start / PANEL;
+        // SAFETY: the pool's level is supported.
+        let unpack = unsafe { Unpack::new(self, pool.level()) };
         let out = SharedMut::new(out);
-        let (numbers, narrow) = (numbers(pool.level()), narrow_chunk::<E>(pool.level()));
+        let first = rows.start / PANEL;
         pool.run(rows.end.div_ceil(PANEL) - first, |task, worker| {
             let top = (first + task) * PANEL;
-            let lanes = rows.start.saturating_sub(top)..(rows.end - top).min(PANEL);
-            let values = worker.scratch::<f32>(VALUES);
-            for index in cols.start / UNIT..cols.end.div_ceil(UNIT) {
-                let (unit, start) = self.units().at(index);
-                let bytes = &self.panel(first + task)[start..][..unit.bytes];
-                let from = cols.start.saturating_sub(index * UNIT);
-                let to = (cols.end - index * UNIT).min(UNIT);
-                let steps = from / STEP..to.div_ceil(STEP);
-                // SAFETY: the pool's level is supported.
-                unsafe { numbers(self.layout(), &unit, bytes, steps, lanes.clone(), values) };
-                for lane in lanes.clone() {
-                    let at = (top + lane - rows.start) * width + index * UNIT + from - cols.start;
-                    let row = &values[lane * UNIT..][from..to];
-                    // SAFETY: a task has its own rows; the pool's level is supported.
-                    unsafe { narrow(row, out.slice(at, to - from)) };
-                }
-            }
+            let part = top.max(rows.start)..(top + PANEL).min(rows.end);
+            // SAFETY: a task has its own rows.
+            let out = unsafe { out.slice((part.start - rows.start) * cols, part.len() * cols) };
+            unpack.block(part, 0..cols, worker.scratch(ROOM), out);
         });
     }
 }

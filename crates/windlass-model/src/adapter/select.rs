@@ -198,14 +198,6 @@ fn ends_with(module: &str, name: &str) -> bool {
 }
 
 impl AdapterConfig {
-    /// What the product of a module's factors is multiplied with.
-    ///
-    /// # Errors
-    /// A key of a pattern that is none.
-    pub fn scale(&self, module: &str) -> Result<f64, ModelError> {
-        Ok(self.rank_and_scale(module)?.1)
-    }
-
     /// The rank of a module's factors, and what their product is multiplied with.
     ///
     /// # Errors

@@ -51,7 +51,11 @@ impl Ffn {
             }
         };
         let a = normed(&self.down_norm, w, a, tape);
-        self.down.forward(w, &a, residual, tape)
+        match residual {
+            // What takes up the residual is the block's output.
+            Some(x) => self.down.forward_out(w, &a, x, tape),
+            None => self.down.forward(w, &a, None, tape),
+        }
     }
 }
 

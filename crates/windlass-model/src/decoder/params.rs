@@ -104,6 +104,12 @@ impl Linear {
         tape.linear(x, weight, bias, residual)
     }
 
+    /// The output of a unit.
+    pub(super) fn forward_out(&self, w: &Weights, x: &Var, residual: &Var, tape: &mut Tape) -> Var {
+        let (weight, bias) = self.params(w);
+        tape.linear_out(x, weight, bias, residual)
+    }
+
     pub(super) fn params<'w>(&self, w: &'w Weights) -> Projection<'w> {
         (w.at(self.weight), self.bias.map(|b| w.at(b)))
     }

@@ -21,7 +21,7 @@ impl Tokenizer {
             path: path.to_owned(),
             reason,
         };
-        let mut vocabulary = parse(&super::read(path)?).map_err(refuse)?;
+        let mut vocabulary = GgufVocabulary::from_sentencepiece(path, &super::read(path)?)?;
         let mut configs = Vec::new();
         for (name, content) in &companions {
             if !name.ends_with(".json") {
@@ -51,6 +51,19 @@ impl Tokenizer {
             tokenizer.add_special(config);
         }
         Ok(tokenizer)
+    }
+}
+
+impl GgufVocabulary {
+    /// The pieces of a SentencePiece model; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Invalid`] for damaged files, and for models that are not read here.
+    pub fn from_sentencepiece(path: &Path, content: &[u8]) -> Result<Self, TokenizerError> {
+        parse(content).map_err(|reason| TokenizerError::Invalid {
+            path: path.to_owned(),
+            reason,
+        })
     }
 }
 

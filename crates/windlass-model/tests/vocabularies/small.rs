@@ -300,7 +300,7 @@ impl Numbers {
     }
 }
 
-/// A SentencePiece model with the pieces of a vocabulary: each a message of text, score and type.
+/// A SentencePiece model with the pieces of a vocabulary, each a message of text, score and type, and its settings.
 fn sentencepiece_model(vocabulary: &GgufVocabulary) -> Vec<u8> {
     let field = |number: u8, content: &[u8]| {
         let length = [content.len() as u8 | 0x80, (content.len() >> 7) as u8];
@@ -314,10 +314,36 @@ fn sentencepiece_model(vocabulary: &GgufVocabulary) -> Vec<u8> {
         piece.extend([3 << 3, vocabulary.token_types[id] as u8]);
         model.extend(field(1, &piece));
     }
-    // Byte-pair encoding, and text as it is.
-    model.extend(field(2, &[3 << 3, 2]));
-    model.extend(field(3, &[4 << 3, 0]));
+    let unigram = u8::from(vocabulary.model == "t5");
+    let unknown = vocabulary.token_types.iter();
+    let unknown = unknown.take_while(|kind| **kind != TokenType::Unknown);
+    model.extend(field(
+        2,
+        &[3 << 3, 2 - unigram, 0xC0, 2, unknown.count() as u8],
+    ));
+    let table = field(2, &vocabulary.precompiled_charsmap);
+    model.extend(field(3, &[&table[..], &[4 << 3, unigram]].concat()));
     model
+}
+
+/// A file with other bits, without its end, with a run of its bytes elsewhere, or with a length that is no number.
+fn damaged(sound: &[u8], numbers: &mut Numbers) -> Vec<u8> {
+    let mut file = sound.to_vec();
+    for _ in 0..=numbers.next(3) {
+        let at = numbers.next(file.len());
+        match numbers.next(8) {
+            0 => file.truncate(at + 1),
+            1 => drop(file.splice(at..=at, [0xFF; 9])),
+            2 => drop(file.splice(at..=at, [0xFF; 10])),
+            3 => {
+                let end = file.len().min(at + 1 + numbers.next(40));
+                let (run, to) = (file[at..end].to_vec(), numbers.next(file.len()));
+                drop(file.splice(to..to, run));
+            }
+            _ => file[at] ^= 1 << numbers.next(8),
+        }
+    }
+    file
 }
 
 #[test]
@@ -326,27 +352,38 @@ fn damaged_bytes_are_refused_or_harmless() {
     let texts = ["aab A  ba", "中 <x>\u{2581}", "[CLS] wor\u{301}ld"];
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.model");
-    let sound = sentencepiece_model(&letters());
-    std::fs::write(&path, &sound).unwrap();
-    let read = Tokenizer::load(folder.path()).unwrap();
-    assert_eq!(read.encode("aba", true).unwrap(), [1, 259, 262, 260]);
-    let mut built = 0;
-    for _ in 0..400 {
-        let mut model = sound.clone();
-        for _ in 0..=numbers.next(3) {
-            let at = numbers.next(model.len());
-            model[at] ^= 1 << numbers.next(8);
-        }
-        model.truncate(model.len() - numbers.next(2) * numbers.next(40));
-        std::fs::write(&path, &model).unwrap();
+    let sound = [letters(), unigram()].map(|vocabulary| sentencepiece_model(&vocabulary));
+    for (sound, text, ids) in [
+        (&sound[0], "aba", &[1, 259, 262, 260][..]),
+        (&sound[1], "A  b", &[1, 4, 3, 5]),
+    ] {
+        std::fs::write(&path, sound).unwrap();
+        let read = Tokenizer::load(folder.path()).unwrap();
+        assert_eq!(read.encode(text, true).unwrap(), ids);
+    }
+    let (mut built, mut refused) = (0, 0);
+    for _ in 0..800 {
+        let model = |index: usize, numbers: &mut Numbers| {
+            let bytes = damaged(&sound[index], numbers);
+            let vocabulary = GgufVocabulary::from_sentencepiece(&path, &bytes)?;
+            Tokenizer::from_gguf(&vocabulary)
+        };
         let mut unigram = unigram();
         let at = numbers.next(unigram.precompiled_charsmap.len());
         unigram.precompiled_charsmap[at] ^= 1 << numbers.next(8);
         for tokenizer in [
-            Tokenizer::load(folder.path()),
+            model(0, &mut numbers),
+            model(1, &mut numbers),
             Tokenizer::from_gguf(&unigram),
         ] {
-            let Ok(tokenizer) = tokenizer else { continue };
+            let tokenizer = match tokenizer {
+                Ok(tokenizer) => tokenizer,
+                Err(error) => {
+                    refused += 1;
+                    assert!(error.hint().is_some(), "{error}");
+                    continue;
+                }
+            };
             built += 1;
             for text in texts {
                 let ids = tokenizer.encode(text, true).unwrap();
@@ -355,5 +392,6 @@ fn damaged_bytes_are_refused_or_harmless() {
             }
         }
     }
-    assert!(built > 100, "{built} of the damaged ones could be built");
+    let told = format!("{built} of the damaged ones could be built, {refused} not");
+    assert!(built > 200 && refused > 200, "{told}");
 }

@@ -9,6 +9,8 @@ use windlass_infer::engine::EngineOptions;
 use windlass_infer::write_adapter;
 use windlass_model::AdapterConfig;
 use windlass_serve::ServerOptions;
+use windlass_store::atomic::RealDisk;
+use windlass_store::gguf::BlockType;
 use windlass_tensor::Rng;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -171,6 +173,12 @@ fn adapters_come_and_go_while_others_are_answered() {
     let lora = r#"{ "peft_type": "LORA" }"#;
     std::fs::write(broken.join("adapter_config.json"), lora).unwrap();
     std::fs::write(place.path().join("file"), "").unwrap();
+    let mut prose = model();
+    prose.add_adapter(&place.path().join("prose")).unwrap();
+    let file = place.path().join("prose.gguf");
+    prose
+        .save_adapter_gguf(&RealDisk, &file, BlockType::F32)
+        .unwrap();
     let house = open(place.path());
     let asked = |model: &str| {
         json!({ "model": model, "messages": [{ "role": "user", "content": "the cat sat" }],
@@ -250,6 +258,10 @@ fn adapters_come_and_go_while_others_are_answered() {
     assert_eq!(load("x", "prose").status, 200);
     let prose = text("x");
     assert!(prose != rhyme && prose != plain);
+    // The same as llama.cpp's kind of file.
+    assert_eq!(load("y", "prose.gguf").status, 200);
+    assert_eq!(text("y"), prose);
+    house.ok_text(UNLOAD, &json!({ "lora_name": "y" }));
     let events = read_answer(connection).events();
     let finished = events
         .iter()

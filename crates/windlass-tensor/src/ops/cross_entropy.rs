@@ -1,6 +1,6 @@
 //! Cross-entropy fused with the head projection: the logits of all tokens never exist at once.
 
-use super::linear::{for_columns, for_panels, mat, weight_gradient};
+use super::linear::{for_panels, input_gradient, mat, weight_gradient};
 use crate::tape::{Backprop, Backward, rounds_in_training};
 use crate::{Cpu, Grads, Packed, Param, Shape, Tape, Tensor, Var, Weight, each_dtype};
 use std::sync::Arc;
@@ -339,10 +339,7 @@ impl<'a> Head<'a> {
                 }
                 let (Matrix::Plain(weight) | Matrix::Integers(weight, _)) = self.weight;
                 let out = &mut dh.as_mut_slice::<E>()[rows.start * d..rows.end * d];
-                for_columns::<E>(cpu, weight, |cols, b| {
-                    let (a, out) = (mat(dlogits.as_slice::<E>(), v), &mut out[cols.start.min(rows.len() * d)..]);
-                    gemm(&cpu.pool, Layout::Nn, rows.len(), cols.len(), v, a, b, out, d, Epilogue::default());
-                });
+                input_gradient::<E>(cpu, weight, dlogits.as_slice(), out, false);
                 if grads.wants(slot) {
                     let dw = grads.sum::<A>(cpu, slot, self.weight.shape());
                     weight_gradient::<E>(cpu, &dlogits, &self.h.slice_rows(rows), dw);

@@ -5,7 +5,7 @@ use crate::tape::{Backprop, Backward, Kept};
 use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::ops::Range;
 use windlass_kernels::elementwise::sum_rows;
-use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm};
+use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_packed};
 use windlass_kernels::memory::Category;
 use windlass_kernels::packed::{Product, multiply};
 use windlass_kernels::{DType, Element};
@@ -69,6 +69,30 @@ impl Tape {
             },
         };
         self.overlay(x, y, w, bias, residual)
+    }
+
+    /// [`Tape::linear`] that ends a unit: on a tape that repeats a pass ([`Tape::repeating`]) its output is unspecified, for
+    /// nobody reads it, and its way back is the same.
+    ///
+    /// # Panics
+    /// As [`Tape::linear`].
+    #[track_caller]
+    pub fn linear_out(
+        &mut self,
+        x: &Var,
+        w: Param<'_>,
+        bias: Option<Param<'_>>,
+        residual: &Var,
+    ) -> Var {
+        let lora = w.lora.filter(|_| self.has_adapters());
+        if !self.repeats() || lora.is_some_and(|(lora, _)| lora.magnitude.is_some()) {
+            return self.linear(x, w, bias, Some(residual));
+        }
+        let y = self.recorded(residual.tensor.clone(), x, w.slot, bias, Some(residual));
+        match lora {
+            None => y,
+            Some((lora, weights)) => self.low_rank_of(x, y, lora, weights, false),
+        }
     }
 
     /// [`Tape::linear`] of the weight without its adapter.
@@ -242,27 +266,40 @@ pub(super) fn for_panels<E: Element>(
     }
 }
 
-/// As [`for_panels`], with columns: every element of a product with the weight itself is computed by one call, so it has
-/// the bits that a dense weight of the same numbers gives.
-pub(super) fn for_columns<E: Element>(
+/// `dx [M, K] = dy [M, N] W [N, K]`, or `dx += dy W`: every element has the bits that a dense weight of the same numbers gives.
+pub(super) fn input_gradient<E: Element>(
     cpu: &Cpu,
     weight: &Weight,
-    mut body: impl FnMut(Range<usize>, Mat<'_, E>),
+    dy: &[E],
+    dx: &mut [E],
+    accumulate: bool,
 ) {
     let (n, k) = (weight.shape()[0], weight.shape()[1]);
+    let (m, a) = (dx.len() / k, mat(dy, n));
+    let epilogue = Epilogue {
+        accumulate,
+        ..Default::default()
+    };
+    let mut plain = |b: &[E]| {
+        gemm(
+            &cpu.pool,
+            Layout::Nn,
+            m,
+            k,
+            n,
+            a,
+            mat(b, k),
+            dx,
+            k,
+            epilogue,
+        )
+    };
     match weight {
-        Weight::Dense(tensor) => body(0..k, mat(tensor.as_slice::<E>(), k)),
-        Weight::Packed(packed) => {
-            let panel = match packed.order() {
-                None => panel_of(k, n),
-                Some(_) => k,
-            };
-            for start in (0..k).step_by(panel) {
-                let cols = start..(start + panel).min(k);
-                let panel = packed.unpack_block(cpu, 0..n, cols.clone(), E::DTYPE);
-                body(cols.clone(), mat(panel.as_slice::<E>(), cols.len()));
-            }
-        }
+        Weight::Dense(tensor) => plain(tensor.as_slice::<E>()),
+        Weight::Packed(packed) => match packed.order() {
+            None => gemm_packed(&cpu.pool, m, a, packed.matrix(), dx, k, epilogue),
+            Some(_) => plain(packed.unpack_rows(cpu, 0..n, E::DTYPE).as_slice::<E>()),
+        },
     }
 }
 
@@ -278,14 +315,11 @@ impl Backward for Saved {
         let cpu = cx.cpu();
         let weights = cx.weights;
         let weight = weights.at(self.w).weight;
-        let (n, k, m) = (weight.shape()[0], weight.shape()[1], dy.rows());
+        let n = weight.shape()[0];
         if let Some((mut dx, accumulate)) = cx.take(self.x.node(), self.x.shape(), dy.dtype()) {
-            each_dtype!(dy.dtype(), E => for_columns::<E>(&cpu, weight, |cols, b| {
-                let epilogue = Epilogue { accumulate, ..Default::default() };
-                let start = cols.start.min(dx.len());
-                let (a, c) = (mat(dy.as_slice::<E>(), n), &mut dx.as_mut_slice::<E>()[start..]);
-                gemm(&cpu.pool, Layout::Nn, m, cols.len(), n, a, b, c, k, epilogue);
-            }));
+            each_dtype!(dy.dtype(), E => {
+                input_gradient::<E>(&cpu, weight, dy.as_slice(), dx.as_mut_slice(), accumulate);
+            });
             cx.put(self.x.node(), dx);
         }
         if cx.grads.wants(self.w) {

@@ -56,17 +56,33 @@ impl Tape {
     /// When the shapes do not fit.
     #[track_caller]
     pub(super) fn low_rank(&mut self, x: &Var, y: Var, lora: &Lora, weights: &Weights) -> Var {
+        self.low_rank_of(x, y, lora, weights, true)
+    }
+
+    /// [`Tape::low_rank`]; with `adds` not set, `y` stays as it is and only the way back is recorded.
+    #[track_caller]
+    pub(super) fn low_rank_of(
+        &mut self,
+        x: &Var,
+        y: Var,
+        lora: &Lora,
+        weights: &Weights,
+        adds: bool,
+    ) -> Var {
         let cpu = self.cpu().clone();
-        let dtype = x.tensor.dtype();
-        let (a, b) = lora.factors(&cpu, weights, dtype);
+        let (a, b) = lora.factors(&cpu, weights, x.tensor.dtype());
         assert_fits(&x.tensor, &a, &b, y.tensor.cols());
         let drop = self.drop(lora);
         let input = Drop::apply(drop, &cpu, &x.tensor);
         let node = y.node();
         let mut out = y.tensor;
-        let z = each_dtype!(dtype, E => {
-            let (x, y) = (input.as_slice::<E>(), out.as_mut_slice::<E>());
-            add_product(&cpu, x, (&a, &b), lora.scale, y, Category::Activations)
+        let (scale, category) = (lora.scale, Category::Activations);
+        let z = each_dtype!(input.dtype(), E => {
+            let x = input.as_slice::<E>();
+            match adds {
+                true => add_product(&cpu, x, (&a, &b), scale, out.as_mut_slice::<E>(), category),
+                false => reduced(&cpu, x, &a, scale, category),
+            }
         });
         let lora = *lora;
         self.record(out, true, || SavedLora {
@@ -161,34 +177,26 @@ pub(super) fn add_product<E: Element>(
     y: &mut [E],
     category: Category,
 ) -> Tensor {
-    let (n, k, r) = (b.rows(), a.cols(), a.rows());
-    let m = y.len() / n;
-    let mut z = Tensor::empty(cpu, [m, r], E::DTYPE, category);
-    let (x, a, b) = (
-        mat(x, k),
-        mat(a.as_slice::<E>(), k),
-        mat(b.as_slice::<E>(), r),
-    );
-    let out = z.as_mut_slice::<E>();
-    gemm(
-        &cpu.pool,
-        Layout::Nt,
-        m,
-        r,
-        k,
-        x,
-        a,
-        out,
-        r,
-        Epilogue::default(),
-    );
-    scale_in_place(&cpu.pool, scale as f32, out);
+    let z = reduced(cpu, x, a, scale, category);
+    let (m, n, r) = (z.rows(), b.rows(), z.cols());
     let accumulate = Epilogue {
         accumulate: true,
         ..Default::default()
     };
-    let z_rows = mat(z.as_slice::<E>(), r);
+    let (z_rows, b) = (mat(z.as_slice::<E>(), r), mat(b.as_slice::<E>(), r));
     gemm(&cpu.pool, Layout::Nt, m, n, r, z_rows, b, y, n, accumulate);
+    z
+}
+
+/// `s x Aᵀ`.
+fn reduced<E: Element>(cpu: &Cpu, x: &[E], a: &Tensor, scale: f64, category: Category) -> Tensor {
+    let (r, k) = (a.rows(), a.cols());
+    let m = x.len() / k;
+    let mut z = Tensor::empty(cpu, [m, r], E::DTYPE, category);
+    let (x, a, out) = (mat(x, k), mat(a.as_slice::<E>(), k), z.as_mut_slice::<E>());
+    let plain = Epilogue::default();
+    gemm(&cpu.pool, Layout::Nt, m, r, k, x, a, out, r, plain);
+    scale_in_place(&cpu.pool, scale as f32, out);
     z
 }
 

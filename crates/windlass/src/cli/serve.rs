@@ -18,10 +18,11 @@ const KEY_VARIABLE: &str = "WINDLASS_API_KEY";
 pub struct Args {
     #[command(flatten)]
     base: Base,
-    /// Folder of an adapter (PEFT), several times for several ones; its model has this name, or that of the folder
-    #[arg(long, value_name = "[NAME=]DIR")]
+    /// Adapter, a folder (PEFT) or a GGUF file (LoRA), several times for several ones; its model has this name, or that of the
+    /// folder or file
+    #[arg(long, value_name = "[NAME=]DIR|FILE")]
     adapter: Vec<String>,
-    /// Lets requests load adapters from subfolders of a folder, and unload them, by name
+    /// Lets requests load adapters, subfolders and GGUF files of a folder, and unload them, by name
     #[arg(long, value_name = "FOLDER")]
     allow_adapter_loading: Option<PathBuf>,
     /// Address to listen on; 0.0.0.0 is every network of this machine
@@ -305,10 +306,11 @@ fn short(model: &str) -> String {
     }
 }
 
-/// The last part of a path.
+/// The last part of a path, without the ending of a GGUF file.
 fn last(path: &str) -> String {
     let name = Path::new(path).file_name().unwrap_or_default();
-    name.to_string_lossy().into_owned()
+    let name = name.to_string_lossy();
+    name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
 }
 
 /// The lines of a file that hold something.

@@ -3,28 +3,39 @@
 //!
 //! The ceilings are measured in the same run: other programs change them from minute to minute.
 
+use crate::cli::Machine;
 use crate::cli::source::Source;
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::time::Instant;
 use windlass::infer::{LoadedModel, Session};
+use windlass::store::Store;
 use windlass::tensor::kernels::roofline;
-use windlass::tensor::{Category, Tensor};
+use windlass::tensor::{Category, Cpu, DType, Tensor};
 
 /// Flags of the verb.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     source: Source,
-    /// Tokens of the prompt; 0 leaves this test out
-    #[arg(short = 'p', long, value_name = "N", default_value_t = 512)]
-    n_prompt: usize,
-    /// Tokens to generate; 0 leaves this test out
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
-    n_gen: usize,
-    /// Tokens that the sequence already has
-    #[arg(short = 'd', long, value_name = "N", default_value_t = 0)]
-    n_depth: usize,
+    /// Tokens of the prompt, a row for each number; 0 leaves this test out
+    #[arg(short = 'p', long, value_name = "N,N", value_delimiter = ',', default_values_t = [512])]
+    n_prompt: Vec<usize>,
+    /// Tokens to generate, a row for each number; 0 leaves this test out
+    #[arg(short = 'n', long, value_name = "N,N", value_delimiter = ',', default_values_t = [128])]
+    n_gen: Vec<usize>,
+    /// Tokens that the sequence already has, all tests for each number
+    #[arg(short = 'd', long, value_name = "N,N", value_delimiter = ',', default_values_t = [0])]
+    n_depth: Vec<usize>,
+    /// Numbers of threads, all tests for each of them [default: --threads]
+    #[arg(
+        short = 't',
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        conflicts_with = "threads"
+    )]
+    n_threads: Vec<usize>,
     /// Runs of each test, after one that does not count
     #[arg(short = 'r', long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -53,12 +64,7 @@ struct Ceilings {
 impl Ceilings {
     fn measure(model: &LoadedModel) -> Ceilings {
         let cpu = model.store.cpu();
-        let mut data = Tensor::empty(
-            cpu,
-            [STREAM],
-            windlass::tensor::DType::F32,
-            Category::Workspace,
-        );
+        let mut data = Tensor::empty(cpu, [STREAM], DType::F32, Category::Workspace);
         // Pages that were never written are one and the same.
         data.as_mut_slice::<f32>().fill(1.0);
         let of = |streams| roofline::stream_bandwidth(&cpu.pool, data.as_slice(), streams, 3);
@@ -69,6 +75,17 @@ impl Ceilings {
         }
     }
 
+    fn json(&self, threads: usize) -> Value {
+        let bandwidth = self.bandwidth.iter();
+        let bandwidth: Map<String, Value> = bandwidth
+            .map(|(streams, rate)| (streams.to_string(), (*rate).into()))
+            .collect();
+        json!({
+            "threads": threads, "bandwidth_by_streams": bandwidth,
+            "int8_operations": self.int8, "fma_operations": self.fma,
+        })
+    }
+
     fn best_bandwidth(&self) -> f64 {
         self.bandwidth
             .iter()
@@ -77,13 +94,25 @@ impl Ceilings {
     }
 }
 
-/// A test: a name as llama-bench gives it, and the tokens a second of each run.
+/// A test and the tokens a second of each of its runs.
 struct Test {
-    name: String,
+    /// Whether a prompt is read, or tokens are generated.
+    prompt: bool,
+    tokens: usize,
+    depth: usize,
     rates: Vec<f64>,
 }
 
 impl Test {
+    /// As llama-bench calls it.
+    fn name(&self) -> String {
+        let kind = if self.prompt { "pp" } else { "tg" };
+        match self.depth {
+            0 => format!("{kind}{}", self.tokens),
+            depth => format!("{kind}{} @ d{depth}", self.tokens),
+        }
+    }
+
     fn mean(&self) -> f64 {
         self.rates.iter().sum::<f64>() / self.rates.len() as f64
     }
@@ -101,55 +130,87 @@ impl Test {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    let model = args.source.open_without_tokenizer()?;
-    let depth = match args.n_depth {
-        0 => String::new(),
-        depth => format!(" @ d{depth}"),
-    };
-    let ceilings = Ceilings::measure(&model);
-    let mut tests = Vec::new();
-    if args.n_prompt > 0 {
-        let rates = measure(&model, &args, prompt)?;
-        tests.push((
-            Test {
-                name: format!("pp{}{depth}", args.n_prompt),
-                rates,
-            },
-            true,
-        ));
+    for &threads in &args.n_threads {
+        let machine = Machine {
+            threads: Some(threads),
+        };
+        machine.cpu_threads()?;
     }
-    if args.n_gen > 0 {
-        let rates = measure(&model, &args, generation)?;
-        tests.push((
-            Test {
-                name: format!("tg{}{depth}", args.n_gen),
-                rates,
-            },
-            false,
-        ));
+    let mut model = args.source.open_without_tokenizer()?;
+    let mut threads = args.n_threads.clone();
+    if threads.is_empty() {
+        threads.push(model.store.cpu().pool.threads());
     }
-    report(&model, &ceilings, &tests, args.json)
+    let (mut ceilings, mut tests) = (Vec::new(), Vec::new());
+    for threads in threads {
+        set_threads(&mut model, threads);
+        let report = Report::new(&model)?;
+        if !args.json {
+            report.head();
+        }
+        measure(&model, &args, |test| match args.json {
+            true => tests.push(report.json(test)),
+            false => report.row(test),
+        })?;
+        ceilings.push(report.ceilings.json(threads));
+    }
+    if args.json {
+        let (bytes, bytes_per_token) = model.weight_bytes()?;
+        let out = json!({
+            "model": model.folder, "model_type": model.config.model_type,
+            "bytes": bytes, "bytes_per_token": bytes_per_token,
+            "parameters": model.model.num_params(), "tests": tests, "ceilings": ceilings,
+        });
+        println!("{out}");
+    }
+    Ok(())
 }
 
-/// Tokens a second of a test.
-fn measure(
-    model: &LoadedModel,
-    args: &Args,
-    test: fn(&mut Session<'_>, &Args, u32) -> Result<f64>,
-) -> Result<Vec<f64>> {
-    let tokens = args.n_depth + args.n_prompt.max(args.n_gen);
-    let mut session = Session::new(model, tokens, CHUNK);
+/// Computes with other threads; the weights stay where they are.
+fn set_threads(model: &mut LoadedModel, threads: usize) {
+    let memory = model.store.cpu().memory.clone();
+    let pool = Cpu::new(threads).pool;
+    let cpu = Cpu { pool, memory };
+    let none = Store::new(&cpu, &[], Vec::new());
+    let weights = std::mem::replace(&mut model.store, none).into_weights();
+    model.store = Store::new(&cpu, model.model.units(), weights);
+}
+
+/// Runs every test at every depth.
+fn measure(model: &LoadedModel, args: &Args, mut done: impl FnMut(&Test)) -> Result<()> {
+    let prompts = args.n_prompt.iter().map(|&tokens| (true, tokens));
+    let tests = prompts.chain(args.n_gen.iter().map(|&tokens| (false, tokens)));
+    let tests: Vec<(bool, usize)> = tests.filter(|(_, tokens)| *tokens > 0).collect();
+    let most = tests.iter().map(|(_, tokens)| *tokens).max().unwrap_or(0);
     let vocabulary = model.config.vocab_size as u32;
-    session.read(&tokens_of(args.n_depth, vocabulary))?;
-    let mut rates = Vec::new();
-    for run in 0..=args.repetitions.max(1) {
-        session.truncate(args.n_depth);
-        let rate = test(&mut session, args, vocabulary)?;
-        if run > 0 {
-            rates.push(rate);
+    for &depth in &args.n_depth {
+        let mut session = Session::new(model, depth + most, CHUNK);
+        session.read(&tokens_of(depth, vocabulary))?;
+        for &(prompt, tokens) in &tests {
+            let ids = tokens_of(tokens, vocabulary);
+            let mut rates = Vec::new();
+            for run in 0..=args.repetitions.max(1) {
+                session.truncate(depth);
+                let start = Instant::now();
+                match prompt {
+                    true => drop(session.next(&ids)?),
+                    false => ids
+                        .iter()
+                        .try_for_each(|id| session.next(&[*id]).map(drop))?,
+                }
+                if run > 0 {
+                    rates.push(tokens as f64 / start.elapsed().as_secs_f64());
+                }
+            }
+            done(&Test {
+                prompt,
+                tokens,
+                depth,
+                rates,
+            });
         }
     }
-    Ok(rates)
+    Ok(())
 }
 
 /// Some tokens, the same in every run.
@@ -159,25 +220,10 @@ fn tokens_of(count: usize, vocabulary: u32) -> Vec<u32> {
         .collect()
 }
 
-fn prompt(session: &mut Session<'_>, args: &Args, vocabulary: u32) -> Result<f64> {
-    let ids = tokens_of(args.n_prompt, vocabulary);
-    let start = Instant::now();
-    session.next(&ids)?;
-    Ok(args.n_prompt as f64 / start.elapsed().as_secs_f64())
-}
-
-fn generation(session: &mut Session<'_>, args: &Args, vocabulary: u32) -> Result<f64> {
-    let start = Instant::now();
-    for id in tokens_of(args.n_gen, vocabulary) {
-        session.next(&[id])?;
-    }
-    Ok(args.n_gen as f64 / start.elapsed().as_secs_f64())
-}
-
-/// What a run found, ready to be shown.
+/// What shows tests of a model with some threads.
 struct Report<'a> {
     model: &'a LoadedModel,
-    ceilings: &'a Ceilings,
+    ceilings: Ceilings,
     /// Bytes of all weights, and of those that a token reads.
     bytes: (usize, usize),
     kernel: String,
@@ -186,76 +232,48 @@ struct Report<'a> {
     peak: f64,
 }
 
-fn report(
-    model: &LoadedModel,
-    ceilings: &Ceilings,
-    tests: &[(Test, bool)],
-    json: bool,
-) -> Result<()> {
-    let bytes = model.weight_bytes()?;
-    let packed = model.is_packed()?;
-    let peak = match (packed, ceilings.int8) {
-        (true, Some(int8)) => int8,
-        _ => ceilings.fma,
-    };
-    let level = model.store.cpu().pool.level();
-    let report = Report {
-        model,
-        ceilings,
-        bytes,
-        kernel: match packed {
-            true => format!("{level} int8"),
-            false => format!("{level} {}", model.dtype.name()),
-        },
-        // Every weight that is read is multiplied and added once for each token.
-        work: 2.0 * model.model.num_params() as f64 * bytes.1 as f64 / bytes.0 as f64,
-        peak,
-    };
-    match json {
-        true => report.json(tests),
-        false => report.table(tests),
+impl<'a> Report<'a> {
+    /// Measures what the machine does at most.
+    fn new(model: &'a LoadedModel) -> Result<Self> {
+        let (bytes, packed) = (model.weight_bytes()?, model.is_packed()?);
+        let ceilings = Ceilings::measure(model);
+        let level = model.store.cpu().pool.level();
+        Ok(Report {
+            model,
+            bytes,
+            kernel: match packed {
+                true => format!("{level} int8"),
+                false => format!("{level} {}", model.dtype.name()),
+            },
+            // Every weight that is read is multiplied and added once for each token.
+            work: 2.0 * model.model.num_params() as f64 * bytes.1 as f64 / bytes.0 as f64,
+            peak: ceilings.int8.filter(|_| packed).unwrap_or(ceilings.fma),
+            ceilings,
+        })
     }
-    Ok(())
-}
 
-impl Report<'_> {
+    fn threads(&self) -> usize {
+        self.model.store.cpu().pool.threads()
+    }
+
     /// The best run of a test as a share of what binds it: arithmetic for prompts, memory for generation.
-    fn share(&self, test: &Test, prompt: bool) -> f64 {
-        match prompt {
+    fn share(&self, test: &Test) -> f64 {
+        match test.prompt {
             true => test.best() * self.work / self.peak,
             false => test.best() * self.bytes.1 as f64 / self.ceilings.best_bandwidth(),
         }
     }
 
-    fn json(&self, tests: &[(Test, bool)]) {
-        let rows: Vec<_> = tests
-            .iter()
-            .map(|(test, prompt)| {
-                json!({
-                    "test": test.name, "tokens_per_second": test.mean(), "deviation": test.deviation(),
-                    "runs": test.rates, "roofline": self.share(test, *prompt),
-                })
-            })
-            .collect();
-        let bandwidth = self.ceilings.bandwidth.iter();
-        let bandwidth: serde_json::Map<_, _> = bandwidth
-            .map(|(streams, rate)| (streams.to_string(), (*rate).into()))
-            .collect();
-        let out = json!({
-            "model": self.model.folder, "model_type": self.model.config.model_type,
-            "bytes": self.bytes.0, "bytes_per_token": self.bytes.1,
-            "parameters": self.model.model.num_params(),
-            "threads": self.model.store.cpu().pool.threads(),
-            "kernel": self.kernel, "tests": rows,
-            "ceilings": {
-                "bandwidth_by_streams": bandwidth, "int8_operations": self.ceilings.int8,
-                "fma_operations": self.ceilings.fma,
-            },
-        });
-        println!("{out}");
+    fn json(&self, test: &Test) -> Value {
+        json!({
+            "test": test.name(), "threads": self.threads(), "kernel": self.kernel,
+            "tokens_per_second": test.mean(), "deviation": test.deviation(),
+            "runs": test.rates, "roofline": self.share(test),
+        })
     }
 
-    fn table(&self, tests: &[(Test, bool)]) {
+    /// The ceilings, and the head of a table.
+    fn head(&self) {
         let streams = self.ceilings.bandwidth.iter();
         let streams: Vec<String> = streams
             .map(|(n, rate)| format!("{:.1} ({n})", rate / 1e9))
@@ -274,20 +292,21 @@ impl Report<'_> {
             "| model | size | params | kernel | threads | test | t/s | of the roofline (best run) |"
         );
         println!("|---|---:|---:|---|---:|---:|---:|---:|");
-        for (test, prompt) in tests {
-            let bound = if *prompt { "arithmetic" } else { "memory" };
-            println!(
-                "| {} | {:.2} MiB | {:.2} B | {} | {} | {} | {:.2} ± {:.2} | {:.0} % of {bound} |",
-                self.model.config.model_type,
-                self.bytes.0 as f64 / (1 << 20) as f64,
-                self.model.model.num_params() as f64 / 1e9,
-                self.kernel,
-                self.model.store.cpu().pool.threads(),
-                test.name,
-                test.mean(),
-                test.deviation(),
-                100.0 * self.share(test, *prompt),
-            );
-        }
+    }
+
+    fn row(&self, test: &Test) {
+        println!(
+            "| {} | {:.2} MiB | {:.2} B | {} | {} | {} | {:.2} ± {:.2} | {:.0} % of {} |",
+            self.model.config.model_type,
+            self.bytes.0 as f64 / (1 << 20) as f64,
+            self.model.model.num_params() as f64 / 1e9,
+            self.kernel,
+            self.threads(),
+            test.name(),
+            test.mean(),
+            test.deviation(),
+            100.0 * self.share(test),
+            if test.prompt { "arithmetic" } else { "memory" },
+        );
     }
 }
