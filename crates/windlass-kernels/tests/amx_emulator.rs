@@ -462,7 +462,7 @@ fn packed_products_on_tiles_have_the_bits_of_the_specification() {
         println!("skipped: tiles of bytes are used beside AVX-512 VNNI, which this CPU lacks");
         return;
     }
-    assert!(kernel_names(Level::Amx).starts_with("AMX-INT8"));
+    assert!(kernel_names(Level::Amx).starts_with("AMX tiles"));
     let scalar = Pool::with_level(2, Level::Scalar);
     let mut cases: Vec<(Packing, [usize; 2], usize)> = Vec::new();
     for packing in packings() {

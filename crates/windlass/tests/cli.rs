@@ -887,6 +887,25 @@ fn a_model_is_measured_in_lists() {
     }
 }
 
+/// What is not about one model is measured without `--model`; alone, the verb asks for it.
+#[test]
+fn kernels_are_measured_without_a_model() {
+    let found = windlass(
+        &[
+            "bench", "kernels", "--only", "rope", "--dtype", "f32", "--json",
+        ],
+        &[],
+        "",
+    );
+    let found = found.json().remove(0);
+    let rows = found["kernels"].as_array().unwrap();
+    assert!(
+        !rows.is_empty() && found["fma_gflops"].as_f64() > Some(0.0),
+        "{found}"
+    );
+    refuse("bench", &["bench"], 2, &["--model"]);
+}
+
 /// The verbs whose help is kept under `tests/snapshots`; `WINDLASS_UPDATE_SNAPSHOTS=1` writes the files anew.
 const HELP: &[&[&str]] = &[
     &["quickstart"],

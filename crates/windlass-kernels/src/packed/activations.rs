@@ -1,6 +1,6 @@
 //! Rows of activations as 8-bit integers with a scale for each group of steps.
 
-use super::{GROUP_STEPS, STEP};
+use super::{GROUP_STEPS, STEP, UNIT_STEPS};
 use crate::dispatch::Level;
 use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
@@ -21,10 +21,39 @@ pub struct Activations {
     quants: Buffer,
     /// `[blocks, steps, height]` of [`StepScales`].
     scales: Buffer,
+    /// The quants once more, as tiles take them; where there are tiles, and rows enough for them.
+    tiles: Option<Buffer>,
 }
 
 /// Rows of the largest block.
 pub(super) const BLOCK: usize = 8;
+/// Rows from which tiles are used. A panel's codes are unpacked to memory for them; fewer rows wait for the panel's bytes
+/// in either way.
+const TILE_ROWS: usize = BLOCK + 1;
+/// Rows of a tile.
+pub(super) const TILE: usize = 2 * BLOCK;
+
+/// Quants as `bf16`, `[units, blocks, steps, 16, 32]`: a unit of all rows is one stream.
+#[derive(Clone, Copy)]
+pub(super) struct Tiles<'a> {
+    quants: &'a [[u16; STEP]],
+    blocks: usize,
+}
+
+impl Tiles<'_> {
+    /// The 16 rows of a step of a unit in a block.
+    #[inline(always)]
+    pub fn step(&self, unit: usize, block: usize, step: usize) -> *const u16 {
+        let row = tile_row(unit, self.blocks, block, step);
+        self.quants.as_ptr().wrapping_add(row).cast()
+    }
+}
+
+/// Where the rows of a step of a block of 16 begin.
+#[inline(always)]
+fn tile_row(unit: usize, blocks: usize, block: usize, step: usize) -> usize {
+    ((unit * blocks + block) * UNIT_STEPS + step) * TILE
+}
 
 /// What belongs to a step of a row. Of sums there are three: of the first half, of the second, of both.
 #[repr(C)]
@@ -92,7 +121,11 @@ impl Activations {
         let steps = cols.next_multiple_of(super::UNIT) / STEP;
         let rows = x.len() / cols;
         let height = rows.next_power_of_two().min(BLOCK);
-        let blocks = rows.div_ceil(height);
+        let tiles = with_tiles(pool, rows);
+        let blocks = match tiles {
+            true => rows.div_ceil(TILE) * 2,
+            false => rows.div_ceil(height),
+        };
         let cells = steps * height;
         let mut quants = memory.alloc(blocks * cells * STEP, Category::Workspace);
         let bytes = cells * size_of::<StepScales>();
@@ -124,14 +157,50 @@ impl Activations {
                 }
             });
         }
-        Activations {
+        let mut made = Activations {
             rows,
             cols,
             steps,
             height,
             quants,
             scales,
+            tiles: None,
+        };
+        if tiles {
+            made.tiles = Some(made.tiled(pool, memory, blocks));
         }
+        made
+    }
+
+    /// The quants of so many blocks as tiles take them.
+    fn tiled(&self, pool: &Pool, memory: &Memory, blocks: usize) -> Buffer {
+        let size = blocks * self.block() * size_of::<[u16; STEP]>();
+        let mut tiles = memory.alloc(size, Category::Workspace);
+        #[cfg(target_arch = "x86_64")]
+        {
+            let view = SharedMut::new(&mut tiles.block_mut()[..size]);
+            let quants = self.quants().as_chunks::<STEP>().0;
+            let tasks = Tasks::rows(blocks, self.cols * BLOCK);
+            pool.run(tasks.count(), |task, _| {
+                for block in tasks.part(task) {
+                    for step in 0..self.steps {
+                        let (unit, at) = (step / UNIT_STEPS, step % UNIT_STEPS);
+                        let row = tile_row(unit, blocks / 2, block / 2, at) + block % 2 * BLOCK;
+                        let rows = &quants[(block * self.steps + step) * BLOCK..][..BLOCK];
+                        // SAFETY: a task writes the rows of its own blocks, which are aligned; tiles come with AVX-512.
+                        unsafe {
+                            let bytes = BLOCK * size_of::<[u16; STEP]>();
+                            let to = view.slice(row * size_of::<[u16; STEP]>(), bytes);
+                            let to: &mut [[u16; STEP]; BLOCK] = &mut *to.as_mut_ptr().cast();
+                            super::amx::tile_rows(rows, to);
+                        }
+                    }
+                }
+            });
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = pool;
+        tiles
     }
 
     /// Groups of these rows side by side, to be multiplied with a matrix each by [`super::multiply_groups`]: rows keep the
@@ -159,16 +228,22 @@ impl Activations {
         }
         // A group starts at a block; what its last block lacks is its last row again.
         let height = largest.next_power_of_two().min(BLOCK);
+        let tiles = with_tiles(pool, largest);
+        let whole = if tiles { TILE } else { height };
         let (mut from, mut ranges) = (Vec::new(), Vec::with_capacity(groups.len()));
         for group in groups {
             let start = from.len();
             from.extend_from_slice(group);
             ranges.push(start..from.len());
             if let Some(&last) = group.last() {
-                from.resize(from.len().next_multiple_of(height), last);
+                from.resize(from.len().next_multiple_of(whole), last);
             }
         }
-        (self.select(pool, memory, &from, height), ranges)
+        let mut made = self.select(pool, memory, &from, height);
+        if tiles {
+            made.tiles = Some(made.tiled(pool, memory, from.len() / height));
+        }
+        (made, ranges)
     }
 
     /// Some rows in blocks of `height`, which must divide their number.
@@ -212,6 +287,7 @@ impl Activations {
             scales,
             cols: self.cols,
             steps,
+            tiles: None,
         }
     }
 
@@ -225,14 +301,7 @@ impl Activations {
         self.cols
     }
 
-    /// Steps of a row, padding included.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn steps(&self) -> usize {
-        self.steps
-    }
-
     /// Rows of all steps of a block.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn block(&self) -> usize {
         self.steps * self.height
     }
@@ -245,7 +314,21 @@ impl Activations {
     /// Whether a kernel finds these rows in blocks: they start at one that is high enough, or are no more than one row.
     pub(super) fn is_group(&self, rows: &Range<usize>) -> bool {
         let height = rows.len().next_power_of_two().min(BLOCK);
-        height == 1 || rows.start.is_multiple_of(self.height) && height <= self.height
+        let start = match self.tiles {
+            Some(_) if rows.len() >= TILE_ROWS => TILE,
+            _ => self.height,
+        };
+        height == 1 || rows.start.is_multiple_of(start) && height <= self.height
+    }
+
+    /// All rows as tiles take them, if these are to be multiplied by tiles.
+    pub(super) fn tiles(&self, rows: &Range<usize>) -> Option<Tiles<'_>> {
+        let tiles = self.tiles.as_ref().filter(|_| rows.len() >= TILE_ROWS)?;
+        let (quants, _) = tiles.block()[..tiles.bytes()].as_chunks::<{ 2 * STEP }>();
+        // SAFETY: the same size; blocks are aligned to 64; every bit pattern is valid.
+        let quants = unsafe { std::slice::from_raw_parts(quants.as_ptr().cast(), quants.len()) };
+        let blocks = quants.len() / (self.steps * TILE);
+        Some(Tiles { quants, blocks })
     }
 
     /// The quants of all rows: step `s` of row `r` is at `cell(r, s) * 32`.
@@ -277,6 +360,11 @@ impl Activations {
             &self.scales()[cell],
         )
     }
+}
+
+/// Whether so many rows are kept for tiles too.
+fn with_tiles(pool: &Pool, rows: usize) -> bool {
+    super::uses_tiles(pool.level()) && rows >= TILE_ROWS
 }
 
 /// Of `(x, quants, scales, m, height)`: row `m` of a block.

@@ -1,14 +1,15 @@
-//! The product of two panels and many rows of activations, by AMX tiles of bytes.
+//! The product of panels and many rows of activations, by AMX tiles.
 //!
-//! Weights mostly have a scale of their own for every 32 columns, so that is where a sum of integers ends: a tile product
-//! has half the depth that a tile could have, or a quarter with scales of 16 columns, and each of its sums becomes a number,
-//! is scaled and added. These vector instructions are the limit: three for 16 sums, at two a cycle, where the tiles need
-//! half a cycle. So the design spares everything else:
-//! - codes are unpacked once for all rows of a task, as many columns at a time as stay in the first cache beside the rest;
-//! - eight rows by two panels are sums of a group in 16 registers; only whole groups are multiplied by the scales of the
-//!   activations and added to the sums in memory;
-//! - tiles store their sums into a ring, which vectors read two pairs of steps later: the tiles' latency is hidden, and no
-//!   load waits for a store.
+//! Codes and quants are whole numbers that `bf16` holds exactly, and sums of their products stay below 2^24: tile products of
+//! `bf16` give the very integers that products of bytes give, and give them as `f32`. Weights mostly have a scale for
+//! 32 columns, where a sum of integers ends. A tile of bytes is deeper than that, so it would be half empty and take as
+//! long, and its sums would have to be converted, by the units that multiply them with their scales: a tile product
+//! occupies one of the two.
+//!
+//! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
+//! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
+//! have all of it side by side, an [`item`] begins the products of four steps while it ends those of the item before:
+//! sums are stored two products after they were begun, and read two later.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
@@ -16,36 +17,37 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::activations::{BLOCK, BOTH, StepScales};
+use super::activations::{BLOCK, BOTH, StepScales, TILE, Tiles};
 use super::kernel::{body, scales};
 use super::lanes::{Lanes, Vnni};
-use super::layout::{Codes, Layout, Min, Units};
+use super::layout::{Codes, Layout, Min, Unit};
+use super::matrix::PackedMatrix;
 use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::tiles::Config;
 
-/// Rows of a tile of activations.
-pub(super) const ROWS: usize = BLOCK;
-/// Panels of a product.
-pub(super) const PANELS: usize = 2;
-/// Units that are unpacked at a time.
-const SPAN_UNITS: usize = 2;
-/// Steps of them.
-const SPAN: usize = SPAN_UNITS * UNIT_STEPS;
-/// Pairs of sums that are on their way from tiles to vectors.
-const LAG: usize = 2;
-/// Places for pairs of sums; one is written while another is read.
-const RING: usize = 4;
+/// Rows of a tile.
+pub(super) const ROWS: usize = TILE;
+/// Panels that are unpacked at a time: what fills two thirds of the first cache.
+const PANELS: usize = 4;
+/// Bytes from a row of a tile in memory to the next.
+const WIDE: usize = 64;
 
-/// What is unpacked and on its way; "pairs" are two steps, or the two halves of one.
+/// Sums of a tile.
+type Sums = [[f32; PANEL]; ROWS];
+
+/// What is unpacked and on its way. Parts are steps, or halves of steps where weights have a scale for 16 columns.
 #[repr(C, align(64))]
 pub(super) struct Space {
-    /// Codes of a step as tiles take them: four columns of 16 rows, eight times.
-    codes: [[[u8; STEP * PANEL]; PANELS]; SPAN],
-    /// Of each step, or half step.
-    scales: [[Scales; PANELS]; 2 * SPAN],
-    ring: [[Sums; 2]; RING],
+    /// Codes as tiles take them: two columns of 16 rows, 16 times.
+    codes: [[[[u16; 2 * PANEL]; STEP / 2]; UNIT_STEPS]; PANELS],
+    scales: [[Scales; 2 * UNIT_STEPS]; PANELS],
+    /// Sums of the parts of a group.
+    ring: [Sums; 2 * GROUP_STEPS],
+    /// Where the first item ends one that never was.
+    nowhere: Sums,
 }
 
 impl Space {
@@ -61,24 +63,20 @@ struct Scales {
     min: [f32; PANEL],
 }
 
-/// What tiles store.
-type Sums = [[[i32; PANEL]; ROWS]; PANELS];
-
-/// Two panels and blocks of eight rows.
+/// Panels and blocks of 16 rows.
 pub(super) struct Work<'a> {
-    pub layout: &'a Layout,
-    pub units: &'a Units,
-    /// First byte of each panel.
-    pub panels: [*const u8; PANELS],
-    /// Quants of the first block and step.
-    pub quants: *const i8,
-    /// Scales of the first block and step.
-    pub scales: *const StepScales,
-    /// Steps from a block to the next.
-    pub steps: usize,
+    pub matrix: &'a PackedMatrix,
+    pub panels: Range<usize>,
+    pub tiles: Tiles<'a>,
+    /// The first block.
+    pub first: usize,
     pub blocks: usize,
+    /// Scales of its first step.
+    pub scales: *const StepScales,
+    /// Scales from eight rows to the next eight.
+    pub block: usize,
     pub space: *mut Space,
-    /// `[blocks, PANELS, ROWS, 16]`.
+    /// `[blocks, panels, 16, 16]`, zeros.
     pub sums: *mut f32,
 }
 
@@ -87,26 +85,17 @@ pub(super) struct Kernel {
     /// Must be entered before.
     pub config: &'static Config,
     /// # Safety
-    /// The CPU has AMX with byte products and AVX-512 with VNNI; the tiles are configured; pointers are valid for the
+    /// The CPU has AMX with `bf16` products and AVX-512 with VNNI; the tiles are configured; pointers are valid for the
     /// panels and blocks of the layout, for the scratch memory (initialized) and for the result.
     pub run: unsafe fn(&Work<'_>),
 }
 
-/// Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 codes of a panel.
+/// Tiles 0 and 1 are sums, 2 and 3 codes of a panel, 4 to 7 rows of activations.
 const fn config(columns: usize) -> Config {
-    let sums = (ROWS as u8, 64);
-    let activations = (ROWS as u8, columns as u16);
-    let codes = (columns as u8 / 4, 64);
-    Config::new([
-        sums,
-        sums,
-        sums,
-        sums,
-        activations,
-        activations,
-        codes,
-        codes,
-    ])
+    let sums = (ROWS as u8, WIDE as u16);
+    let codes = (columns as u8 / 2, WIDE as u16);
+    let rows = (ROWS as u8, 2 * columns as u16);
+    Config::new([sums, sums, codes, codes, rows, rows, rows, rows])
 }
 static STEPS: Config = config(STEP);
 static HALF_STEPS: Config = config(STEP / 2);
@@ -115,250 +104,363 @@ impl Kernel {
     /// The kernel for a layout.
     pub fn choose(layout: &Layout) -> Kernel {
         let half_steps = layout.sub() == STEP / 2;
+        let with_min = layout.min != Min::Without;
         Kernel {
             config: if half_steps { &HALF_STEPS } else { &STEPS },
-            run: body!(layout.codes, half_steps, run),
+            run: match with_min {
+                true => body!(layout.codes, half_steps, run, true),
+                false => body!(layout.codes, half_steps, run, false),
+            },
         }
+    }
+}
+
+/// `i - zero` for each code below 32, as `bf16`.
+fn numbers(layout: &Layout) -> [u16; 32] {
+    std::array::from_fn(|i| ((i as f32 - layout.zero() as f32).to_bits() >> 16) as u16)
+}
+
+/// The lower bytes of words as `bf16`, less the zero.
+///
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+unsafe fn numbered(words: __m512i, zero: __m512) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let byte = _mm512_set1_epi32(0xff);
+        let low = _mm512_and_si512(words, byte);
+        let high = _mm512_and_si512(_mm512_srli_epi32::<16>(words), byte);
+        let low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(low), zero));
+        let high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(high), zero));
+        // Whole numbers of eight bits: the lower half of each is zero.
+        _mm512_or_si512(_mm512_srli_epi32::<16>(low), high)
     }
 }
 
 /// # Safety
 /// As [`Kernel::run`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn run<U: Unpack, const HALF_STEPS: bool>(work: &Work<'_>) {
-    let mut first = 0;
-    for unit in (0..work.units.len()).step_by(SPAN_UNITS) {
-        // SAFETY: as the caller promised.
-        unsafe {
-            let steps = unpack::<U, HALF_STEPS>(work, unit);
-            multiply::<HALF_STEPS>(work, first, steps);
-            first += steps;
+unsafe fn run<U: Unpack, const HALVES: bool, const MIN: bool>(work: &Work<'_>) {
+    let units = work.matrix.units();
+    for index in 0..units.len() {
+        let (unit, start) = units.at(index);
+        for first in work.panels.clone().step_by(PANELS) {
+            let panels = first..work.panels.end.min(first + PANELS);
+            // SAFETY: as the caller promised; units lie in the panels.
+            unsafe {
+                for (p, panel) in panels.clone().enumerate() {
+                    let base = work.matrix.panel(panel).as_ptr().add(start);
+                    unpack::<U, HALVES>(work, p, &unit, base);
+                }
+                multiply::<HALVES, MIN>(work, index, unit.steps.div_ceil(GROUP_STEPS), panels);
+            }
         }
     }
 }
 
-/// Unpacks the units from number `from` on, and says how many steps they have.
+/// Unpacks a unit of a panel, and zeros up to a whole group.
 ///
 /// # Safety
-/// As [`Kernel::run`].
+/// As [`Kernel::run`]; `base` is the unit's first byte.
 #[inline(always)]
-unsafe fn unpack<U: Unpack, const HALF_STEPS: bool>(work: &Work<'_>, from: usize) -> usize {
-    let mut steps = 0;
-    // SAFETY: as the caller promised; units lie in the panels, and there is room for the steps of a span.
+unsafe fn unpack<U: Unpack, const HALVES: bool>(
+    work: &Work<'_>,
+    panel: usize,
+    unit: &Unit,
+    base: *const u8,
+) {
+    // SAFETY: as the caller promised, and there is room for the steps of a unit.
     unsafe {
-        let space = &mut *work.space;
-        let table = match work.layout.codes {
+        let layout = work.matrix.layout();
+        let (codes, to) = (
+            &raw mut (*work.space).codes[panel],
+            &raw mut (*work.space).scales[panel],
+        );
+        let table = match layout.codes {
             Codes::Table(table) => Vnni::table(table),
             _ => Vnni::splat(0),
         };
-        for index in from..(from + SPAN_UNITS).min(work.units.len()) {
-            let (unit, start) = work.units.at(index);
-            for step in 0..unit.steps {
-                for (p, panel) in work.panels.iter().enumerate() {
-                    let base = panel.add(start);
-                    let codes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
-                    let to = space.codes[steps][p].as_mut_ptr();
-                    for (row, codes) in codes.into_iter().enumerate() {
-                        _mm512_store_si512(to.add(row * 64).cast(), codes);
-                    }
-                    let mut scale = |to: usize, half: usize| {
-                        let (scale, min) = scales::<Vnni>(work.layout, &unit, base, 0, step, half);
-                        let to = &mut space.scales[to][p];
-                        _mm512_store_ps(to.scale.as_mut_ptr(), scale);
-                        _mm512_store_ps(to.min.as_mut_ptr(), min);
-                    };
-                    if HALF_STEPS {
-                        scale(2 * steps, 0);
-                        scale(2 * steps + 1, 1);
-                    } else {
-                        scale(steps, BOTH);
-                    }
-                }
-                steps += 1;
+        let numbers = _mm512_loadu_si512(numbers(layout).as_ptr().cast());
+        let zero = _mm512_set1_ps(layout.zero() as f32);
+        for step in 0..unit.steps {
+            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
+            for (four, &bytes) in bytes.iter().enumerate() {
+                // Every other column: activations have theirs in the same order.
+                let odd = _mm512_srli_epi16::<8>(bytes);
+                let (even, odd) = match U::BITS <= 5 {
+                    true => (
+                        _mm512_permutexvar_epi16(bytes, numbers),
+                        _mm512_permutexvar_epi16(odd, numbers),
+                    ),
+                    false => (numbered(bytes, zero), numbered(odd, zero)),
+                };
+                let to = (&raw mut (*codes)[step][2 * four]).cast::<__m512i>();
+                _mm512_store_si512(to, even);
+                _mm512_store_si512(to.add(1), odd);
+            }
+            for half in layout.halves() {
+                let part = if HALVES { 2 * step + half } else { step };
+                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, half);
+                let to = (&raw mut (*to)[part]).cast::<f32>();
+                _mm512_store_ps(to, scale);
+                _mm512_store_ps(to.add(PANEL), min);
             }
         }
+        let parts = if HALVES { 2 } else { 1 };
+        for step in unit.steps..unit.steps.next_multiple_of(GROUP_STEPS) {
+            (&raw mut (*codes)[step]).write_bytes(0, 1);
+            (&raw mut (*to)[parts * step]).write_bytes(0, parts);
+        }
     }
-    steps
 }
 
-/// Adds the products of the unpacked steps, the first of which is step `first` of the rows, to all sums.
+/// A group of a panel and a block of rows.
+#[derive(Clone, Copy)]
+struct Item {
+    /// Quants of the rows' first step.
+    rows: *const u16,
+    /// Codes of the first step.
+    codes: *const u16,
+    /// Scales of the first part.
+    weights: *const Scales,
+    /// Rows of a step of the group that follows.
+    ahead: *const u16,
+    /// Scales of the first step of the upper and of the lower eight rows.
+    scales: [*const StepScales; 2],
+    sums: *mut f32,
+}
+
+/// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks.
 ///
 /// # Safety
 /// As [`Kernel::run`].
 #[inline(always)]
-unsafe fn multiply<const HALF_STEPS: bool>(work: &Work<'_>, first: usize, steps: usize) {
-    let per_pair = if HALF_STEPS { 1 } else { 2 };
-    let pairs = steps.div_ceil(per_pair);
-    // Where the tiles are: block, pair, place in the ring.
-    let mut tiles = (0, 0, 0);
-    // SAFETY: as the caller promised. A pair's second step may be one that the panels do not have: activations are padded
-    // to whole units, codes are left from before, and the sums are not used.
+unsafe fn multiply<const HALVES: bool, const MIN: bool>(
+    work: &Work<'_>,
+    index: usize,
+    groups: usize,
+    panels: Range<usize>,
+) {
+    // SAFETY: as the caller promised; activations are padded to whole units.
     unsafe {
         let space = work.space;
-        let cell =
-            |block: usize, pair: usize| (block * work.steps + first + pair * per_pair) * ROWS;
-        let mut advance = || {
-            let (block, pair, place) = tiles;
-            if block < work.blocks {
-                let a = work.quants.add(cell(block, pair) * STEP);
-                let b = &raw const (*space).codes[pair * per_pair];
-                tile_pair::<HALF_STEPS>(a, b.cast(), (&raw mut (*space).ring[place]).cast());
-                let last = pair + 1 == pairs;
-                tiles = match last {
-                    true => (block + 1, 0, (place + 1) % RING),
-                    false => (block, pair + 1, (place + 1) % RING),
-                };
+        let ring = (&raw mut (*space).ring).cast::<f32>();
+        let codes = (&raw const (*space).codes).cast::<u16>();
+        let weights = (&raw const (*space).scales).cast::<Scales>();
+        let parts = GROUP_STEPS * if HALVES { 2 } else { 1 };
+        let item = |block: usize, group: usize, p: usize| {
+            let step = index * UNIT_STEPS + group * GROUP_STEPS;
+            let scales = |half: usize| {
+                let block = (2 * block + half) * work.block;
+                work.scales.add(block + step * BLOCK)
+            };
+            let panel = panels.start - work.panels.start + p;
+            let (after, first) = match group + 1 < groups {
+                true => (block, GROUP_STEPS * (group + 1)),
+                false => (block + 1, 0),
+            };
+            Item {
+                ahead: work.tiles.step(index, work.first + after, first + p),
+                rows: work
+                    .tiles
+                    .step(index, work.first + block, group * GROUP_STEPS),
+                codes: codes.add((p * UNIT_STEPS + group * GROUP_STEPS) * STEP * PANEL),
+                weights: weights.add(p * 2 * UNIT_STEPS + group * parts),
+                scales: [scales(0), scales(1)],
+                sums: work
+                    .sums
+                    .add((block * work.panels.len() + panel) * ROWS * PANEL),
             }
         };
-        for _ in 0..LAG {
-            advance();
-        }
-        let with_min = work.layout.min != Min::Without;
-        let zero = _mm512_set1_ps(work.layout.zero() as f32);
-        let mut place = 0;
+        let mut last = Item {
+            sums: (&raw mut (*space).nowhere).cast(),
+            ..item(0, 0, 0)
+        };
         for block in 0..work.blocks {
-            let out = work.sums.add(block * PANELS * ROWS * PANEL);
-            if first == 0 {
-                store(out, &[[_mm512_setzero_ps(); ROWS]; PANELS]);
-            }
-            for group in (0..pairs).step_by(GROUP_STEPS / per_pair) {
-                let mut sums = [[_mm512_setzero_ps(); ROWS]; PANELS];
-                for pair in group..pairs.min(group + GROUP_STEPS / per_pair) {
-                    advance();
-                    let a = work.scales.add(cell(block, pair));
-                    let [one, two] = &(*space).ring[place];
-                    let [w_one, w_two] = &(*space).scales.as_chunks::<2>().0[pair];
-                    if HALF_STEPS {
-                        scaled::<0>(one, w_one, a, zero, with_min, &mut sums);
-                        scaled::<1>(two, w_two, a, zero, with_min, &mut sums);
-                    } else {
-                        scaled::<BOTH>(one, w_one, a, zero, with_min, &mut sums);
-                        if 2 * pair + 1 < steps {
-                            scaled::<BOTH>(two, w_two, a.add(ROWS), zero, with_min, &mut sums);
-                        }
-                    }
-                    place = (place + 1) % RING;
+            for group in 0..groups {
+                if !HALVES {
+                    load_rows(
+                        work.tiles
+                            .step(index, work.first + block, group * GROUP_STEPS),
+                    );
                 }
-                add_group(out, &sums, work.scales.add(cell(block, group)));
+                for p in 0..panels.len() {
+                    let next = item(block, group, p);
+                    overlap::<HALVES, MIN>(&next, &last, ring);
+                    last = next;
+                }
             }
+        }
+        // What is begun here again is not ended.
+        overlap::<HALVES, MIN>(&last, &last, ring);
+    }
+}
+
+/// Loads the rows of four steps.
+///
+/// # Safety
+/// The tiles are configured; four steps can be read.
+#[inline(always)]
+unsafe fn load_rows(rows: *const u16) {
+    // SAFETY: as the caller promised. No compiler uses tiles, so they stay as they are until the products of the panels.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{rows} + {wide}*1]",
+            "tileloadd tmm5, [{rows} + {wide}*1 + 1024]",
+            "tileloadd tmm6, [{rows} + {wide}*1 + 2048]",
+            "tileloadd tmm7, [{rows} + {wide}*1 + 3072]",
+            rows = in(reg) rows, wide = in(reg) WIDE,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+}
+
+/// Begins the products of an item while those of the one before are scaled and added to its sums.
+///
+/// # Safety
+/// As [`Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
+#[inline(always)]
+unsafe fn overlap<const HALVES: bool, const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
+    // Written out: loops would keep the sums in memory.
+    macro_rules! all {
+        ($do:ident $with:tt) => { all!($do $with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+        ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
+    }
+    // SAFETY: as the caller promised; the sums of a part lie in the ring at its place.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        let quants = |m: usize, step: usize| before.scales[m / BLOCK].add(step * BLOCK + m % BLOCK);
+        macro_rules! scaled {
+            ($m:literal ($from:ident $scale:ident)) => {
+                sums[$m] = _mm512_fmadd_ps(_mm512_load_ps($from.add($m * PANEL)), $scale, sums[$m])
+            };
+        }
+        macro_rules! offset {
+            ($m:literal ($step:ident $half:ident $min:ident)) => {
+                let of = _mm512_set1_ps((*quants($m, $step)).sums[$half]);
+                sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
+            };
+        }
+        macro_rules! part {
+            ($part:literal of $parts:literal) => {{
+                // What was begun two parts ago is done.
+                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
+                begin::<HALVES, $part>(next);
+                for line in $part * ROWS / $parts..($part + 1) * ROWS / $parts {
+                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * STEP).cast());
+                }
+                let (step, half) = match HALVES {
+                    true => ($part / 2, $part % 2),
+                    false => ($part, BOTH),
+                };
+                let from = ring.add($part * ROWS * PANEL);
+                let weights = before.weights.add($part).cast::<f32>();
+                let scale = _mm512_load_ps(weights);
+                all!(scaled(from scale));
+                if MIN {
+                    let min = _mm512_load_ps(weights.add(PANEL));
+                    all!(offset(step half min));
+                }
+            }};
+        }
+        if HALVES {
+            part!(0 of 8);
+            part!(1 of 8);
+            part!(2 of 8);
+            part!(3 of 8);
+            part!(4 of 8);
+            part!(5 of 8);
+            part!(6 of 8);
+            part!(7 of 8);
+        } else {
+            part!(0 of 4);
+            part!(1 of 4);
+            part!(2 of 4);
+            part!(3 of 4);
+        }
+        macro_rules! add {
+            ($m:literal ()) => {
+                let to = before.sums.add($m * PANEL);
+                let scale = _mm512_set1_ps((*quants($m, 0)).scale);
+                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
+            };
+        }
+        all!(add());
+    }
+}
+
+/// Begins the product of a part, in one of two tiles in turn.
+///
+/// # Safety
+/// As [`Kernel::run`]; the rows of whole steps are loaded.
+#[inline(always)]
+unsafe fn begin<const HALVES: bool, const PART: usize>(item: &Item) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        if HALVES {
+            asm!(
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
+                "tileloadd tmm{a}, [{rows} + {wide}*1]",
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * STEP / 2 * PANEL),
+                rows = in(reg) item.rows.add(PART / 2 * ROWS * STEP + PART % 2 * STEP / 2), wide = in(reg) WIDE,
+                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+                options(nostack, preserves_flags, readonly)
+            );
+        } else {
+            asm!(
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * STEP * PANEL), wide = in(reg) WIDE,
+                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            );
         }
     }
 }
 
-/// Two sums of eight rows and two panels each, `[2, PANELS, ROWS, 16]`: of two steps, or of the halves of one.
+/// Stores a tile of sums.
 ///
 /// # Safety
-/// The tiles are configured for it; `a` and `b` are the first step's.
+/// The tiles are configured; there is room for 16 rows.
 #[inline(always)]
-unsafe fn tile_pair<const HALF_STEPS: bool>(a: *const i8, b: *const u8, sums: *mut i32) {
-    let (next_a, next_b) = match HALF_STEPS {
-        true => (STEP / 2, STEP / 2 * PANEL),
-        false => (STEP * ROWS, STEP * PANEL * PANELS),
-    };
+unsafe fn store<const C: usize>(to: *mut f32) {
     // SAFETY: as the caller promised.
     unsafe {
         asm!(
-            "tileloadd tmm4, [{a} + {row}*1]",
-            "tileloadd tmm6, [{b} + {wide}*1]",
-            "tilezero tmm0",
-            "tdpbsud tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {wide}*1 + 512]",
-            "tilezero tmm1",
-            "tdpbsud tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{next_a} + {row}*1]",
-            "tileloadd tmm6, [{next_b} + {wide}*1]",
-            "tilezero tmm2",
-            "tdpbsud tmm2, tmm5, tmm6",
-            "tileloadd tmm7, [{next_b} + {wide}*1 + 512]",
-            "tilezero tmm3",
-            "tdpbsud tmm3, tmm5, tmm7",
-            "tilestored [{sums} + {wide}*1], tmm0",
-            "tilestored [{sums} + {wide}*1 + 512], tmm1",
-            "tilestored [{sums} + {wide}*1 + 1024], tmm2",
-            "tilestored [{sums} + {wide}*1 + 1536], tmm3",
-            a = in(reg) a, b = in(reg) b, next_a = in(reg) a.add(next_a), next_b = in(reg) b.add(next_b),
-            sums = in(reg) sums, row = in(reg) STEP, wide = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            "tilestored [{to} + {wide}*1], tmm{c}",
+            to = in(reg) to, wide = in(reg) WIDE, c = const C,
             options(nostack, preserves_flags)
         );
     }
 }
 
-/// Scales the sums of a step, or of half of one, by the weights' scales and adds them to those of their group.
-///
-/// The zero is subtracted, or the minimum added, for all codes at once. Integers stay below 2^24, where numbers are exact.
+/// The quants of a step of eight rows as `bf16`, in the order of codes: two columns of each four, then the others.
 ///
 /// # Safety
-/// AVX-512; `a` are the sums of the eight rows.
-#[inline(always)]
-unsafe fn scaled<const HALF: usize>(
-    tiles: &Sums,
-    weights: &[Scales; PANELS],
-    a: *const StepScales,
-    zero: __m512,
-    with_min: bool,
-    sums: &mut [[__m512; ROWS]; PANELS],
-) {
-    // SAFETY: as the caller promised.
-    unsafe {
-        let [w0, w1] = weights;
-        let scale = [w0, w1].map(|w| _mm512_load_ps(w.scale.as_ptr()));
-        let min = [w0, w1].map(|w| _mm512_load_ps(w.min.as_ptr()));
-        // Written out: a loop would keep the sums in memory.
-        macro_rules! rows {
-            ($do:ident: $($m:literal)*) => {$({
-                let quants = _mm512_set1_ps((*a.add($m)).sums[HALF]);
-                $do!(0 $m quants);
-                $do!(1 $m quants);
-            })*};
-        }
-        macro_rules! number {
-            ($p:literal $m:literal) => {
-                _mm512_cvtepi32_ps(_mm512_load_si512(tiles[$p][$m].as_ptr().cast()))
-            };
-        }
-        if with_min {
-            macro_rules! offset {
-                ($p:literal $m:literal $quants:ident) => {{
-                    let sum = _mm512_fmadd_ps(number!($p $m), scale[$p], sums[$p][$m]);
-                    sums[$p][$m] = _mm512_fmadd_ps(min[$p], $quants, sum);
-                }};
-            }
-            rows!(offset: 0 1 2 3 4 5 6 7);
-        } else {
-            macro_rules! symmetric {
-                ($p:literal $m:literal $quants:ident) => {{
-                    let whole = _mm512_fnmadd_ps(zero, $quants, number!($p $m));
-                    sums[$p][$m] = _mm512_fmadd_ps(whole, scale[$p], sums[$p][$m]);
-                }};
-            }
-            rows!(symmetric: 0 1 2 3 4 5 6 7);
-        }
-    }
-}
-
-/// Adds the sums of a group, multiplied by the scales of the eight rows.
-///
-/// # Safety
-/// AVX-512; `to` has a block's sums, `a` are the scales of the eight rows.
-#[inline(always)]
-unsafe fn add_group(to: *mut f32, sums: &[[__m512; ROWS]; PANELS], a: *const StepScales) {
-    for (i, sum) in sums.iter().flatten().enumerate() {
-        // SAFETY: as the caller promised.
+/// AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn tile_rows(quants: &[[i8; STEP]], to: &mut [[u16; STEP]; BLOCK]) {
+    let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
+    ));
+    let numbers = |bytes: __m128i| {
+        let numbers = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(numbers))
+    };
+    for (quants, to) in quants.iter().zip(to) {
+        // SAFETY: both are 32 elements.
         unsafe {
-            let (to, scale) = (to.add(i * PANEL), _mm512_set1_ps((*a.add(i % ROWS)).scale));
-            _mm512_store_ps(to, _mm512_fmadd_ps(*sum, scale, _mm512_load_ps(to)));
+            let bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(quants.as_ptr().cast()), order);
+            let to = to.as_mut_ptr().cast::<__m256i>();
+            _mm256_storeu_si256(to, numbers(_mm256_castsi256_si128(bytes)));
+            _mm256_storeu_si256(to.add(1), numbers(_mm256_extracti128_si256::<1>(bytes)));
         }
-    }
-}
-
-/// # Safety
-/// AVX-512; `to` has room for a block's sums.
-#[inline(always)]
-unsafe fn store(to: *mut f32, sums: &[[__m512; ROWS]; PANELS]) {
-    for (i, sum) in sums.iter().flatten().enumerate() {
-        // SAFETY: as the caller promised.
-        unsafe { _mm512_store_ps(to.add(i * PANEL), *sum) }
     }
 }

@@ -8,8 +8,10 @@ use super::lanes::Lanes;
 pub(super) trait Unpack {
     /// Bytes of a step of a panel.
     const BYTES: usize;
+    /// Bits of a code as it is unpacked.
+    const BITS: usize;
     /// Whether codes may be 128 or more.
-    const WIDE: bool = false;
+    const WIDE: bool = Self::BITS == 8;
     /// # Safety
     /// `at` is the step's first byte, moved on to the lanes.
     unsafe fn unpack<L: Lanes>(at: *const u8, table: L::I) -> [L::I; 8];
@@ -22,7 +24,7 @@ pub(super) struct Names;
 
 impl<const LOW: usize, const HIGH: usize> Unpack for Planes<LOW, HIGH> {
     const BYTES: usize = (LOW + HIGH) * 64;
-    const WIDE: bool = LOW == 8;
+    const BITS: usize = LOW + HIGH;
 
     #[inline(always)]
     unsafe fn unpack<L: Lanes>(at: *const u8, _: L::I) -> [L::I; 8] {
@@ -41,7 +43,7 @@ impl<const LOW: usize, const HIGH: usize> Unpack for Planes<LOW, HIGH> {
 
 impl Unpack for Names {
     const BYTES: usize = 256;
-    const WIDE: bool = true;
+    const BITS: usize = 8;
 
     #[inline(always)]
     unsafe fn unpack<L: Lanes>(at: *const u8, table: L::I) -> [L::I; 8] {

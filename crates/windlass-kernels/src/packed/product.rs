@@ -1,11 +1,12 @@
 //! `y = x Wᵀ` for packed matrices and quantized activations.
 
-use super::activations::Activations;
+use super::activations::{Activations, Tiles};
 use super::matrix::PackedMatrix;
 use super::{PANEL, STEP, reference};
 use crate::Element;
-use crate::dispatch::Level;
+use crate::dispatch::{Level, kernels};
 use crate::pool::{Pool, SharedMut, Worker};
+use crate::simd::{Simd, SimdElement};
 use std::ops::Range;
 
 /// One product of several that share their activations.
@@ -33,10 +34,11 @@ const VECTORS: Cut = Cut {
     panels: 16,
     rows: 128,
 };
-/// With AMX, a panel is unpacked once for all of a task's rows; two pairs of panels of that many are work enough.
+/// With AMX, a unit of a panel is unpacked once for all of a task's rows, and a unit of these rows is read from the second
+/// cache for every four panels.
 const TILES: Cut = Cut {
-    panels: 4,
-    rows: 256,
+    panels: 8,
+    rows: 512,
 };
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
@@ -44,10 +46,6 @@ const TILE: usize = 16;
 /// The sums of a tile. Each is a line: one that crosses lines could not be read before it has been written to the cache.
 #[repr(align(64))]
 struct Sums([[f32; PANEL]; TILE]);
-
-/// Rows from which tiles are used. A panel's codes are unpacked to memory for them, which pays from the second block of
-/// eight rows on; fewer rows wait for the panel's bytes in either way.
-const TILE_ROWS: usize = 9;
 
 /// Whether products of many rows run on AMX tiles.
 pub(crate) fn uses_tiles(level: Level) -> bool {
@@ -65,7 +63,7 @@ pub(crate) fn uses_tiles(level: Level) -> bool {
 /// The instructions that packed products use at a level, for people.
 pub fn kernel_names(level: Level) -> &'static str {
     if uses_tiles(level) {
-        return "AMX-INT8 tiles from 9 rows on, AVX-512 VNNI below";
+        return "AMX tiles from 9 rows on, AVX-512 VNNI below";
     }
     match level {
         Level::Scalar => "scalar",
@@ -85,6 +83,23 @@ struct Job<'a, E> {
     cut: Cut,
     /// Number of the first task.
     first: usize,
+}
+
+impl<E: Element> Job<'_, E> {
+    /// Where a panel's columns of a row begin in the result.
+    #[inline(always)]
+    fn at(&self, row: usize, panel: usize) -> usize {
+        (row - self.rows.start) * self.matrix.rows() + panel * PANEL
+    }
+
+    /// A panel's columns of a row of the result, which one task asks for.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "tasks have their own rows and panels")]
+    fn result(&self, row: usize, panel: usize) -> &mut [E] {
+        let len = PANEL.min(self.matrix.rows() - panel * PANEL);
+        // SAFETY: a task has its own rows and panels.
+        unsafe { self.out.slice(self.at(row, panel), len) }
+    }
 }
 
 /// Multiplies the same activations with several matrices in one run of the pool.
@@ -125,15 +140,15 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
     let mut jobs = Vec::new();
     for (rows, product) in products {
         let m = rows.len();
-        let cut = match uses_tiles(pool.level()) && m >= TILE_ROWS {
-            true => TILES,
-            false => VECTORS,
-        };
         assert!(
             rows.end <= x.rows() && x.is_group(&rows),
             "rows {rows:?} of {} are no group",
             x.rows()
         );
+        let cut = match x.tiles(&rows) {
+            Some(_) => TILES,
+            None => VECTORS,
+        };
         let (n, k) = (product.matrix.rows(), product.matrix.cols());
         assert_eq!(
             x.cols(),
@@ -189,8 +204,8 @@ fn run_task<E: Element>(
     #[cfg(target_arch = "x86_64")]
     {
         let (level, layout) = (pool.level(), job.matrix.layout());
-        if uses_tiles(level) && rows.len() >= TILE_ROWS {
-            return run_amx(level, worker, x, job, panels, rows);
+        if let Some(tiles) = x.tiles(&job.rows) {
+            return run_amx(level, worker, (x, tiles), job, panels, rows);
         }
         let half_steps = layout.sub() == STEP / 2;
         if level != Level::Scalar {
@@ -226,7 +241,7 @@ fn run_tiles<E: Element>(
     use super::kernel::Tile;
     let (layout, units) = (job.matrix.layout(), job.matrix.units());
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
-    let finish = finisher(level);
+    let finish = finisher::<E>(level);
     let mut sums = Sums([[0f32; PANEL]; TILE]);
     let starts = worker.scratch::<f32>(units.steps() * layout.halves().len() * TILE);
     // SAFETY: the same size and alignment; all bit patterns are valid.
@@ -283,125 +298,108 @@ fn run_tiles<E: Element>(
 fn run_amx<E: Element>(
     level: Level,
     worker: &mut Worker,
-    x: &Activations,
+    (x, tiles): (&Activations, Tiles<'_>),
     job: &Job<'_, E>,
     panels: Range<usize>,
     rows: Range<usize>,
 ) {
-    use super::amx::{Kernel, PANELS, ROWS, Space, Work};
-    assert_eq!(x.height(), ROWS, "rows of a block of activations");
-    let (matrix, finish) = (job.matrix, finisher(level));
+    use super::amx::{Kernel, ROWS, Space, Work};
+    let (matrix, finish) = (job.matrix, finisher::<E>(level));
     let kernel = Kernel::choose(matrix.layout());
     let blocks = rows.len().div_ceil(ROWS);
-    let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, blocks * PANELS * ROWS * PANEL);
-    let cell = x.cell(rows.start, 0);
-    // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to
-    // whole units and blocks), `space` and `sums` have the sizes that the kernel asks for.
+    let len = blocks * panels.len() * ROWS * PANEL;
+    let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, len);
+    sums.fill(0.0);
+    let work = Work {
+        matrix,
+        panels: panels.clone(),
+        tiles,
+        first: rows.start / ROWS,
+        blocks,
+        scales: x.scales()[x.cell(rows.start, 0)..].as_ptr(),
+        block: x.block(),
+        space: space.as_mut_ptr().cast(),
+        sums: sums.as_mut_ptr(),
+    };
+    // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to whole
+    // units and tiles), `space` and `sums` have the sizes that the kernel asks for.
     unsafe {
         kernel.config.enter();
-        for panel in panels.clone().step_by(PANELS) {
-            let at = |p: usize| matrix.panel((panel + p).min(panels.end - 1)).as_ptr();
-            (kernel.run)(&Work {
-                layout: matrix.layout(),
-                units: matrix.units(),
-                panels: std::array::from_fn(at),
-                quants: x.quants()[cell * STEP..].as_ptr(),
-                scales: x.scales()[cell..].as_ptr(),
-                steps: x.steps(),
-                blocks,
-                space: space.as_mut_ptr().cast(),
-                sums: sums.as_mut_ptr(),
-            });
-            for (tile, sums) in sums.as_chunks::<PANEL>().0.chunks(ROWS).enumerate() {
-                let (block, panel) = (tile / PANELS, panel + tile % PANELS);
-                let first = rows.start + block * ROWS;
-                if panel < panels.end {
-                    finish(job, panel, first..rows.end, sums);
+        (kernel.run)(&work);
+        crate::tiles::leave();
+        for (tile, sums) in sums.as_chunks::<PANEL>().0.chunks(ROWS).enumerate() {
+            let (block, panel) = (tile / panels.len(), tile % panels.len());
+            let first = rows.start + block * ROWS;
+            finish(job, panels.start + panel, first..rows.end, sums);
+        }
+    }
+}
+
+kernels! {
+    /// Adds bias and residual to a panel's sums and writes these rows of the result.
+    fn finisher<E>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) -> () {
+        scalar: finish, simd: finish_simd
+    }
+}
+
+fn finish<E: Element>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) {
+    let start = panel * PANEL;
+    for (row, sums) in rows.zip(sums) {
+        let out = job.result(row, panel);
+        for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+            let mut sum = *sum;
+            if let Some(bias) = job.bias {
+                sum += bias[start + column].to_f64() as f32;
+            }
+            if let Some(residual) = job.residual {
+                sum += residual[job.at(row, panel) + column].to_f64() as f32;
+            }
+            *out = E::from_f64(f64::from(sum));
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+unsafe fn finish_simd<S: Simd, E: SimdElement>(
+    job: &Job<'_, E>,
+    panel: usize,
+    rows: Range<usize>,
+    sums: &[[f32; PANEL]],
+) {
+    for (row, sums) in rows.zip(sums) {
+        let out = job.result(row, panel);
+        let (len, at) = (out.len(), job.at(row, panel));
+        for first in (0..len).step_by(S::LANES) {
+            let n = (len - first).min(S::LANES);
+            // SAFETY: the result has as many columns from here on, and so have bias and residual: shapes were checked.
+            unsafe {
+                let mut sum = S::load(sums[first..].as_ptr());
+                if let Some(bias) = job.bias {
+                    sum = sum + load::<S, E>(&bias[panel * PANEL + first..], n);
+                }
+                if let Some(residual) = job.residual {
+                    sum = sum + load::<S, E>(&residual[at + first..], n);
+                }
+                match n == S::LANES {
+                    true => E::store_vector(out[first..].as_mut_ptr(), sum),
+                    false => E::store_vector_partial(out[first..].as_mut_ptr(), sum, n),
                 }
             }
         }
-        crate::tiles::leave();
     }
 }
 
-/// Of `(job, panel, rows, sums)`: adds bias and residual to a panel's sums and writes these rows of the result.
-type Finish<E> = unsafe fn(&Job<'_, E>, usize, Range<usize>, &[[f32; PANEL]]);
-
-/// The same code compiled for each level.
-fn finisher<E: Element>(level: Level) -> Finish<E> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn avx2<E: Element>(
-            job: &Job<'_, E>,
-            panel: usize,
-            rows: Range<usize>,
-            sums: &[[f32; PANEL]],
-        ) {
-            finish(job, panel, rows, sums);
-        }
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-        unsafe fn avx512<E: Element>(
-            job: &Job<'_, E>,
-            panel: usize,
-            rows: Range<usize>,
-            sums: &[[f32; PANEL]],
-        ) {
-            finish(job, panel, rows, sums);
-        }
-        match level {
-            Level::Scalar => finish,
-            Level::Avx2 => avx2,
-            Level::Avx512 | Level::Amx => avx512,
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = level;
-        finish
-    }
-}
-
+/// # Safety
+/// As [`finish_simd`]; there are `n` elements.
 #[inline(always)]
-fn finish<E: Element>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) {
-    let n = job.matrix.rows();
-    let start = panel * PANEL;
-    let len = PANEL.min(n - start);
-    for (row, sums) in rows.zip(sums) {
-        let row = row - job.rows.start;
-        let mut sums = *sums;
-        // SAFETY: a task has its own rows and panels.
-        let out = unsafe { job.out.slice(row * n + start, len) };
-        for more in [
-            job.bias.map(|bias| &bias[start..start + len]),
-            job.residual.map(|r| &r[row * n + start..][..len]),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            match <&[E; PANEL]>::try_from(more) {
-                Ok(more) => add(&mut sums, more),
-                Err(_) => add(&mut sums, more),
-            }
+unsafe fn load<S: Simd, E: SimdElement>(from: &[E], n: usize) -> S {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match n == S::LANES {
+            true => E::load_vector(from.as_ptr()),
+            false => E::load_vector_partial(from.as_ptr(), n),
         }
-        // A length that is known becomes vectors.
-        match <&mut [E; PANEL]>::try_from(&mut *out) {
-            Ok(out) => write(out, &sums),
-            Err(_) => write(out, &sums),
-        }
-    }
-}
-
-#[inline(always)]
-fn write<E: Element>(out: &mut [E], sums: &[f32; PANEL]) {
-    for (out, sum) in out.iter_mut().zip(sums) {
-        *out = E::from_f64(f64::from(*sum));
-    }
-}
-
-#[inline(always)]
-fn add<E: Element>(sums: &mut [f32; PANEL], more: &[E]) {
-    for (sum, more) in sums.iter_mut().zip(more) {
-        *sum += more.to_f64() as f32;
     }
 }

@@ -13,8 +13,9 @@ mod train;
 pub struct Args {
     #[command(subcommand)]
     what: Option<What>,
+    // Optional, or clap would ask what comes after a subcommand for its flags.
     #[command(flatten)]
-    model: model::Args,
+    model: Option<model::Args>,
 }
 
 #[derive(clap::Subcommand)]
@@ -29,10 +30,11 @@ enum What {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    match args.what {
-        Some(What::Train(args)) => train::run(args),
-        Some(What::Serve(args)) => serve::run(args),
-        Some(What::Kernels(args)) => kernels::run(args),
-        None => model::run(args.model),
+    match (args.what, args.model) {
+        (Some(What::Train(args)), _) => train::run(args),
+        (Some(What::Serve(args)), _) => serve::run(args),
+        (Some(What::Kernels(args)), _) => kernels::run(args),
+        (None, Some(args)) => model::run(args),
+        (None, None) => unreachable!("clap asks for --model where no subcommand is given"),
     }
 }
