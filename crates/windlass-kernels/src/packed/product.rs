@@ -92,6 +92,14 @@ impl<E: Element> Job<'_, E> {
         (row - self.rows.start) * self.matrix.rows() + panel * PANEL
     }
 
+    /// Their address, to be asked for before it is written.
+    #[cfg(target_arch = "x86_64")]
+    fn address(&self, row: usize, panel: usize) -> *const u8 {
+        // SAFETY: nothing is read or written.
+        let out = unsafe { self.out.slice(self.at(row, panel), 1) };
+        out.as_ptr().cast()
+    }
+
     /// A panel's columns of a row of the result, which one task asks for.
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "tasks have their own rows and panels")]
@@ -223,7 +231,7 @@ fn run_task<E: Element>(
                     *sum = reference::dot(job.matrix, n, x, row);
                 }
             }
-            finish(job, panel, row..row + 1, &[sums]);
+            finish(job, panel..panel + 1, row..row + 1, &[sums], 1);
         }
     }
 }
@@ -278,17 +286,9 @@ fn run_tiles<E: Element>(
             // whole units), and `starts` and `sums` hold the tile's.
             unsafe { (kernel.run)(&tile) };
             let tile_rows = row..rows.end.min(row + kernel.rows);
-            for p in 0..kernel.panels.min(panels.end - panel) {
-                // SAFETY: the level's features are there.
-                unsafe {
-                    finish(
-                        job,
-                        panel + p,
-                        tile_rows.clone(),
-                        &sums.0[p * kernel.rows..],
-                    )
-                };
-            }
+            let tile_panels = panel..panels.end.min(panel + kernel.panels);
+            // SAFETY: the level's features are there.
+            unsafe { finish(job, tile_panels, tile_rows, &sums.0, kernel.rows) };
         }
         row += kernel.rows;
     }
@@ -320,6 +320,9 @@ fn run_amx<E: Element>(
         block: x.block(),
         space: space.as_mut_ptr().cast(),
         sums: sums.as_mut_ptr(),
+        out: job.address(rows.start, panels.start),
+        out_row: job.matrix.rows() * size_of::<E>(),
+        out_panel: PANEL * size_of::<E>(),
     };
     // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to whole
     // units and tiles), `space` and `sums` have the sizes that the kernel asks for.
@@ -327,34 +330,43 @@ fn run_amx<E: Element>(
         kernel.config.enter();
         (kernel.run)(&work);
         crate::tiles::leave();
-        for (tile, sums) in sums.as_chunks::<PANEL>().0.chunks(ROWS).enumerate() {
-            let (block, panel) = (tile / panels.len(), tile % panels.len());
-            let first = rows.start + block * ROWS;
-            finish(job, panels.start + panel, first..rows.end, sums);
+        let sums = sums.as_chunks::<PANEL>().0.chunks(panels.len() * ROWS);
+        for (sums, first) in sums.zip(rows.clone().step_by(ROWS)) {
+            let rows = first..rows.end.min(first + ROWS);
+            finish(job, panels.clone(), rows, sums, ROWS);
         }
     }
 }
 
 kernels! {
-    /// Adds bias and residual to a panel's sums and writes these rows of the result.
-    fn finisher<E>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) -> () {
+    /// Adds bias and residual to sums `[panels, pitch, 16]` and writes these rows of the result.
+    fn finisher<E>(
+        job: &Job<'_, E>, panels: Range<usize>, rows: Range<usize>, sums: &[[f32; PANEL]], pitch: usize,
+    ) -> () {
         scalar: finish, simd: finish_simd
     }
 }
 
-fn finish<E: Element>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: &[[f32; PANEL]]) {
-    let start = panel * PANEL;
-    for (row, sums) in rows.zip(sums) {
-        let out = job.result(row, panel);
-        for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-            let mut sum = *sum;
-            if let Some(bias) = job.bias {
-                sum += bias[start + column].to_f64() as f32;
+fn finish<E: Element>(
+    job: &Job<'_, E>,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    sums: &[[f32; PANEL]],
+    pitch: usize,
+) {
+    for (m, row) in rows.enumerate() {
+        for (p, panel) in panels.clone().enumerate() {
+            let (out, at) = (job.result(row, panel), job.at(row, panel));
+            for (column, out) in out.iter_mut().enumerate() {
+                let mut sum = sums[p * pitch + m][column];
+                if let Some(bias) = job.bias {
+                    sum += bias[panel * PANEL + column].to_f64() as f32;
+                }
+                if let Some(residual) = job.residual {
+                    sum += residual[at + column].to_f64() as f32;
+                }
+                *out = E::from_f64(f64::from(sum));
             }
-            if let Some(residual) = job.residual {
-                sum += residual[job.at(row, panel) + column].to_f64() as f32;
-            }
-            *out = E::from_f64(f64::from(sum));
         }
     }
 }
@@ -364,27 +376,30 @@ fn finish<E: Element>(job: &Job<'_, E>, panel: usize, rows: Range<usize>, sums: 
 #[inline(always)]
 unsafe fn finish_simd<S: Simd, E: SimdElement>(
     job: &Job<'_, E>,
-    panel: usize,
+    panels: Range<usize>,
     rows: Range<usize>,
     sums: &[[f32; PANEL]],
+    pitch: usize,
 ) {
-    for (row, sums) in rows.zip(sums) {
-        let out = job.result(row, panel);
-        let (len, at) = (out.len(), job.at(row, panel));
-        for first in (0..len).step_by(S::LANES) {
-            let n = (len - first).min(S::LANES);
-            // SAFETY: the result has as many columns from here on, and so have bias and residual: shapes were checked.
-            unsafe {
-                let mut sum = S::load(sums[first..].as_ptr());
-                if let Some(bias) = job.bias {
-                    sum = sum + load::<S, E>(&bias[panel * PANEL + first..], n);
-                }
-                if let Some(residual) = job.residual {
-                    sum = sum + load::<S, E>(&residual[at + first..], n);
-                }
-                match n == S::LANES {
-                    true => E::store_vector(out[first..].as_mut_ptr(), sum),
-                    false => E::store_vector_partial(out[first..].as_mut_ptr(), sum, n),
+    for (m, row) in rows.enumerate() {
+        for (p, panel) in panels.clone().enumerate() {
+            let (out, at) = (job.result(row, panel), job.at(row, panel));
+            for first in (0..out.len()).step_by(S::LANES) {
+                let out = &mut out[first..];
+                let n = out.len().min(S::LANES);
+                // SAFETY: the result has as many columns from here on, and so have bias and residual: shapes were checked.
+                unsafe {
+                    let mut sum = S::load(sums[p * pitch + m][first..].as_ptr());
+                    if let Some(bias) = job.bias {
+                        sum = sum + load::<S, E>(&bias[panel * PANEL + first..], n);
+                    }
+                    if let Some(residual) = job.residual {
+                        sum = sum + load::<S, E>(&residual[at + first..], n);
+                    }
+                    match n == S::LANES {
+                        true => E::store_vector(out.as_mut_ptr(), sum),
+                        false => E::store_vector_partial(out.as_mut_ptr(), sum, n),
+                    }
                 }
             }
         }

@@ -1,25 +1,53 @@
 //! `windlass bench`: what this machine does in inference, in training steps and in single kernels.
 
 use anyhow::Result;
+use clap::Subcommand as _;
 
 mod kernels;
 mod model;
 mod serve;
 mod train;
 
-/// Flags of the verb.
-#[derive(clap::Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub struct Args {
-    #[command(subcommand)]
-    what: Option<What>,
-    // Optional, or clap would ask what comes after a subcommand for its flags.
-    #[command(flatten)]
-    model: Option<model::Args>,
+/// Flags of the verb: those of a subcommand, or of a model. By hand, for a derived form would ask for the model's flags
+/// after a subcommand too.
+pub enum Args {
+    /// Something that is not about one model.
+    What(What),
+    /// `--model X`.
+    Model(model::Args),
 }
 
+impl clap::FromArgMatches for Args {
+    fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        match matches.subcommand_name() {
+            Some(_) => What::from_arg_matches(matches).map(Args::What),
+            None => model::Args::from_arg_matches(matches).map(Args::Model),
+        }
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl clap::Args for Args {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        What::augment_subcommands(model::Args::augment_args(command))
+            .args_conflicts_with_subcommands(true)
+            .subcommand_negates_reqs(true)
+            .subcommand_required(false)
+            .arg_required_else_help(false)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+/// What is measured without a model.
 #[derive(clap::Subcommand)]
-enum What {
+pub enum What {
     /// Whole training steps at the shape of a known model
     Train(train::Args),
     /// Many clients at once: throughput beside what each client waits for
@@ -30,11 +58,10 @@ enum What {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<()> {
-    match (args.what, args.model) {
-        (Some(What::Train(args)), _) => train::run(args),
-        (Some(What::Serve(args)), _) => serve::run(args),
-        (Some(What::Kernels(args)), _) => kernels::run(args),
-        (None, Some(args)) => model::run(args),
-        (None, None) => unreachable!("clap asks for --model where no subcommand is given"),
+    match args {
+        Args::What(What::Train(args)) => train::run(args),
+        Args::What(What::Serve(args)) => serve::run(args),
+        Args::What(What::Kernels(args)) => kernels::run(args),
+        Args::Model(args) => model::run(args),
     }
 }
