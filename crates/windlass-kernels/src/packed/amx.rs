@@ -78,10 +78,6 @@ pub(super) struct Work<'a> {
     pub space: *mut Space,
     /// `[blocks, panels, 16, 16]`, zeros.
     pub sums: *mut f32,
-    /// Where the first row of the first panel will be written, and bytes to the next row and the next panel.
-    pub out: *const u8,
-    pub out_row: usize,
-    pub out_panel: usize,
 }
 
 /// A function and the tiles it works with.
@@ -281,7 +277,6 @@ unsafe fn multiply<const HALVES: bool, const MIN: bool>(
             sums: (&raw mut (*space).nowhere).cast(),
             ..item(0, 0, 0)
         };
-        let ends = index + 1 == work.matrix.units().len();
         for block in 0..work.blocks {
             for group in 0..groups {
                 if !HALVES {
@@ -292,9 +287,6 @@ unsafe fn multiply<const HALVES: bool, const MIN: bool>(
                 }
                 for p in 0..panels.len() {
                     let next = item(block, group, p);
-                    if ends && group == 0 {
-                        expect_results(work, block, panels.start - work.panels.start + p);
-                    }
                     overlap::<HALVES, MIN>(&next, &last, ring);
                     last = next;
                 }
@@ -302,18 +294,6 @@ unsafe fn multiply<const HALVES: bool, const MIN: bool>(
         }
         // What is begun here again is not ended.
         overlap::<HALVES, MIN>(&last, &last, ring);
-    }
-}
-
-/// Asks for the lines of the result that a panel's columns of a block will be written to: nothing has read them.
-#[inline(always)]
-fn expect_results(work: &Work<'_>, block: usize, panel: usize) {
-    for row in block * ROWS..(block + 1) * ROWS {
-        let to = work
-            .out
-            .wrapping_add(row * work.out_row + panel * work.out_panel);
-        // SAFETY: prefetching reads nothing and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(to.cast()) }
     }
 }
 

@@ -91,23 +91,6 @@ impl<E: Element> Job<'_, E> {
     fn at(&self, row: usize, panel: usize) -> usize {
         (row - self.rows.start) * self.matrix.rows() + panel * PANEL
     }
-
-    /// Their address, to be asked for before it is written.
-    #[cfg(target_arch = "x86_64")]
-    fn address(&self, row: usize, panel: usize) -> *const u8 {
-        // SAFETY: nothing is read or written.
-        let out = unsafe { self.out.slice(self.at(row, panel), 1) };
-        out.as_ptr().cast()
-    }
-
-    /// A panel's columns of a row of the result, which one task asks for.
-    #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "tasks have their own rows and panels")]
-    fn result(&self, row: usize, panel: usize) -> &mut [E] {
-        let len = PANEL.min(self.matrix.rows() - panel * PANEL);
-        // SAFETY: a task has its own rows and panels.
-        unsafe { self.out.slice(self.at(row, panel), len) }
-    }
 }
 
 /// Multiplies the same activations with several matrices in one run of the pool.
@@ -320,9 +303,6 @@ fn run_amx<E: Element>(
         block: x.block(),
         space: space.as_mut_ptr().cast(),
         sums: sums.as_mut_ptr(),
-        out: job.address(rows.start, panels.start),
-        out_row: job.matrix.rows() * size_of::<E>(),
-        out_panel: PANEL * size_of::<E>(),
     };
     // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to whole
     // units and tiles), `space` and `sums` have the sizes that the kernel asks for.
@@ -356,7 +336,10 @@ fn finish<E: Element>(
 ) {
     for (m, row) in rows.enumerate() {
         for (p, panel) in panels.clone().enumerate() {
-            let (out, at) = (job.result(row, panel), job.at(row, panel));
+            let at = job.at(row, panel);
+            let len = PANEL.min(job.matrix.rows() - panel * PANEL);
+            // SAFETY: a task has its own rows and panels.
+            let out = unsafe { job.out.slice(at, len) };
             for (column, out) in out.iter_mut().enumerate() {
                 let mut sum = sums[p * pitch + m][column];
                 if let Some(bias) = job.bias {
@@ -381,26 +364,31 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
     sums: &[[f32; PANEL]],
     pitch: usize,
 ) {
+    let first = panels.start * PANEL;
+    let columns = job.matrix.rows().min(panels.end * PANEL) - first;
+    assert!(sums.len() >= (panels.len() - 1) * pitch + rows.len());
     for (m, row) in rows.enumerate() {
-        for (p, panel) in panels.clone().enumerate() {
-            let (out, at) = (job.result(row, panel), job.at(row, panel));
-            for first in (0..out.len()).step_by(S::LANES) {
-                let out = &mut out[first..];
-                let n = out.len().min(S::LANES);
-                // SAFETY: the result has as many columns from here on, and so have bias and residual: shapes were checked.
-                unsafe {
-                    let mut sum = S::load(sums[p * pitch + m][first..].as_ptr());
-                    if let Some(bias) = job.bias {
-                        sum = sum + load::<S, E>(&bias[panel * PANEL + first..], n);
-                    }
-                    if let Some(residual) = job.residual {
-                        sum = sum + load::<S, E>(&residual[at + first..], n);
-                    }
-                    match n == S::LANES {
-                        true => E::store_vector(out.as_mut_ptr(), sum),
-                        false => E::store_vector_partial(out.as_mut_ptr(), sum, n),
-                    }
+        let at = job.at(row, panels.start);
+        // SAFETY: a task has its own rows and panels; bias and residual have the shapes of the result, and the sums were counted.
+        unsafe {
+            let out = job.out.slice(at, columns).as_mut_ptr();
+            let sums = sums.as_ptr().add(m);
+            let mut column = 0;
+            while column < columns {
+                let n = (columns - column).min(S::LANES);
+                let sums = sums.add(column / PANEL * pitch).cast::<f32>();
+                let mut sum = S::load(sums.add(column % PANEL));
+                if let Some(bias) = job.bias {
+                    sum = sum + load::<S, E>(bias.as_ptr().add(first + column), n);
                 }
+                if let Some(residual) = job.residual {
+                    sum = sum + load::<S, E>(residual.as_ptr().add(at + column), n);
+                }
+                match n == S::LANES {
+                    true => E::store_vector(out.add(column), sum),
+                    false => E::store_vector_partial(out.add(column), sum, n),
+                }
+                column += S::LANES;
             }
         }
     }
@@ -409,12 +397,12 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
 /// # Safety
 /// As [`finish_simd`]; there are `n` elements.
 #[inline(always)]
-unsafe fn load<S: Simd, E: SimdElement>(from: &[E], n: usize) -> S {
+unsafe fn load<S: Simd, E: SimdElement>(from: *const E, n: usize) -> S {
     // SAFETY: the caller's promise.
     unsafe {
         match n == S::LANES {
-            true => E::load_vector(from.as_ptr()),
-            false => E::load_vector_partial(from.as_ptr(), n),
+            true => E::load_vector(from),
+            false => E::load_vector_partial(from, n),
         }
     }
 }
