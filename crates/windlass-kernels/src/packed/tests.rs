@@ -541,3 +541,47 @@ fn own_formats_round_well() {
     );
     assert!(errors[3] < 0.008, "{errors:?}");
 }
+
+/// Weights that are far from normal are rounded alike on all levels, and none of them is refused.
+#[test]
+fn odd_weights_round_alike() {
+    let memory = Memory::new();
+    let mut next = random(6);
+    let (rows, cols) = (19, 301);
+    let odd = |kind: usize, number: f32, pick: u64| match (kind, pick % 31) {
+        (0, _) => 0.0,
+        (1, _) => (pick % 5) as f32 - 2.0,
+        (2, _) => number * 1e-7,
+        (3, _) => number * 1e37,
+        (4, _) => number.abs() + 1.0,
+        (5, 0) => f32::NAN,
+        (6, 0) => f32::INFINITY,
+        (7, 0) => f32::NEG_INFINITY,
+        _ => number,
+    };
+    for kind in 0..9 {
+        let x: Vec<f32> = (0..rows * cols)
+            .map(|_| {
+                let number = (next() >> 40) as f32 / (1 << 24) as f32 - 0.5;
+                odd(kind, number, next() >> 30)
+            })
+            .collect();
+        for group in [32, 64, 128, 256] {
+            for layout in [
+                Layout::q4(group),
+                Layout::q4_asymmetric(group),
+                Layout::q8(),
+            ] {
+                let at = |level| {
+                    let pool = Pool::with_level(1, level);
+                    PackedMatrix::quantize(&pool, &memory, layout, [rows, cols], &x)
+                };
+                let scalar = at(Level::Scalar);
+                for &level in Level::supported() {
+                    let same = at(level).bytes() == scalar.bytes();
+                    assert!(same, "{layout:?} of kind {kind} on {level}");
+                }
+            }
+        }
+    }
+}
