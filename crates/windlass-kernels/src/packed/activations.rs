@@ -122,10 +122,8 @@ impl Activations {
         let rows = x.len() / cols;
         let height = rows.next_power_of_two().min(BLOCK);
         let tiles = with_tiles(pool, rows);
-        let blocks = match tiles {
-            true => rows.div_ceil(TILE) * 2,
-            false => rows.div_ceil(height),
-        };
+        let whole = if tiles { TILE } else { height };
+        let blocks = rows.div_ceil(whole) * (whole / height);
         let cells = steps * height;
         let mut quants = memory.alloc(blocks * cells * STEP, Category::Workspace);
         let bytes = cells * size_of::<StepScales>();

@@ -34,12 +34,20 @@ const VECTORS: Cut = Cut {
     panels: 16,
     rows: 128,
 };
-/// With AMX, a unit of a panel is unpacked once for all of a task's rows, and a unit of these rows is read from the second
-/// cache for every four panels.
-const TILES: Cut = Cut {
-    panels: 8,
-    rows: 512,
-};
+
+impl Cut {
+    /// For tiles: a unit of a panel is unpacked once for all of a task's rows, and their tiles are read once for all of its
+    /// panels, from a cache that other cores share. So tasks are as large as leaves some for each thread.
+    fn tiles(rows: usize, panels: usize, threads: usize) -> Cut {
+        const ROWS: usize = 512;
+        let each = panels * rows.div_ceil(ROWS) / (4 * threads);
+        Cut {
+            panels: each.clamp(4, 16) / 4 * 4,
+            rows: ROWS,
+        }
+    }
+}
+
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
 
@@ -136,11 +144,11 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             "rows {rows:?} of {} are no group",
             x.rows()
         );
+        let (n, k) = (product.matrix.rows(), product.matrix.cols());
         let cut = match x.tiles(&rows) {
-            Some(_) => TILES,
+            Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
             None => VECTORS,
         };
-        let (n, k) = (product.matrix.rows(), product.matrix.cols());
         assert_eq!(
             x.cols(),
             k,
