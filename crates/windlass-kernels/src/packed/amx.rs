@@ -8,7 +8,7 @@
 //!
 //! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
 //! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
-//! have all of it side by side, an [`item`] begins the products of four steps while it ends those of the item before:
+//! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
 //! sums are stored two products after they were begun, and read two later.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
@@ -226,7 +226,7 @@ struct Item {
     weights: *const Scales,
     /// Rows of a step of the group that follows.
     ahead: *const u16,
-    /// Scales of the first step of the upper and of the lower eight rows.
+    /// Scales of the first step of the first eight rows and of the others.
     scales: [*const StepScales; 2],
     sums: *mut f32,
 }
