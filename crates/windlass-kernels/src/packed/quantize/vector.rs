@@ -404,10 +404,10 @@ unsafe fn single<S: Simd>(x: &[f32], start: f32, zero: f32) -> Best {
         let levels = Levels::new(scale, S::splat(zero));
         let mut sums = [none; 2];
         for x in x.as_chunks::<LANES>().0 {
-            for h in 0..2 {
+            for (h, sum) in sums.iter_mut().enumerate() {
                 let x = S::load(x.as_ptr().add(h * HALF));
                 let difference = levels.of(x).fnma(scale, x);
-                sums[h] = sums[h] + difference * difference;
+                *sum = *sum + difference * difference;
             }
         }
         Best {
