@@ -18,38 +18,53 @@ fn windlass(args: &[&str]) -> String {
 }
 
 /// Four bits of our own predict no worse than the same bits of a file, where scales are shared by 128 columns almost as
-/// well.
+/// well: half of all tokens are as near to the unrounded model. Perplexity, of a model as small as this and trained anew on
+/// each kind of CPU, differs by a percent or two by chance, for a few tokens decide it.
 fn four_bits_predict_as_well(folder: &Path) {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     let (model, plain, packed) = (path("model"), path("model.gguf"), path("q4_0.gguf"));
+    let (end, logits) = (path("end.txt"), path("logits.bin"));
     let text = std::fs::read_to_string(folder.join("corpus.txt")).unwrap();
-    let end = &text[text.ceil_char_boundary(text.len() - 60_000)..];
-    std::fs::write(path("end.txt"), end).unwrap();
+    let tail = &text[text.ceil_char_boundary(text.len() - 60_000)..];
+    std::fs::write(&end, tail).unwrap();
     windlass(&["convert", &model, &plain]);
     windlass(&["quantize", &plain, &packed, "--type", "Q4_0", "--pure"]);
-    let perplexity = |model: &[&str]| {
-        let text = path("end.txt");
-        let eval = [
-            "eval",
-            "perplexity",
-            "--json",
-            "--file",
-            &text,
-            "--window",
-            "64",
-            "--model",
-        ];
-        let report = windlass(&[&eval[..], model].concat());
-        let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-        report["perplexity"].as_f64().unwrap()
+    let perplexity = |flags: &[&str]| -> serde_json::Value {
+        let eval = ["eval", "perplexity", "--json", "--model"];
+        serde_json::from_str(&windlass(&[&eval[..], flags].concat())).unwrap()
     };
-    let file = perplexity(&[&packed]);
-    let [q4, q4g128] = ["q4", "q4g128"].map(|load| perplexity(&[&model, "--load-in", load]));
-    let bf16 = perplexity(&[&model]);
-    println!("perplexity {bf16:.3}, Q4_0 {file:.3}, q4 {q4:.3}, q4g128 {q4g128:.3}");
-    assert!(q4 <= 1.005 * file, "q4 {q4} beside {file}");
-    assert!(q4g128 <= 1.01 * file, "q4g128 {q4g128} beside {file}");
-    assert!(q4 != bf16 && q4 < 1.1 * bf16, "q4 {q4} beside {bf16}");
+    let number = |report: &serde_json::Value, key: &str| report[key].as_f64().unwrap();
+    let keep = [
+        &model,
+        "--file",
+        &end,
+        "--window",
+        "64",
+        "--save-logits",
+        &logits,
+    ];
+    let bf16 = number(&perplexity(&keep), "perplexity");
+    let [file, q4, q4g128] = [
+        &[&packed[..]][..],
+        &[&model, "--load-in", "q4"],
+        &[&model, "--load-in", "q4g128"],
+    ]
+    .map(|flags| {
+        let report = perplexity(&[flags, &["--kl-divergence", &logits]].concat());
+        println!("{flags:?}: {report}");
+        ["median_kl", "perplexity"].map(|key| number(&report, key))
+    });
+    println!(
+        "perplexity {bf16:.3}; divergence and perplexity: Q4_0 {file:?}, q4 {q4:?}, q4g128 {q4g128:?}"
+    );
+    assert!(q4[0] > 0.0 && q4[0] <= file[0], "q4 {q4:?} beside {file:?}");
+    assert!(
+        q4g128[0] <= 1.1 * file[0],
+        "q4g128 {q4g128:?} beside {file:?}"
+    );
+    for [_, perplexity] in [q4, q4g128] {
+        assert!(perplexity <= 1.03 * file[1], "{perplexity} beside {file:?}");
+    }
 }
 
 #[test]
