@@ -27,7 +27,8 @@ pub fn fma_peak(pool: &Pool, repeats: usize) -> f64 {
 }
 
 /// Integer operations a second of byte products (two a product and sum) on registers, all threads together, with the
-/// instructions that packed products use at the pool's level; `None` for the scalar one.
+/// widest instructions of the pool's level; `None` for the scalar one. With tiles that is twice what packed products could
+/// reach, which multiply their whole numbers as `bf16`: see [`amx_peak`].
 pub fn int8_peak(pool: &Pool, repeats: usize) -> Option<f64> {
     if crate::packed::uses_tiles(pool.level()) {
         // SAFETY: the pool's level is supported.

@@ -36,6 +36,7 @@ impl clap::Args for Args {
         What::augment_subcommands(model::Args::augment_args(command))
             .args_conflicts_with_subcommands(true)
             .subcommand_negates_reqs(true)
+            // The derived form asks for one of them.
             .subcommand_required(false)
             .arg_required_else_help(false)
     }
