@@ -15,17 +15,18 @@ const messages = [{ role: "user", content: "Once there was one." }];
 const asked = { model: "tiny", messages, max_tokens: 20, seed: 3 };
 
 async function chat() {
-  const whole = await client.chat.completions.create(asked);
+  const body = { ...asked, ignore_eos: true };
+  const whole = await client.chat.completions.create(body);
   let text = "";
   let usage = null;
-  const stream = await client.chat.completions.create({ ...asked, stream: true, stream_options: { include_usage: true } });
+  const stream = await client.chat.completions.create({ ...body, stream: true, stream_options: { include_usage: true } });
   for await (const chunk of stream) {
     text += chunk.choices[0]?.delta.content ?? "";
     usage = chunk.usage ?? usage;
   }
   assert.equal(text, whole.choices[0].message.content);
   assert.deepEqual([usage.prompt_tokens, usage.completion_tokens], [whole.usage.prompt_tokens, whole.usage.completion_tokens]);
-  const helped = await client.chat.completions.stream(asked).finalContent();
+  const helped = await client.chat.completions.stream(body).finalContent();
   assert.equal(helped, text);
 }
 
