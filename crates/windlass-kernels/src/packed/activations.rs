@@ -55,18 +55,34 @@ fn tile_row(unit: usize, blocks: usize, block: usize, step: usize) -> usize {
     ((unit * blocks + block) * UNIT_STEPS + step) * TILE
 }
 
-/// What belongs to a step of a row. Of sums there are three: of the first half, of the second, of both.
+/// What belongs to a step of a row.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct StepScales {
     /// Scale of the step's group.
     pub scale: f32,
-    /// Sums of quants: whole numbers.
-    pub sums: [f32; 3],
+    /// Sums of quants, whole numbers: of the step's first half, of the step, of its group.
+    sums: [f32; 3],
 }
 
-/// Which of the three sums is that of a whole step.
+/// The part that is a whole step; 0 and 1 are its halves.
 pub(super) const BOTH: usize = 2;
+/// The part that is a whole group.
+pub(super) const GROUP: usize = 3;
+
+impl StepScales {
+    /// The sum of the quants of a part.
+    #[inline(always)]
+    pub fn sum(&self, part: usize) -> f32 {
+        let [first, both, group] = self.sums;
+        match part {
+            0 => first,
+            1 => both - first,
+            BOTH => both,
+            _ => group,
+        }
+    }
+}
 
 /// Writes a row as floats, in another order where there is one.
 fn gather<E: Element>(x: &[E], order: Option<&[u32]>, out: &mut [f32]) {
@@ -413,8 +429,8 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, heigh
         let scale = if finite && !normal { 0.0 } else { scale };
         let steps = x.as_chunks::<STEP>().0.iter();
         let q = q.iter_mut().skip(m).step_by(height);
-        let s = s.iter_mut().skip(m).step_by(height);
-        for ((x, q), s) in steps.zip(q).zip(s) {
+        let mut group = 0;
+        for ((x, q), s) in steps.zip(q).zip(s.iter_mut().skip(m).step_by(height)) {
             let mut ints = [0i32; STEP];
             for (int, x) in ints.iter_mut().zip(x) {
                 let rounded = (x * inverse).round_ties_even();
@@ -425,9 +441,14 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, heigh
                 *q = int as i8 as u8;
             }
             let (first, second) = ints.split_at(STEP / 2);
-            let halves = [first.iter().sum::<i32>(), second.iter().sum()];
-            let sums = [halves[0], halves[1], halves[0] + halves[1]].map(|sum| sum as f32);
+            let first = first.iter().sum::<i32>();
+            let both = first + second.iter().sum::<i32>();
+            group += both;
+            let sums = [first as f32, both as f32, 0.0];
             *s = StepScales { scale, sums };
+        }
+        for s in s.iter_mut().skip(m).step_by(height) {
+            s.sums[2] = group as f32;
         }
     }
 }

@@ -9,7 +9,8 @@
 //! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
 //! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
 //! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
-//! sums are stored two products after they were begun, and read two later.
+//! sums are stored two products after they were begun, and read two later. Where weights have a scale for 128 columns, a
+//! tile sums all of them, and is stored and scaled once.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
@@ -19,7 +20,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::activations::{BLOCK, BOTH, StepScales, TILE, Tiles};
+use super::activations::{BLOCK, BOTH, GROUP, StepScales, TILE, Tiles};
 use super::kernel::{body, scales};
 use super::lanes::{Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Unit};
@@ -95,7 +96,7 @@ const fn config(columns: usize) -> Config {
     let sums = (ROWS as u8, WIDE as u16);
     let codes = (columns as u8 / 2, WIDE as u16);
     let rows = (ROWS as u8, 2 * columns as u16);
-    Config::new([sums, sums, codes, codes, rows, rows, rows, rows])
+    Config::new([sums, sums, sums, codes, rows, rows, rows, rows])
 }
 static STEPS: Config = config(STEP);
 static HALF_STEPS: Config = config(STEP / 2);
@@ -103,13 +104,12 @@ static HALF_STEPS: Config = config(STEP / 2);
 impl Kernel {
     /// The kernel for a layout.
     pub fn choose(layout: &Layout) -> Kernel {
-        let half_steps = layout.sub() == STEP / 2;
-        let with_min = layout.min != Min::Without;
+        let span = layout.span();
         Kernel {
-            config: if half_steps { &HALF_STEPS } else { &STEPS },
-            run: match with_min {
-                true => body!(layout.codes, half_steps, run, true),
-                false => body!(layout.codes, half_steps, run, false),
+            config: if span < STEP { &HALF_STEPS } else { &STEPS },
+            run: match layout.min {
+                Min::Without => body!(layout.codes, span, run, false),
+                _ => body!(layout.codes, span, run, true),
             },
         }
     }
@@ -141,7 +141,7 @@ unsafe fn numbered(words: __m512i, zero: __m512) -> __m512i {
 /// # Safety
 /// As [`Kernel::run`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn run<U: Unpack, const HALVES: bool, const MIN: bool>(work: &Work<'_>) {
+unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
     let units = work.matrix.units();
     for index in 0..units.len() {
         let (unit, start) = units.at(index);
@@ -151,9 +151,9 @@ unsafe fn run<U: Unpack, const HALVES: bool, const MIN: bool>(work: &Work<'_>) {
             unsafe {
                 for (p, panel) in panels.clone().enumerate() {
                     let base = work.matrix.panel(panel).as_ptr().add(start);
-                    unpack::<U, HALVES>(work, p, &unit, base);
+                    unpack::<U, SPAN>(work, p, &unit, base);
                 }
-                multiply::<HALVES, MIN>(work, index, unit.steps.div_ceil(GROUP_STEPS), panels);
+                multiply::<SPAN, MIN>(work, index, unit.steps.div_ceil(GROUP_STEPS), panels);
             }
         }
     }
@@ -164,7 +164,7 @@ unsafe fn run<U: Unpack, const HALVES: bool, const MIN: bool>(work: &Work<'_>) {
 /// # Safety
 /// As [`Kernel::run`]; `base` is the unit's first byte.
 #[inline(always)]
-unsafe fn unpack<U: Unpack, const HALVES: bool>(
+unsafe fn unpack<U: Unpack, const SPAN: usize>(
     work: &Work<'_>,
     panel: usize,
     unit: &Unit,
@@ -199,15 +199,20 @@ unsafe fn unpack<U: Unpack, const HALVES: bool>(
                 _mm512_store_si512(to, even);
                 _mm512_store_si512(to.add(1), odd);
             }
-            for half in layout.halves() {
-                let part = if HALVES { 2 * step + half } else { step };
-                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, half);
-                let to = (&raw mut (*to)[part]).cast::<f32>();
+            for part in layout.parts() {
+                let at = match part {
+                    GROUP => step / GROUP_STEPS,
+                    BOTH => step,
+                    half => 2 * step + half,
+                };
+                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, part);
+                let to = (&raw mut (*to)[at]).cast::<f32>();
                 _mm512_store_ps(to, scale);
                 _mm512_store_ps(to.add(PANEL), min);
             }
         }
-        let parts = if HALVES { 2 } else { 1 };
+        // Groups of columns with one scale are whole.
+        let parts = STEP.div_ceil(SPAN);
         for step in unit.steps..unit.steps.next_multiple_of(GROUP_STEPS) {
             (&raw mut (*codes)[step]).write_bytes(0, 1);
             (&raw mut (*to)[parts * step]).write_bytes(0, parts);
@@ -231,12 +236,47 @@ struct Item {
     sums: *mut f32,
 }
 
+/// Items whose products have begun.
+struct Queue {
+    /// The two last ones, the very last second.
+    begun: [Item; 2],
+    /// Whose turn it is of the three tiles of sums.
+    turn: usize,
+    ring: *mut f32,
+}
+
+impl Queue {
+    /// Begins an item, and ends the one before; where one sum is all there is of an item, the one before that: a tile can be
+    /// stored once its products are done, and be read some time later.
+    ///
+    /// # Safety
+    /// As [`overlap`].
+    #[inline(always)]
+    unsafe fn begin<const SPAN: usize, const MIN: bool>(&mut self, next: Item) {
+        let before = if SPAN > STEP {
+            &self.begun[0]
+        } else {
+            &self.begun[1]
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.turn {
+                0 => overlap::<SPAN, MIN, 0>(&next, before, self.ring),
+                1 => overlap::<SPAN, MIN, 1>(&next, before, self.ring),
+                _ => overlap::<SPAN, MIN, 2>(&next, before, self.ring),
+            }
+        }
+        self.begun = [self.begun[1], next];
+        self.turn = (self.turn + GROUP_STEPS * STEP / SPAN) % 3;
+    }
+}
+
 /// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks.
 ///
 /// # Safety
 /// As [`Kernel::run`].
 #[inline(always)]
-unsafe fn multiply<const HALVES: bool, const MIN: bool>(
+unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     work: &Work<'_>,
     index: usize,
     groups: usize,
@@ -248,7 +288,7 @@ unsafe fn multiply<const HALVES: bool, const MIN: bool>(
         let ring = (&raw mut (*space).ring).cast::<f32>();
         let codes = (&raw const (*space).codes).cast::<u16>();
         let weights = (&raw const (*space).scales).cast::<Scales>();
-        let parts = GROUP_STEPS * if HALVES { 2 } else { 1 };
+        let parts = GROUP_STEPS * STEP / SPAN;
         let item = |block: usize, group: usize, p: usize| {
             let step = index * UNIT_STEPS + group * GROUP_STEPS;
             let scales = |half: usize| {
@@ -273,27 +313,31 @@ unsafe fn multiply<const HALVES: bool, const MIN: bool>(
                     .add((block * work.panels.len() + panel) * ROWS * PANEL),
             }
         };
-        let mut last = Item {
+        let nowhere = Item {
             sums: (&raw mut (*space).nowhere).cast(),
             ..item(0, 0, 0)
         };
+        let mut queue = Queue {
+            begun: [nowhere; 2],
+            turn: 0,
+            ring,
+        };
         for block in 0..work.blocks {
             for group in 0..groups {
-                if !HALVES {
-                    load_rows(
-                        work.tiles
-                            .step(index, work.first + block, group * GROUP_STEPS),
-                    );
+                let first = group * GROUP_STEPS;
+                if SPAN >= STEP {
+                    load_rows(work.tiles.step(index, work.first + block, first));
                 }
                 for p in 0..panels.len() {
-                    let next = item(block, group, p);
-                    overlap::<HALVES, MIN>(&next, &last, ring);
-                    last = next;
+                    queue.begin::<SPAN, MIN>(item(block, group, p));
                 }
             }
         }
-        // What is begun here again is not ended.
-        overlap::<HALVES, MIN>(&last, &last, ring);
+        // What is begun now is not ended.
+        queue.begin::<SPAN, MIN>(nowhere);
+        if SPAN > STEP {
+            queue.begin::<SPAN, MIN>(nowhere);
+        }
     }
 }
 
@@ -317,12 +361,17 @@ unsafe fn load_rows(rows: *const u16) {
     }
 }
 
-/// Begins the products of an item while those of the one before are scaled and added to its sums.
+/// Begins the products of an item while those of one before are scaled and added to its sums.
 ///
 /// # Safety
-/// As [`Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
+/// As [`Kernel::run`]; `before` was begun by the last call with this ring (where an item is one sum, by the one before the
+/// last), or its sums are not used.
 #[inline(always)]
-unsafe fn overlap<const HALVES: bool, const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
+unsafe fn overlap<const SPAN: usize, const MIN: bool, const TURN: usize>(
+    next: &Item,
+    before: &Item,
+    ring: *mut f32,
+) {
     // Written out: loops would keep the sums in memory.
     macro_rules! all {
         ($do:ident $with:tt) => { all!($do $with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
@@ -338,34 +387,61 @@ unsafe fn overlap<const HALVES: bool, const MIN: bool>(next: &Item, before: &Ite
             };
         }
         macro_rules! offset {
-            ($m:literal ($step:ident $half:ident $min:ident)) => {
-                let of = _mm512_set1_ps((*quants($m, $step)).sums[$half]);
+            ($m:literal ($step:ident $part:ident $min:ident)) => {
+                let of = _mm512_set1_ps((*quants($m, $step)).sum($part));
                 sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
             };
         }
-        macro_rules! part {
-            ($part:literal of $parts:literal) => {{
-                // What was begun two parts ago is done.
-                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
-                begin::<HALVES, $part>(next);
-                for line in $part * ROWS / $parts..($part + 1) * ROWS / $parts {
-                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * STEP).cast());
-                }
-                let (step, half) = match HALVES {
-                    true => ($part / 2, $part % 2),
-                    false => ($part, BOTH),
-                };
-                let from = ring.add($part * ROWS * PANEL);
+        // Adds a sum of the ring: part `$part`, which is `$kind` of step `$step`.
+        macro_rules! end {
+            ($at:expr, $part:literal, $kind:expr, $step:expr) => {{
+                let (step, kind) = ($step, $kind);
+                let from = ring.add($at * ROWS * PANEL);
                 let weights = before.weights.add($part).cast::<f32>();
                 let scale = _mm512_load_ps(weights);
                 all!(scaled(from scale));
                 if MIN {
                     let min = _mm512_load_ps(weights.add(PANEL));
-                    all!(offset(step half min));
+                    all!(offset(step kind min));
                 }
             }};
         }
-        if HALVES {
+        macro_rules! ahead {
+            ($part:literal of $parts:literal) => {
+                for line in $part * ROWS / $parts..($part + 1) * ROWS / $parts {
+                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * STEP).cast());
+                }
+            };
+        }
+        macro_rules! part {
+            ($part:literal of $parts:literal) => {{
+                begin::<SPAN, $part, TURN>(next);
+                // What was begun two parts ago is done.
+                store::<TURN, { ($part + 1) % 3 }>(
+                    ring.add(($part + $parts - 2) % $parts * ROWS * PANEL),
+                );
+                ahead!($part of $parts);
+                match $parts {
+                    8 => end!($part, $part, $part % 2, $part / 2),
+                    _ => end!($part, $part, BOTH, $part),
+                }
+            }};
+        }
+        if SPAN > STEP {
+            begin::<SPAN, 0, TURN>(next);
+            store::<TURN, 2>(ring.add((TURN + 2) % 3 * ROWS * PANEL));
+            ahead!(0 of 2);
+            end!((TURN + 1) % 3, 0, GROUP, 0);
+            begin::<SPAN, 1, TURN>(next);
+            begin::<SPAN, 2, TURN>(next);
+            ahead!(1 of 2);
+            begin::<SPAN, 3, TURN>(next);
+        } else if SPAN == STEP {
+            part!(0 of 4);
+            part!(1 of 4);
+            part!(2 of 4);
+            part!(3 of 4);
+        } else {
             part!(0 of 8);
             part!(1 of 8);
             part!(2 of 8);
@@ -374,11 +450,6 @@ unsafe fn overlap<const HALVES: bool, const MIN: bool>(next: &Item, before: &Ite
             part!(5 of 8);
             part!(6 of 8);
             part!(7 of 8);
-        } else {
-            part!(0 of 4);
-            part!(1 of 4);
-            part!(2 of 4);
-            part!(3 of 4);
         }
         macro_rules! add {
             ($m:literal ()) => {
@@ -391,33 +462,39 @@ unsafe fn overlap<const HALVES: bool, const MIN: bool>(next: &Item, before: &Ite
     }
 }
 
-/// Begins the product of a part, in one of two tiles in turn.
+/// Begins a product: number `AT` of an item, which has three tiles of sums in turn.
 ///
 /// # Safety
 /// As [`Kernel::run`]; the rows of whole steps are loaded.
 #[inline(always)]
-unsafe fn begin<const HALVES: bool, const PART: usize>(item: &Item) {
+unsafe fn begin<const SPAN: usize, const AT: usize, const TURN: usize>(item: &Item) {
     // SAFETY: as the caller promised.
     unsafe {
-        if HALVES {
+        if SPAN <= STEP || AT == 0 {
             asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tileloadd tmm{a}, [{rows} + {wide}*1]",
                 "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * STEP / 2 * PANEL),
-                rows = in(reg) item.rows.add(PART / 2 * ROWS * STEP + PART % 2 * STEP / 2), wide = in(reg) WIDE,
-                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
+                c = const (TURN + AT) % 3,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _,
+                options(nostack, preserves_flags, nomem)
+            );
+        }
+        if SPAN < STEP {
+            asm!(
+                "tileloadd tmm3, [{codes} + {wide}*1]",
+                "tileloadd tmm{a}, [{rows} + {wide}*1]",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm3",
+                codes = in(reg) item.codes.add(AT * STEP / 2 * PANEL),
+                rows = in(reg) item.rows.add(AT / 2 * ROWS * STEP + AT % 2 * STEP / 2), wide = in(reg) WIDE,
+                a = const 4 + AT % 2, c = const (TURN + AT) % 3,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
                 options(nostack, preserves_flags, readonly)
             );
         } else {
             asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * STEP * PANEL), wide = in(reg) WIDE,
-                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
+                "tileloadd tmm3, [{codes} + {wide}*1]",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm3",
+                codes = in(reg) item.codes.add(AT * STEP * PANEL), wide = in(reg) WIDE,
+                a = const 4 + AT, c = const (TURN + if SPAN > STEP { 0 } else { AT }) % 3,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 options(nostack, preserves_flags, readonly)
             );
@@ -425,17 +502,17 @@ unsafe fn begin<const HALVES: bool, const PART: usize>(item: &Item) {
     }
 }
 
-/// Stores a tile of sums.
+/// Stores a tile of sums: the one `C` after that whose turn it is.
 ///
 /// # Safety
 /// The tiles are configured; there is room for 16 rows.
 #[inline(always)]
-unsafe fn store<const C: usize>(to: *mut f32) {
+unsafe fn store<const TURN: usize, const C: usize>(to: *mut f32) {
     // SAFETY: as the caller promised.
     unsafe {
         asm!(
             "tilestored [{to} + {wide}*1], tmm{c}",
-            to = in(reg) to, wide = in(reg) WIDE, c = const C,
+            to = in(reg) to, wide = in(reg) WIDE, c = const (TURN + C) % 3,
             options(nostack, preserves_flags)
         );
     }

@@ -2,7 +2,7 @@
 
 #![cfg(target_arch = "x86_64")]
 
-use super::activations::{BLOCK, BOTH, StepScales};
+use super::activations::{BLOCK, BOTH, GROUP, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
 use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
 use super::planes::{Names, Planes, Unpack};
@@ -45,8 +45,8 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Where the sums of integers start so that codes count from the layout's zero: `[steps (, halves), rows]`, for the rows
-    /// from `scales` on, whose blocks of `block` steps of rows are `height` high.
+    /// Where the sums of integers start so that codes count from the layout's zero: `[parts, rows]`, for the rows from `scales`
+    /// on, whose blocks of `block` steps of rows are `height` high.
     pub fn starts(
         &self,
         layout: &Layout,
@@ -55,31 +55,27 @@ impl Kernel {
         starts: &mut [i32],
     ) {
         let factor = (self.less - layout.zero()) as f32;
+        let (parts, steps) = (layout.parts(), (layout.span() / STEP).max(1));
         for (at, scales) in (0..self.rows).step_by(BLOCK).zip(scales.chunks(block)) {
-            let starts = starts.chunks_exact_mut(layout.halves().len() * self.rows);
-            for (starts, scales) in starts.zip(scales.chunks(height)) {
+            let starts = starts.chunks_exact_mut(parts.len() * self.rows);
+            for (starts, scales) in starts.zip(scales.chunks(height * steps)) {
                 // SAFETY: the kernel was chosen for a CPU with its features.
                 unsafe {
-                    (self.start)(
-                        factor,
-                        layout.halves(),
-                        scales,
-                        &mut starts[at..],
-                        self.rows,
-                    )
+                    let starts = &mut starts[at..];
+                    (self.start)(factor, parts.clone(), scales, starts, self.rows)
                 };
             }
         }
     }
 }
 
-/// Of `(factor, halves, scales, starts, pitch)`: the starts of a step of rows in a block, `pitch` from a half to the next.
+/// Of `(factor, parts, scales, starts, pitch)`: the starts of parts of a block's rows, `pitch` from a part to the next.
 type Start = unsafe fn(f32, Range<usize>, &[StepScales], &mut [i32], usize);
 
 #[inline(always)]
 fn start<const M: usize>(
     factor: f32,
-    halves: Range<usize>,
+    parts: Range<usize>,
     scales: &[StepScales],
     starts: &mut [i32],
     pitch: usize,
@@ -87,30 +83,30 @@ fn start<const M: usize>(
     let Some(scales) = scales.first_chunk::<M>() else {
         return;
     };
-    for (starts, half) in starts.chunks_mut(pitch).zip(halves) {
+    for (starts, part) in starts.chunks_mut(pitch).zip(parts) {
         let starts = starts.first_chunk_mut::<M>().expect("a start of each row");
         for (start, scales) in starts.iter_mut().zip(scales) {
             // SAFETY: both are whole and their product is below 2^24.
-            *start = unsafe { (factor * scales.sums[half]).to_int_unchecked() };
+            *start = unsafe { (factor * scales.sum(part)).to_int_unchecked() };
         }
     }
 }
 
 /// The kernel for a number of rows, at a level with vectors.
-pub(super) fn choose(level: Level, codes: Codes, half_steps: bool, rows: usize) -> Kernel {
+pub(super) fn choose(level: Level, codes: Codes, span: usize, rows: usize) -> Kernel {
     match level {
         Level::Avx512 | Level::Amx if has_vnni() => match rows {
-            ..=1 => vnni::<4, 1>(codes, half_steps),
-            2 => vnni::<4, 2>(codes, half_steps),
-            3..=4 => vnni::<2, 4>(codes, half_steps),
-            5..=8 => vnni::<2, 8>(codes, half_steps),
+            ..=1 => vnni::<4, 1>(codes, span),
+            2 => vnni::<4, 2>(codes, span),
+            3..=4 => vnni::<2, 4>(codes, span),
+            5..=8 => vnni::<2, 8>(codes, span),
             // Two blocks: a sum waits five cycles for the one before it, and two begin in each.
-            _ => vnni::<1, 16>(codes, half_steps),
+            _ => vnni::<1, 16>(codes, span),
         },
         _ => match rows {
-            ..=1 => avx2::<4, 1>(codes, half_steps),
-            2 => avx2::<4, 2>(codes, half_steps),
-            _ => avx2::<1, 4>(codes, half_steps),
+            ..=1 => avx2::<4, 1>(codes, span),
+            2 => avx2::<4, 2>(codes, span),
+            _ => avx2::<1, 4>(codes, span),
         },
     }
 }
@@ -120,7 +116,7 @@ pub(super) fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni")
 }
 
-/// Scale and minimum of the lanes for half `half` of step `step` (`BOTH`: for all of it).
+/// Scale and minimum of the lanes for a part that begins in step `step`.
 ///
 /// # Safety
 /// `base` is the unit's first byte; `lane` the first row.
@@ -131,13 +127,13 @@ pub(super) unsafe fn scales<L: Lanes>(
     base: *const u8,
     lane: usize,
     step: usize,
-    half: usize,
+    part: usize,
 ) -> (L::F, L::F) {
     // SAFETY: offsets are those of the layout.
     unsafe {
         let head = step >> unit.group_shift;
-        let sub = match half {
-            BOTH => step,
+        let sub = match part {
+            BOTH | GROUP => step,
             half => 2 * step + half,
         };
         let halves = |at: usize| L::halves(base.add(at + 2 * (head * PANEL + lane)));
@@ -169,7 +165,7 @@ pub(super) unsafe fn scales<L: Lanes>(
 /// # Safety
 /// As [`Kernel::run`].
 #[inline(always)]
-unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
+unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: usize>(
     work: &Tile<'_>,
 ) {
     // SAFETY: as the caller promised.
@@ -202,18 +198,40 @@ unsafe fn tile<L: Lanes, U: Unpack, const HALF_STEPS: bool, const P: usize, cons
                         }
                         let base = panel.add(start);
                         let mut sums = [L::zero(); M];
-                        for step in steps.clone() {
+                        let codes = |step: usize| {
                             let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
-                            let codes = U::unpack::<L>(codes, table);
-                            let at = index * UNIT_STEPS + step;
-                            if HALF_STEPS {
-                                let w = scales::<L>(work.layout, &unit, base, lane, step, 0);
-                                add::<L, U, 0, M>(work, at, &codes, w, &mut sums);
-                                let w = scales::<L>(work.layout, &unit, base, lane, step, 1);
-                                add::<L, U, 1, M>(work, at, &codes, w, &mut sums);
-                            } else {
-                                let w = scales::<L>(work.layout, &unit, base, lane, step, BOTH);
-                                add::<L, U, BOTH, M>(work, at, &codes, w, &mut sums);
+                            U::unpack::<L>(codes, table)
+                        };
+                        let weights = |step: usize, part: usize| {
+                            scales::<L>(work.layout, &unit, base, lane, step, part)
+                        };
+                        if SPAN == GROUP_STEPS * STEP {
+                            let mut products = begin::<L, GROUP, M>(work, at);
+                            for step in 0..GROUP_STEPS {
+                                let codes = codes(first + step);
+                                multiply::<L, U, GROUP, M>(work, at + step, &codes, &mut products);
+                            }
+                            let weights = weights(first, GROUP);
+                            scale::<L, GROUP, M>(work, at, &products, weights, &mut sums);
+                        } else {
+                            for step in steps.clone() {
+                                let (codes, at) = (codes(step), index * UNIT_STEPS + step);
+                                macro_rules! add {
+                                    ($part:expr) => {{
+                                        let mut products = begin::<L, $part, M>(work, at);
+                                        multiply::<L, U, $part, M>(work, at, &codes, &mut products);
+                                        let weights = weights(step, $part);
+                                        scale::<L, $part, M>(
+                                            work, at, &products, weights, &mut sums,
+                                        );
+                                    }};
+                                }
+                                if SPAN == STEP {
+                                    add!(BOTH);
+                                } else {
+                                    add!(0);
+                                    add!(1);
+                                }
                             }
                         }
                         let a = work.scales.add(at * work.height);
@@ -259,35 +277,51 @@ fn prefetch(from: *const u8, bytes: usize) {
     }
 }
 
-/// Adds a step, or half of one, to the sums of all rows, which lack the scale of the activations.
+/// Does something for each row of a tile. Written out: loops would keep their sums in memory.
+macro_rules! rows {
+    ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
+}
+
+/// Where the sums of the part that begins in a step start.
 ///
 /// # Safety
 /// As [`Kernel::run`].
 #[inline(always)]
-unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
+unsafe fn begin<L: Lanes, const PART: usize, const M: usize>(
     work: &Tile<'_>,
     step: usize,
-    codes: &[L::I; 8],
-    (scale, min): (L::F, L::F),
-    sums: &mut [L::F; M],
-) {
+) -> [L::I; M] {
     // SAFETY: as the caller promised.
     unsafe {
-        let quants = quants(work, step);
-        let a = work.scales.add(step * work.height);
-        let starts = work.starts.add(match HALF {
+        let starts = work.starts.add(match PART {
+            GROUP => step / GROUP_STEPS * M,
             BOTH => step * M,
             half => (2 * step + half) * M,
         });
         let mut products = [L::splat(0); M];
-        // Written out: loops would keep their sums in memory. Rows go side by side, for a chain of sums has a latency.
-        macro_rules! all {
-            ($do:ident) => { all!($do: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
-            ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
-        }
         #[rustfmt::skip]
         macro_rules! start { ($m:literal) => { products[$m] = L::splat(*starts.add($m)) } }
-        all!(start);
+        rows!(start);
+        products
+    }
+}
+
+/// Adds the products of a step, or of half of one.
+///
+/// # Safety
+/// As [`Kernel::run`].
+#[inline(always)]
+unsafe fn multiply<L: Lanes, U: Unpack, const PART: usize, const M: usize>(
+    work: &Tile<'_>,
+    step: usize,
+    codes: &[L::I; 8],
+    products: &mut [L::I; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let quants = quants(work, step);
+        // Rows go side by side, for a chain of sums has a latency.
         macro_rules! column {
             ($j:literal) => {{
                 macro_rules! multiply {
@@ -299,55 +333,76 @@ unsafe fn add<L: Lanes, U: Unpack, const HALF: usize, const M: usize>(
                         };
                     }};
                 }
-                all!(multiply);
+                rows!(multiply);
             }};
         }
-        if HALF != 1 {
+        if PART != 1 {
             column!(0);
             column!(1);
             column!(2);
             column!(3);
         }
-        if HALF != 0 {
+        if PART != 0 {
             column!(4);
             column!(5);
             column!(6);
             column!(7);
         }
+    }
+}
+
+/// Adds a part to the sums of all rows, which lack the scale of the activations.
+///
+/// # Safety
+/// As [`Kernel::run`].
+#[inline(always)]
+unsafe fn scale<L: Lanes, const PART: usize, const M: usize>(
+    work: &Tile<'_>,
+    step: usize,
+    products: &[L::I; M],
+    (scale, min): (L::F, L::F),
+    sums: &mut [L::F; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
         macro_rules! scaled {
             ($m:literal) => {
                 sums[$m] = L::fma(L::number(products[$m]), scale, sums[$m])
             };
         }
-        all!(scaled);
+        rows!(scaled);
         if work.layout.min != Min::Without {
+            let a = work.scales.add(step * work.height);
             macro_rules! offset {
-                ($m:literal) => {
-                    sums[$m] = L::fma(
-                        min,
-                        L::broadcast(&(*a.add(cell(work, $m))).sums[HALF]),
-                        sums[$m],
-                    )
-                };
+                ($m:literal) => {{
+                    let sum = (*a.add(cell(work, $m))).sum(PART);
+                    sums[$m] = L::fma(min, L::broadcast(&sum), sums[$m])
+                }};
             }
-            all!(offset);
+            rows!(offset);
         }
     }
 }
 
-/// The function for a layout: `$run::<Unpack, HALF_STEPS, $more>`.
+/// The function for a layout: `$run::<Unpack, SPAN, $more>`.
 macro_rules! body {
-    ($codes:expr, $half_steps:expr, $run:ident $(, $more:tt)*) => {
-        match ($codes, $half_steps) {
-            (Codes::U2, false) => $run::<Planes<2, 0>, false $(, $more)*>,
-            (Codes::U2, true) => $run::<Planes<2, 0>, true $(, $more)*>,
-            (Codes::U3, false) => $run::<Planes<2, 1>, false $(, $more)*>,
-            (Codes::U3, true) => $run::<Planes<2, 1>, true $(, $more)*>,
-            (Codes::U4, false) => $run::<Planes<4, 0>, false $(, $more)*>,
-            (Codes::U5, false) => $run::<Planes<4, 1>, false $(, $more)*>,
-            (Codes::U6, true) => $run::<Planes<4, 2>, true $(, $more)*>,
-            (Codes::U8, false) => $run::<Planes<8, 0>, false $(, $more)*>,
-            (Codes::Table(_), false) => $run::<Names, false $(, $more)*>,
+    ($codes:expr, $span:expr, $run:ident $(, $more:tt)*) => {
+        match ($codes, $span) {
+            (Codes::U2, 16) => $run::<Planes<2, 0>, 16 $(, $more)*>,
+            (Codes::U2, 32) => $run::<Planes<2, 0>, 32 $(, $more)*>,
+            (Codes::U2, _) => $run::<Planes<2, 0>, 128 $(, $more)*>,
+            (Codes::U3, 16) => $run::<Planes<2, 1>, 16 $(, $more)*>,
+            (Codes::U3, 32) => $run::<Planes<2, 1>, 32 $(, $more)*>,
+            (Codes::U3, _) => $run::<Planes<2, 1>, 128 $(, $more)*>,
+            (Codes::U4, 32) => $run::<Planes<4, 0>, 32 $(, $more)*>,
+            (Codes::U4, 128) => $run::<Planes<4, 0>, 128 $(, $more)*>,
+            (Codes::U5, 32) => $run::<Planes<4, 1>, 32 $(, $more)*>,
+            (Codes::U5, 128) => $run::<Planes<4, 1>, 128 $(, $more)*>,
+            (Codes::U6, 16) => $run::<Planes<4, 2>, 16 $(, $more)*>,
+            (Codes::U8, 32) => $run::<Planes<8, 0>, 32 $(, $more)*>,
+            (Codes::U8, 128) => $run::<Planes<8, 0>, 128 $(, $more)*>,
+            (Codes::Table(_), 32) => $run::<Names, 32 $(, $more)*>,
+            (Codes::Table(_), 128) => $run::<Names, 128 $(, $more)*>,
             (codes, _) => unreachable!("{codes:?}: layouts were checked when they were packed"),
         }
     };
@@ -356,26 +411,26 @@ pub(super) use body;
 
 macro_rules! level {
     ($name:ident, $lanes:ty, $features:literal) => {
-        fn $name<const P: usize, const M: usize>(codes: Codes, half_steps: bool) -> Kernel {
+        fn $name<const P: usize, const M: usize>(codes: Codes, span: usize) -> Kernel {
             #[target_feature(enable = $features)]
-            unsafe fn run<U: Unpack, const HALF_STEPS: bool, const P: usize, const M: usize>(
+            unsafe fn run<U: Unpack, const SPAN: usize, const P: usize, const M: usize>(
                 work: &Tile<'_>,
             ) {
                 // SAFETY: the features are enabled here; the rest is the caller's promise.
-                unsafe { tile::<$lanes, U, HALF_STEPS, P, M>(work) }
+                unsafe { tile::<$lanes, U, SPAN, P, M>(work) }
             }
-            let run: unsafe fn(&Tile<'_>) = body!(codes, half_steps, run, P, M);
+            let run: unsafe fn(&Tile<'_>) = body!(codes, span, run, P, M);
             #[target_feature(enable = $features)]
             unsafe fn starts<const M: usize>(
                 factor: f32,
-                halves: Range<usize>,
+                parts: Range<usize>,
                 scales: &[StepScales],
                 out: &mut [i32],
                 pitch: usize,
             ) {
                 match M {
-                    BLOCK.. => start::<BLOCK>(factor, halves, scales, out, pitch),
-                    _ => start::<M>(factor, halves, scales, out, pitch),
+                    BLOCK.. => start::<BLOCK>(factor, parts, scales, out, pitch),
+                    _ => start::<M>(factor, parts, scales, out, pitch),
                 }
             }
             let wide = matches!(codes, Codes::U8 | Codes::Table(_));

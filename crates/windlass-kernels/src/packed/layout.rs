@@ -1,7 +1,7 @@
 //! How a packed matrix stores its numbers, and where each piece of a unit lies.
 
-use super::activations::BOTH;
-use super::{PANEL, STEP, UNIT, UNIT_STEPS};
+use super::activations::{BOTH, GROUP};
+use super::{GROUP_STEPS, PANEL, STEP, UNIT, UNIT_STEPS};
 
 /// Unsigned codes of some bits, kept in a low plane of 2, 4 or 8 bits and a high plane of the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -139,11 +139,21 @@ impl Layout {
         }
     }
 
-    /// The parts of a step that have a scale of their own: both halves, or all of it.
-    pub(super) const fn halves(&self) -> std::ops::Range<usize> {
-        match self.sub() < STEP {
-            true => 0..BOTH,
-            false => BOTH..BOTH + 1,
+    /// Columns over which integers are summed: half a step, a step or a group of steps, as their scales allow.
+    pub(super) const fn span(&self) -> usize {
+        match self.sub() {
+            sub if sub >= GROUP_STEPS * STEP => GROUP_STEPS * STEP,
+            sub if sub >= STEP => STEP,
+            _ => STEP / 2,
+        }
+    }
+
+    /// The parts that integers are summed over: both halves of a step, all of it, or a group of them.
+    pub(super) const fn parts(&self) -> std::ops::Range<usize> {
+        match self.span() {
+            span if span < STEP => 0..BOTH,
+            STEP => BOTH..BOTH + 1,
+            _ => GROUP..GROUP + 1,
         }
     }
 

@@ -7,6 +7,7 @@ use crate::Element;
 use crate::dispatch::{Level, kernels};
 use crate::pool::{Pool, SharedMut, Worker};
 use crate::simd::{Simd, SimdElement};
+use crate::stream::prefetch;
 use std::ops::Range;
 
 /// One product of several that share their activations.
@@ -206,9 +207,8 @@ fn run_task<E: Element>(
         if let Some(tiles) = x.tiles(&job.rows) {
             return run_amx(level, worker, (x, tiles), job, panels, rows);
         }
-        let half_steps = layout.sub() == STEP / 2;
         if level != Level::Scalar {
-            let kernels = |rows| super::kernel::choose(level, layout.codes, half_steps, rows);
+            let kernels = |rows| super::kernel::choose(level, layout.codes, layout.span(), rows);
             return run_tiles(level, kernels, worker, x, job, panels, rows);
         }
     }
@@ -242,7 +242,7 @@ fn run_tiles<E: Element>(
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let finish = finisher::<E>(level);
     let mut sums = Sums([[0f32; PANEL]; TILE]);
-    let starts = worker.scratch::<f32>(units.steps() * layout.halves().len() * TILE);
+    let starts = worker.scratch::<f32>(units.steps() * layout.parts().len() * TILE);
     // SAFETY: the same size and alignment; all bit patterns are valid.
     let starts = unsafe { &mut *(std::ptr::from_mut(starts) as *mut [i32]) };
     // A block of rows stays in the first cache and panels pass by from the second: what a tile writes then lies beside what
@@ -362,6 +362,9 @@ fn finish<E: Element>(
     }
 }
 
+/// Rows before which the result is asked for: stores wait for lines that other cores or the memory have.
+const AHEAD: usize = 2;
+
 /// # Safety
 /// The CPU has the features of `S`.
 #[inline(always)]
@@ -384,6 +387,7 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
             let mut column = 0;
             while column < columns {
                 let n = (columns - column).min(S::LANES);
+                prefetch(out.wrapping_add(AHEAD * job.matrix.rows() + column).cast());
                 let sums = sums.add(column / PANEL * pitch).cast::<f32>();
                 let mut sum = S::load(sums.add(column % PANEL));
                 if let Some(bias) = job.bias {

@@ -1,6 +1,6 @@
 //! The specification of a packed product, in plain code.
 
-use super::activations::{Activations, BOTH};
+use super::activations::{Activations, BOTH, GROUP};
 use super::layout::{Codes, Layout, Min, Scale};
 use super::matrix::PackedMatrix;
 use super::unit::{RowUnit, exponent};
@@ -9,34 +9,37 @@ use half::f16;
 
 /// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// For each step in order, and in it for each half where the format has a scale for 16 columns: the integer sum of codes,
-/// less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its group,
-/// rounded once; then the minimum times the sum of the activations. For each group in order: its sum is multiplied by the
-/// scale of the activations and added, rounded once.
+/// For each part of a group in order (16 columns, 32 or all 128, as the scales of the weights allow): the integer sum of
+/// codes, less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its
+/// group, rounded once; then the minimum times the sum of the activations. For each group in order: its sum is multiplied by
+/// the scale of the activations and added, rounded once.
 pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) -> f32 {
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
-    let (mut total, mut sum) = (0f32, 0f32);
+    let (mut total, mut sum, mut products) = (0f32, 0f32, 0i32);
     for step in 0..matrix.steps() {
         if step % UNIT_STEPS == 0 {
             matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
         }
         let at = step % UNIT_STEPS;
         let (quants, a) = x.step(row, step);
-        for half in layout.halves() {
-            let span = match half {
-                BOTH => 0..STEP,
-                _ => half * 16..half * 16 + 16,
+        for part in layout.parts() {
+            let columns = match part {
+                BOTH | GROUP => 0..STEP,
+                half => half * 16..half * 16 + 16,
             };
-            let mut products = 0i32;
-            for k in span.clone() {
+            for k in columns.clone() {
                 products += value(layout, unit.codes[at * STEP + k]) * i32::from(quants[k]);
             }
-            let (scale, min) = scales(layout, &unit, at * STEP + span.start);
+            if part == GROUP && (step + 1) % GROUP_STEPS != 0 {
+                continue;
+            }
+            let (scale, min) = scales(layout, &unit, at * STEP + columns.start);
             sum = (products as f32).mul_add(scale, sum);
             if let Some(min) = min {
-                sum = min.mul_add(a.sums[half], sum);
+                sum = min.mul_add(a.sum(part), sum);
             }
+            products = 0;
         }
         if (step + 1) % GROUP_STEPS == 0 || step + 1 == matrix.steps() {
             total = sum.mul_add(a.scale, total);

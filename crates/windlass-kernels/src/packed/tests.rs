@@ -1,5 +1,6 @@
 //! Every format at every level against the specification, bit for bit, and that against plain numbers.
 
+use super::activations::{BOTH, GROUP};
 use super::*;
 use crate::Element;
 use crate::blocks::{self, BlockType, FLOAT4, UNEVEN};
@@ -59,6 +60,14 @@ fn layouts() -> Vec<(&'static str, Layout)> {
         ("2 bits with zeros", half(Codes::U2, 0, 64, Min::Zero)),
         ("3 bits with zeros", half(Codes::U3, 0, 128, Min::Zero)),
         ("8 bits with zeros", half(Codes::U8, 0, 128, Min::Zero)),
+        (
+            "q8 in groups of 128",
+            half(Codes::U8, 128, 128, Min::Without),
+        ),
+        (
+            "a table in groups of 128",
+            half(Codes::Table(&UNEVEN), 0, 128, Min::Without),
+        ),
     ]
 }
 
@@ -389,7 +398,9 @@ fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
             assert!((scales.scale * 127.0 - x[127]).abs() < 1e-5, "{level}");
             let whole = |quants: &[i8]| quants.iter().map(|&q| f32::from(q)).sum::<f32>();
             let sums = [&quants[..16], &quants[16..], quants].map(whole);
-            assert_eq!(scales.sums, sums, "{level}");
+            assert_eq!([0, 1, BOTH].map(|part| scales.sum(part)), sums, "{level}");
+            let steps = (0..4).map(|step| whole(q.step(0, step).0));
+            assert_eq!(scales.sum(GROUP), steps.sum(), "{level}");
             for (q, x) in quants.iter().zip(&x[step * STEP..]) {
                 let error = (scales.scale * f32::from(*q) - x).abs();
                 assert!(error <= scales.scale * 0.5001, "{level}: {error}");
