@@ -1,4 +1,4 @@
-//! The AMX paths of matrix products and packed products, natively where the CPU has AMX, else on an emulator of the seven
+//! The AMX paths of matrix products and packed products, natively where the CPU has AMX, else on an emulator of the eight
 //! instructions they use.
 //!
 //! The emulator is a handler of `SIGILL`: it decodes the VEX instruction that failed, does to memory and to its thread's
@@ -82,8 +82,8 @@ impl Tiles {
         }
     }
 
-    /// `tdpbsud`: signed bytes of A times unsigned ones of B, four a word, without saturation.
-    fn byte_product(&mut self, to: usize, a: usize, b: usize) {
+    /// `tdpbsud` and `tdpbssd`: signed bytes of A times unsigned or signed ones of B, four a word, without saturation.
+    fn byte_product(&mut self, to: usize, a: usize, b: usize, signed: bool) {
         let (a_tile, b_tile) = (self.words[a], self.words[b]);
         let ((_, rows), (bytes, _)) = (self.shape[to], self.shape[a]);
         assert!(self.shape[b].1 == bytes / 4, "tile shapes disagree");
@@ -96,7 +96,10 @@ impl Tiles {
             for (a_word, b_row) in a_row.iter().zip(b_tile).take(bytes / 4) {
                 let x = a_word.to_le_bytes().map(|x| i32::from(x as i8));
                 for (to, word) in to.iter_mut().zip(b_row).take(columns) {
-                    let y = word.to_le_bytes().map(i32::from);
+                    let y = word.to_le_bytes().map(|y| match signed {
+                        true => i32::from(y as i8),
+                        false => i32::from(y),
+                    });
                     let dot: i32 = x.iter().zip(y).map(|(x, y)| x * y).sum();
                     *to = to.wrapping_add(dot as u32);
                 }
@@ -243,7 +246,8 @@ extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut 
             (0x4b, 3, _) => tiles.transfer(reg, d.base as *mut u8, d.index, true),
             (0x4b, 2, _) => tiles.transfer(reg, d.base as *mut u8, d.index, false),
             (0x5c, 2, 3) => tiles.product(reg, rm, d.vvvv),
-            (0x5e, 2, 3) => tiles.byte_product(reg, rm, d.vvvv),
+            (0x5e, 2, 3) => tiles.byte_product(reg, rm, d.vvvv, false),
+            (0x5e, 3, 3) => tiles.byte_product(reg, rm, d.vvvv, true),
             other => panic!("an instruction outside the emulator: {other:x?}"),
         }
         assert!(

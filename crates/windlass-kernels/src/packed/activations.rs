@@ -6,6 +6,7 @@ use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
 use crate::{Element, tasks::Tasks};
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
@@ -21,8 +22,10 @@ pub struct Activations {
     quants: Buffer,
     /// `[blocks, steps, height]` of [`StepScales`].
     scales: Buffer,
-    /// The quants once more, as tiles take them; where there are tiles, and rows enough for them.
-    tiles: Option<Buffer>,
+    /// The quants once more, as tiles take them, from when they are first asked for: as `bf16`, as bytes. Where there are
+    /// tiles, and rows enough for them.
+    tiles: Option<[OnceLock<Buffer>; 2]>,
+    memory: Memory,
 }
 
 /// Rows of the largest block.
@@ -33,26 +36,26 @@ const TILE_ROWS: usize = BLOCK + 1;
 /// Rows of a tile.
 pub(super) const TILE: usize = 2 * BLOCK;
 
-/// Quants as `bf16`, `[units, blocks, steps, 16, 32]`: a unit of all rows is one stream.
+/// Quants as tiles take them, `[units, blocks, tiles, 16, 64 bytes]`: a unit of all rows is one stream. A tile is a step of
+/// `bf16` or two of bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles<'a> {
-    quants: &'a [[u16; STEP]],
+    rows: &'a [TileRow],
     blocks: usize,
+    /// Tiles of a unit.
+    unit: usize,
 }
+
+/// A row of a tile.
+type TileRow = [u8; 64];
 
 impl Tiles<'_> {
-    /// The 16 rows of a step of a unit in a block.
+    /// The 16 rows of a tile of a unit in a block.
     #[inline(always)]
-    pub fn step(&self, unit: usize, block: usize, step: usize) -> *const u16 {
-        let row = tile_row(unit, self.blocks, block, step);
-        self.quants.as_ptr().wrapping_add(row).cast()
+    pub fn tile(&self, unit: usize, block: usize, tile: usize) -> *const u8 {
+        let row = ((unit * self.blocks + block) * self.unit + tile) * TILE;
+        self.rows.as_ptr().wrapping_add(row).cast()
     }
-}
-
-/// Where the rows of a step of a block of 16 begin.
-#[inline(always)]
-fn tile_row(unit: usize, blocks: usize, block: usize, step: usize) -> usize {
-    ((unit * blocks + block) * UNIT_STEPS + step) * TILE
 }
 
 /// What belongs to a step of a row.
@@ -171,25 +174,25 @@ impl Activations {
                 }
             });
         }
-        let mut made = Activations {
+        Activations {
             rows,
             cols,
             steps,
             height,
             quants,
             scales,
-            tiles: None,
-        };
-        if tiles {
-            made.tiles = Some(made.tiled(pool, memory, blocks));
+            tiles: tiles.then(Default::default),
+            memory: memory.clone(),
         }
-        made
     }
 
-    /// The quants of so many blocks as tiles take them.
-    fn tiled(&self, pool: &Pool, memory: &Memory, blocks: usize) -> Buffer {
-        let size = blocks * self.block() * size_of::<[u16; STEP]>();
-        let mut tiles = memory.alloc(size, Category::Workspace);
+    /// The quants as tiles take them.
+    fn tiled(&self, pool: &Pool, bytes: bool) -> Buffer {
+        let blocks = self.quants.bytes() / (self.block() * STEP);
+        // Steps of a tile.
+        let deep = if bytes { 2 } else { 1 };
+        let size = blocks * self.block() / deep * size_of::<TileRow>();
+        let mut tiles = self.memory.alloc(size, Category::Workspace);
         #[cfg(target_arch = "x86_64")]
         {
             let view = SharedMut::new(&mut tiles.block_mut()[..size]);
@@ -197,23 +200,26 @@ impl Activations {
             let tasks = Tasks::rows(blocks, self.cols * BLOCK);
             pool.run(tasks.count(), |task, _| {
                 for block in tasks.part(task) {
-                    for step in 0..self.steps {
-                        let (unit, at) = (step / UNIT_STEPS, step % UNIT_STEPS);
-                        let row = tile_row(unit, blocks / 2, block / 2, at) + block % 2 * BLOCK;
-                        let rows = &quants[(block * self.steps + step) * BLOCK..][..BLOCK];
+                    for step in (0..self.steps).step_by(deep) {
+                        let (unit, tile) = (step / UNIT_STEPS, step % UNIT_STEPS / deep);
+                        let tile = (unit * (blocks / 2) + block / 2) * (UNIT_STEPS / deep) + tile;
+                        let row = tile * TILE + block % 2 * BLOCK;
+                        let rows = &quants[(block * self.steps + step) * BLOCK..][..deep * BLOCK];
                         // SAFETY: a task writes the rows of its own blocks, which are aligned; tiles come with AVX-512.
                         unsafe {
-                            let bytes = BLOCK * size_of::<[u16; STEP]>();
-                            let to = view.slice(row * size_of::<[u16; STEP]>(), bytes);
-                            let to: &mut [[u16; STEP]; BLOCK] = &mut *to.as_mut_ptr().cast();
-                            super::amx::tile_rows(rows, to);
+                            let len = BLOCK * size_of::<TileRow>();
+                            let to = view.slice(row * size_of::<TileRow>(), len).as_mut_ptr();
+                            match bytes {
+                                true => super::amx::tile_bytes(rows, &mut *to.cast()),
+                                false => super::amx::tile_rows(rows, &mut *to.cast()),
+                            }
                         }
                     }
                 }
             });
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = pool;
+        let _ = (pool, bytes);
         tiles
     }
 
@@ -254,9 +260,7 @@ impl Activations {
             }
         }
         let mut made = self.select(pool, memory, &from, height);
-        if tiles {
-            made.tiles = Some(made.tiled(pool, memory, from.len() / height));
-        }
+        made.tiles = tiles.then(Default::default);
         (made, ranges)
     }
 
@@ -302,6 +306,7 @@ impl Activations {
             cols: self.cols,
             steps,
             tiles: None,
+            memory: memory.clone(),
         }
     }
 
@@ -336,13 +341,14 @@ impl Activations {
     }
 
     /// All rows as tiles take them, if these are to be multiplied by tiles.
-    pub(super) fn tiles(&self, rows: &Range<usize>) -> Option<Tiles<'_>> {
-        let tiles = self.tiles.as_ref().filter(|_| rows.len() >= TILE_ROWS)?;
-        let (quants, _) = tiles.block()[..tiles.bytes()].as_chunks::<{ 2 * STEP }>();
-        // SAFETY: the same size; blocks are aligned to 64; every bit pattern is valid.
-        let quants = unsafe { std::slice::from_raw_parts(quants.as_ptr().cast(), quants.len()) };
-        let blocks = quants.len() / (self.steps * TILE);
-        Some(Tiles { quants, blocks })
+    pub(super) fn tiles(&self, pool: &Pool, rows: &Range<usize>, bytes: bool) -> Option<Tiles<'_>> {
+        let [words, octets] = self.tiles.as_ref().filter(|_| rows.len() >= TILE_ROWS)?;
+        let tiles = if bytes { octets } else { words };
+        let tiles = tiles.get_or_init(|| self.tiled(pool, bytes));
+        let (rows, _) = tiles.block()[..tiles.bytes()].as_chunks();
+        let unit = if bytes { UNIT_STEPS / 2 } else { UNIT_STEPS };
+        let blocks = rows.len() / (self.steps / UNIT_STEPS * unit * TILE);
+        Some(Tiles { rows, blocks, unit })
     }
 
     /// The quants of all rows: step `s` of row `r` is at `cell(r, s) * 32`.

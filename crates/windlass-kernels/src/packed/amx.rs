@@ -9,8 +9,9 @@
 //! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
 //! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
 //! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
-//! sums are stored two products after they were begun, and read two later. Where weights have a scale for 128 columns, a
-//! tile sums all of them, and is stored and scaled once.
+//! sums are stored two products after they were begun, and read two later.
+//!
+//! Where weights have a scale for 128 columns, tiles are of bytes: 128 columns are two products and one sum.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
@@ -31,24 +32,41 @@ use crate::tiles::Config;
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = TILE;
-/// Panels that are unpacked at a time: what fills two thirds of the first cache.
-const PANELS: usize = 4;
+/// Bytes of a tile.
+const TILE_BYTES: usize = ROWS * WIDE;
+/// Tiles of codes that are unpacked at a time: what fills two thirds of the first cache.
+const CODES: usize = 32;
 /// Bytes from a row of a tile in memory to the next.
 const WIDE: usize = 64;
 
 /// Sums of a tile.
 type Sums = [[f32; PANEL]; ROWS];
 
-/// What is unpacked and on its way. Parts are steps, or halves of steps where weights have a scale for 16 columns.
+/// What is unpacked and on its way. Parts are what has a scale of its own: half a step, a step or a group of them.
 #[repr(C, align(64))]
 pub(super) struct Space {
-    /// Codes as tiles take them: two columns of 16 rows, 16 times.
-    codes: [[[[u16; 2 * PANEL]; STEP / 2]; UNIT_STEPS]; PANELS],
-    scales: [[Scales; 2 * UNIT_STEPS]; PANELS],
+    /// Codes as tiles take them: of 16 rows, two columns of `bf16` or four of bytes, 16 times.
+    codes: [[u8; TILE_BYTES]; CODES],
+    /// Of the parts of all panels.
+    scales: [Scales; 4 * 2 * UNIT_STEPS],
     /// Sums of the parts of a group.
     ring: [Sums; 2 * GROUP_STEPS],
     /// Where the first item ends one that never was.
     nowhere: Sums,
+}
+
+/// [`Layout::byte_tiles`] for parts of so many columns.
+const fn bytes(span: usize) -> bool {
+    span > STEP
+}
+
+/// Tiles of a unit: of a panel, or of 16 rows of activations.
+const fn unit_tiles(span: usize) -> usize {
+    if bytes(span) {
+        UNIT_STEPS / 2
+    } else {
+        UNIT_STEPS
+    }
 }
 
 impl Space {
@@ -96,7 +114,7 @@ const fn config(columns: usize) -> Config {
     let sums = (ROWS as u8, WIDE as u16);
     let codes = (columns as u8 / 2, WIDE as u16);
     let rows = (ROWS as u8, 2 * columns as u16);
-    Config::new([sums, sums, sums, codes, rows, rows, rows, rows])
+    Config::new([sums, sums, codes, codes, rows, rows, rows, rows])
 }
 static STEPS: Config = config(STEP);
 static HALF_STEPS: Config = config(STEP / 2);
@@ -107,9 +125,10 @@ impl Kernel {
         let span = layout.span();
         Kernel {
             config: if span < STEP { &HALF_STEPS } else { &STEPS },
-            run: match layout.min {
-                Min::Without => body!(layout.codes, span, run, false),
-                _ => body!(layout.codes, span, run, true),
+            // Codes that count from zero may be too large for signed bytes.
+            run: match layout.min == Min::Without && layout.zero() > 0 {
+                true => body!(layout.codes, span, run, false),
+                false => body!(layout.codes, span, run, true),
             },
         }
     }
@@ -145,26 +164,32 @@ unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
     let units = work.matrix.units();
     for index in 0..units.len() {
         let (unit, start) = units.at(index);
-        for first in work.panels.clone().step_by(PANELS) {
-            let panels = first..work.panels.end.min(first + PANELS);
+        let each = CODES / unit_tiles(SPAN);
+        for first in work.panels.clone().step_by(each) {
+            let panels = first..work.panels.end.min(first + each);
             // SAFETY: as the caller promised; units lie in the panels.
             unsafe {
                 for (p, panel) in panels.clone().enumerate() {
                     let base = work.matrix.panel(panel).as_ptr().add(start);
-                    unpack::<U, SPAN>(work, p, &unit, base);
+                    unpack::<U, SPAN, MIN>(work, p, &unit, base);
                 }
-                multiply::<SPAN, MIN>(work, index, unit.steps.div_ceil(GROUP_STEPS), panels);
+                // Four tiles of rows are in registers: a group or, of bytes, a unit.
+                let items = match bytes(SPAN) {
+                    true => 1,
+                    false => unit.steps.div_ceil(GROUP_STEPS),
+                };
+                multiply::<SPAN, MIN>(work, index, items, panels);
             }
         }
     }
 }
 
-/// Unpacks a unit of a panel, and zeros up to a whole group.
+/// Unpacks a unit of a panel, and zeros up to a whole item.
 ///
 /// # Safety
 /// As [`Kernel::run`]; `base` is the unit's first byte.
 #[inline(always)]
-unsafe fn unpack<U: Unpack, const SPAN: usize>(
+unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
     work: &Work<'_>,
     panel: usize,
     unit: &Unit,
@@ -173,19 +198,32 @@ unsafe fn unpack<U: Unpack, const SPAN: usize>(
     // SAFETY: as the caller promised, and there is room for the steps of a unit.
     unsafe {
         let layout = work.matrix.layout();
-        let (codes, to) = (
-            &raw mut (*work.space).codes[panel],
-            &raw mut (*work.space).scales[panel],
-        );
+        let codes = (&raw mut (*work.space).codes).cast::<u8>();
+        let codes = codes.add(panel * unit_tiles(SPAN) * TILE_BYTES);
+        let parts = UNIT_STEPS * STEP / SPAN;
+        let to = (&raw mut (*work.space).scales).cast::<Scales>();
+        let to = to.add(panel * parts);
+        let step_bytes = unit_tiles(SPAN) * TILE_BYTES / UNIT_STEPS;
         let table = match layout.codes {
             Codes::Table(table) => Vnni::table(table),
             _ => Vnni::splat(0),
         };
         let numbers = _mm512_loadu_si512(numbers(layout).as_ptr().cast());
         let zero = _mm512_set1_ps(layout.zero() as f32);
+        let zeros = _mm512_set1_epi8(layout.zero() as u8 as i8);
         for step in 0..unit.steps {
             let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
+            let codes = codes.add(step * step_bytes);
             for (four, &bytes) in bytes.iter().enumerate() {
+                if self::bytes(SPAN) {
+                    let bytes = if MIN {
+                        bytes
+                    } else {
+                        _mm512_sub_epi8(bytes, zeros)
+                    };
+                    _mm512_store_si512(codes.cast::<__m512i>().add(four), bytes);
+                    continue;
+                }
                 // Every other column: activations have theirs in the same order.
                 let odd = _mm512_srli_epi16::<8>(bytes);
                 let (even, odd) = match U::BITS <= 5 {
@@ -195,7 +233,7 @@ unsafe fn unpack<U: Unpack, const SPAN: usize>(
                     ),
                     false => (numbered(bytes, zero), numbered(odd, zero)),
                 };
-                let to = (&raw mut (*codes)[step][2 * four]).cast::<__m512i>();
+                let to = codes.cast::<__m512i>().add(2 * four);
                 _mm512_store_si512(to, even);
                 _mm512_store_si512(to.add(1), odd);
             }
@@ -206,69 +244,36 @@ unsafe fn unpack<U: Unpack, const SPAN: usize>(
                     half => 2 * step + half,
                 };
                 let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, part);
-                let to = (&raw mut (*to)[at]).cast::<f32>();
+                let to = to.add(at).cast::<f32>();
                 _mm512_store_ps(to, scale);
                 _mm512_store_ps(to.add(PANEL), min);
             }
         }
-        // Groups of columns with one scale are whole.
-        let parts = STEP.div_ceil(SPAN);
-        for step in unit.steps..unit.steps.next_multiple_of(GROUP_STEPS) {
-            (&raw mut (*codes)[step]).write_bytes(0, 1);
-            (&raw mut (*to)[parts * step]).write_bytes(0, parts);
-        }
+        let whole = if bytes(SPAN) { UNIT_STEPS } else { GROUP_STEPS };
+        let end = unit.steps.next_multiple_of(whole);
+        let lacking = end - unit.steps;
+        let codes = codes.add(unit.steps * step_bytes);
+        codes.write_bytes(0, lacking * step_bytes);
+        // Groups with one scale are whole.
+        let to = to.add(unit.steps * STEP / SPAN);
+        to.write_bytes(0, lacking * STEP / SPAN);
     }
 }
 
-/// A group of a panel and a block of rows.
+/// What four tiles of a panel and four of a block of rows make: a group or, of bytes, a unit.
 #[derive(Clone, Copy)]
 struct Item {
-    /// Quants of the rows' first step.
-    rows: *const u16,
-    /// Codes of the first step.
-    codes: *const u16,
+    /// Quants of the rows.
+    rows: *const u8,
+    /// Codes.
+    codes: *const u8,
     /// Scales of the first part.
     weights: *const Scales,
-    /// Rows of a step of the group that follows.
-    ahead: *const u16,
+    /// Rows of a tile of the item that follows in the next rows.
+    ahead: *const u8,
     /// Scales of the first step of the first eight rows and of the others.
     scales: [*const StepScales; 2],
     sums: *mut f32,
-}
-
-/// Items whose products have begun.
-struct Queue {
-    /// The two last ones, the very last second.
-    begun: [Item; 2],
-    /// Whose turn it is of the three tiles of sums.
-    turn: usize,
-    ring: *mut f32,
-}
-
-impl Queue {
-    /// Begins an item, and ends the one before; where one sum is all there is of an item, the one before that: a tile can be
-    /// stored once its products are done, and be read some time later.
-    ///
-    /// # Safety
-    /// As [`overlap`].
-    #[inline(always)]
-    unsafe fn begin<const SPAN: usize, const MIN: bool>(&mut self, next: Item) {
-        let before = if SPAN > STEP {
-            &self.begun[0]
-        } else {
-            &self.begun[1]
-        };
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.turn {
-                0 => overlap::<SPAN, MIN, 0>(&next, before, self.ring),
-                1 => overlap::<SPAN, MIN, 1>(&next, before, self.ring),
-                _ => overlap::<SPAN, MIN, 2>(&next, before, self.ring),
-            }
-        }
-        self.begun = [self.begun[1], next];
-        self.turn = (self.turn + GROUP_STEPS * STEP / SPAN) % 3;
-    }
 }
 
 /// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks.
@@ -279,74 +284,68 @@ impl Queue {
 unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     work: &Work<'_>,
     index: usize,
-    groups: usize,
+    items: usize,
     panels: Range<usize>,
 ) {
     // SAFETY: as the caller promised; activations are padded to whole units.
     unsafe {
         let space = work.space;
         let ring = (&raw mut (*space).ring).cast::<f32>();
-        let codes = (&raw const (*space).codes).cast::<u16>();
+        let codes = (&raw const (*space).codes).cast::<u8>();
         let weights = (&raw const (*space).scales).cast::<Scales>();
-        let parts = GROUP_STEPS * STEP / SPAN;
-        let item = |block: usize, group: usize, p: usize| {
-            let step = index * UNIT_STEPS + group * GROUP_STEPS;
+        let unit = unit_tiles(SPAN);
+        // Of an item.
+        let parts = 4 * UNIT_STEPS / unit * STEP / SPAN;
+        let rows = |block: usize, tile: usize| work.tiles.tile(index, work.first + block, tile);
+        let item = |block: usize, at: usize, p: usize| {
+            let step = index * UNIT_STEPS + at * GROUP_STEPS;
             let scales = |half: usize| {
                 let block = (2 * block + half) * work.block;
                 work.scales.add(block + step * BLOCK)
             };
             let panel = panels.start - work.panels.start + p;
-            let (after, first) = match group + 1 < groups {
-                true => (block, GROUP_STEPS * (group + 1)),
+            let (after, first) = match at + 1 < items {
+                true => (block, 4 * (at + 1)),
                 false => (block + 1, 0),
             };
             Item {
-                ahead: work.tiles.step(index, work.first + after, first + p),
-                rows: work
-                    .tiles
-                    .step(index, work.first + block, group * GROUP_STEPS),
-                codes: codes.add((p * UNIT_STEPS + group * GROUP_STEPS) * STEP * PANEL),
-                weights: weights.add(p * 2 * UNIT_STEPS + group * parts),
+                ahead: rows(after, first + p % 4),
+                rows: rows(block, 4 * at),
+                codes: codes.add((p * unit + 4 * at) * TILE_BYTES),
+                weights: weights.add(p * (UNIT_STEPS * STEP / SPAN) + at * parts),
                 scales: [scales(0), scales(1)],
                 sums: work
                     .sums
                     .add((block * work.panels.len() + panel) * ROWS * PANEL),
             }
         };
-        let nowhere = Item {
+        let mut last = Item {
             sums: (&raw mut (*space).nowhere).cast(),
             ..item(0, 0, 0)
         };
-        let mut queue = Queue {
-            begun: [nowhere; 2],
-            turn: 0,
-            ring,
-        };
         for block in 0..work.blocks {
-            for group in 0..groups {
-                let first = group * GROUP_STEPS;
+            for at in 0..items {
                 if SPAN >= STEP {
-                    load_rows(work.tiles.step(index, work.first + block, first));
+                    load_rows(rows(block, 4 * at));
                 }
                 for p in 0..panels.len() {
-                    queue.begin::<SPAN, MIN>(item(block, group, p));
+                    let next = item(block, at, p);
+                    overlap::<SPAN, MIN>(&next, &last, ring);
+                    last = next;
                 }
             }
         }
-        // What is begun now is not ended.
-        queue.begin::<SPAN, MIN>(nowhere);
-        if SPAN > STEP {
-            queue.begin::<SPAN, MIN>(nowhere);
-        }
+        // What is begun here again is not ended.
+        overlap::<SPAN, MIN>(&last, &last, ring);
     }
 }
 
-/// Loads the rows of four steps.
+/// Loads four tiles of rows.
 ///
 /// # Safety
-/// The tiles are configured; four steps can be read.
+/// The tiles are configured; the rows can be read.
 #[inline(always)]
-unsafe fn load_rows(rows: *const u16) {
+unsafe fn load_rows(rows: *const u8) {
     // SAFETY: as the caller promised. No compiler uses tiles, so they stay as they are until the products of the panels.
     unsafe {
         asm!(
@@ -361,17 +360,12 @@ unsafe fn load_rows(rows: *const u16) {
     }
 }
 
-/// Begins the products of an item while those of one before are scaled and added to its sums.
+/// Begins the products of an item while those of the one before are scaled and added to its sums.
 ///
 /// # Safety
-/// As [`Kernel::run`]; `before` was begun by the last call with this ring (where an item is one sum, by the one before the
-/// last), or its sums are not used.
+/// As [`Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
 #[inline(always)]
-unsafe fn overlap<const SPAN: usize, const MIN: bool, const TURN: usize>(
-    next: &Item,
-    before: &Item,
-    ring: *mut f32,
-) {
+unsafe fn overlap<const SPAN: usize, const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
     // Written out: loops would keep the sums in memory.
     macro_rules! all {
         ($do:ident $with:tt) => { all!($do $with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
@@ -392,55 +386,83 @@ unsafe fn overlap<const SPAN: usize, const MIN: bool, const TURN: usize>(
                 sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
             };
         }
-        // Adds a sum of the ring: part `$part`, which is `$kind` of step `$step`.
-        macro_rules! end {
-            ($at:expr, $part:literal, $kind:expr, $step:expr) => {{
-                let (step, kind) = ($step, $kind);
-                let from = ring.add($at * ROWS * PANEL);
-                let weights = before.weights.add($part).cast::<f32>();
-                let scale = _mm512_load_ps(weights);
-                all!(scaled(from scale));
-                if MIN {
-                    let min = _mm512_load_ps(weights.add(PANEL));
-                    all!(offset(step kind min));
-                }
-            }};
-        }
         macro_rules! ahead {
             ($part:literal of $parts:literal) => {
                 for line in $part * ROWS / $parts..($part + 1) * ROWS / $parts {
-                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * STEP).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * WIDE).cast());
                 }
             };
         }
         macro_rules! part {
             ($part:literal of $parts:literal) => {{
-                begin::<SPAN, $part, TURN>(next);
                 // What was begun two parts ago is done.
-                store::<TURN, { ($part + 1) % 3 }>(
-                    ring.add(($part + $parts - 2) % $parts * ROWS * PANEL),
-                );
+                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
+                begin::<SPAN, $part>(next);
                 ahead!($part of $parts);
-                match $parts {
-                    8 => end!($part, $part, $part % 2, $part / 2),
-                    _ => end!($part, $part, BOTH, $part),
+                let (step, part) = match $parts {
+                    8 => ($part / 2, $part % 2),
+                    _ => ($part, BOTH),
+                };
+                let from = ring.add($part * ROWS * PANEL);
+                let weights = before.weights.add($part).cast::<f32>();
+                let scale = _mm512_load_ps(weights);
+                all!(scaled(from scale));
+                if MIN {
+                    let min = _mm512_load_ps(weights.add(PANEL));
+                    all!(offset(step part min));
                 }
             }};
         }
-        if SPAN > STEP {
-            begin::<SPAN, 0, TURN>(next);
-            store::<TURN, 2>(ring.add((TURN + 2) % 3 * ROWS * PANEL));
-            ahead!(0 of 2);
-            end!((TURN + 1) % 3, 0, GROUP, 0);
-            begin::<SPAN, 1, TURN>(next);
-            begin::<SPAN, 2, TURN>(next);
-            ahead!(1 of 2);
-            begin::<SPAN, 3, TURN>(next);
+        macro_rules! add {
+            ($m:literal ()) => {
+                let to = before.sums.add($m * PANEL);
+                let scale = _mm512_set1_ps((*quants($m, 0)).scale);
+                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
+            };
+        }
+        macro_rules! load {
+            ($m:literal ()) => {
+                sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL))
+            };
+        }
+        macro_rules! save {
+            ($m:literal ()) => {
+                _mm512_store_ps(before.sums.add($m * PANEL), sums[$m])
+            };
+        }
+        macro_rules! whole {
+            ($m:literal ($from:ident $scale:ident $min:ident $step:ident)) => {
+                let sum = _mm512_cvtepi32_ps(_mm512_load_si512($from.add($m * PANEL).cast()));
+                let mut sum = _mm512_mul_ps(sum, $scale);
+                let quants = &*quants($m, $step);
+                if MIN {
+                    sum = _mm512_fmadd_ps($min, _mm512_set1_ps(quants.sum(GROUP)), sum);
+                }
+                sums[$m] = _mm512_fmadd_ps(sum, _mm512_set1_ps(quants.scale), sums[$m]);
+            };
+        }
+        macro_rules! group {
+            ($group:literal) => {{
+                begin_bytes::<MIN, $group>(next);
+                store::<{ 1 - $group }>(ring.add((1 - $group) * ROWS * PANEL));
+                ahead!($group of 2);
+                let (from, step) = (ring.add($group * ROWS * PANEL), $group * GROUP_STEPS);
+                let weights = before.weights.add($group).cast::<f32>();
+                let (scale, min) = (_mm512_load_ps(weights), _mm512_load_ps(weights.add(PANEL)));
+                all!(whole(from scale min step));
+            }};
+        }
+        if bytes(SPAN) {
+            all!(load());
+            group!(0);
+            group!(1);
+            all!(save());
         } else if SPAN == STEP {
             part!(0 of 4);
             part!(1 of 4);
             part!(2 of 4);
             part!(3 of 4);
+            all!(add());
         } else {
             part!(0 of 8);
             part!(1 of 8);
@@ -450,51 +472,38 @@ unsafe fn overlap<const SPAN: usize, const MIN: bool, const TURN: usize>(
             part!(5 of 8);
             part!(6 of 8);
             part!(7 of 8);
+            all!(add());
         }
-        macro_rules! add {
-            ($m:literal ()) => {
-                let to = before.sums.add($m * PANEL);
-                let scale = _mm512_set1_ps((*quants($m, 0)).scale);
-                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
-            };
-        }
-        all!(add());
     }
 }
 
-/// Begins a product: number `AT` of an item, which has three tiles of sums in turn.
+/// Begins the product of a part, in one of two tiles in turn.
 ///
 /// # Safety
 /// As [`Kernel::run`]; the rows of whole steps are loaded.
 #[inline(always)]
-unsafe fn begin<const SPAN: usize, const AT: usize, const TURN: usize>(item: &Item) {
+unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
     // SAFETY: as the caller promised.
     unsafe {
-        if SPAN <= STEP || AT == 0 {
-            asm!(
-                "tilezero tmm{c}",
-                c = const (TURN + AT) % 3,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _,
-                options(nostack, preserves_flags, nomem)
-            );
-        }
         if SPAN < STEP {
             asm!(
-                "tileloadd tmm3, [{codes} + {wide}*1]",
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
                 "tileloadd tmm{a}, [{rows} + {wide}*1]",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm3",
-                codes = in(reg) item.codes.add(AT * STEP / 2 * PANEL),
-                rows = in(reg) item.rows.add(AT / 2 * ROWS * STEP + AT % 2 * STEP / 2), wide = in(reg) WIDE,
-                a = const 4 + AT % 2, c = const (TURN + AT) % 3,
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * TILE_BYTES / 2),
+                rows = in(reg) item.rows.add(PART / 2 * TILE_BYTES + PART % 2 * WIDE / 2), wide = in(reg) WIDE,
+                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
                 options(nostack, preserves_flags, readonly)
             );
         } else {
             asm!(
-                "tileloadd tmm3, [{codes} + {wide}*1]",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm3",
-                codes = in(reg) item.codes.add(AT * STEP * PANEL), wide = in(reg) WIDE,
-                a = const 4 + AT, c = const (TURN + if SPAN > STEP { 0 } else { AT }) % 3,
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 options(nostack, preserves_flags, readonly)
             );
@@ -502,19 +511,59 @@ unsafe fn begin<const SPAN: usize, const AT: usize, const TURN: usize>(item: &It
     }
 }
 
-/// Stores a tile of sums: the one `C` after that whose turn it is.
+/// Begins the products of a group of bytes, in one of two tiles in turn; codes that have a minimum beside them are unsigned.
+///
+/// # Safety
+/// As [`Kernel::run`]; the rows are loaded.
+#[inline(always)]
+unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
+    macro_rules! products {
+        ($multiply:literal) => {
+            asm!(
+                "tileloadd tmm2, [{codes} + {wide}*1]",
+                "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
+                "tilezero tmm{c}",
+                concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
+                concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
+                codes = in(reg) item.codes.add(2 * GROUP * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const GROUP,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            )
+        };
+    }
+    // SAFETY: as the caller promised.
+    unsafe {
+        if MIN {
+            products!("tdpbsud");
+        } else {
+            products!("tdpbssd");
+        }
+    }
+}
+
+/// Stores a tile of sums.
 ///
 /// # Safety
 /// The tiles are configured; there is room for 16 rows.
 #[inline(always)]
-unsafe fn store<const TURN: usize, const C: usize>(to: *mut f32) {
+unsafe fn store<const C: usize>(to: *mut f32) {
     // SAFETY: as the caller promised.
     unsafe {
         asm!(
             "tilestored [{to} + {wide}*1], tmm{c}",
-            to = in(reg) to, wide = in(reg) WIDE, c = const (TURN + C) % 3,
+            to = in(reg) to, wide = in(reg) WIDE, c = const C,
             options(nostack, preserves_flags)
         );
+    }
+}
+
+/// The quants of two steps of eight rows, side by side.
+pub(super) fn tile_bytes(quants: &[[i8; STEP]], to: &mut [[i8; 2 * STEP]; BLOCK]) {
+    let (first, second) = quants.split_at(BLOCK);
+    for ((to, first), second) in to.iter_mut().zip(first).zip(second) {
+        to[..STEP].copy_from_slice(first);
+        to[STEP..].copy_from_slice(second);
     }
 }
 

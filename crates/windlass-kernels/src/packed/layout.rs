@@ -148,6 +148,11 @@ impl Layout {
         }
     }
 
+    /// Whether tiles of bytes multiply it, which are two steps deep: where they are summed whole.
+    pub(super) const fn byte_tiles(&self) -> bool {
+        self.span() > STEP
+    }
+
     /// The parts that integers are summed over: both halves of a step, all of it, or a group of them.
     pub(super) const fn parts(&self) -> std::ops::Range<usize> {
         match self.span() {

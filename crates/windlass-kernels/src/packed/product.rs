@@ -43,7 +43,7 @@ impl Cut {
         const ROWS: usize = 512;
         let each = panels * rows.div_ceil(ROWS) / (4 * threads);
         Cut {
-            panels: each.clamp(4, 16) / 4 * 4,
+            panels: each.clamp(4, 32) / 4 * 4,
             rows: ROWS,
         }
     }
@@ -84,6 +84,8 @@ pub fn kernel_names(level: Level) -> &'static str {
 
 struct Job<'a, E> {
     matrix: &'a PackedMatrix,
+    /// The rows of activations that tiles multiply, where they do.
+    tiles: Option<Tiles<'a>>,
     bias: Option<&'a [E]>,
     residual: Option<&'a [E]>,
     out: SharedMut<'a, E>,
@@ -146,7 +148,8 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             x.rows()
         );
         let (n, k) = (product.matrix.rows(), product.matrix.cols());
-        let cut = match x.tiles(&rows) {
+        let tiles = x.tiles(pool, &rows, product.matrix.layout().byte_tiles());
+        let cut = match tiles {
             Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
             None => VECTORS,
         };
@@ -170,6 +173,7 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
         );
         jobs.push(Job {
             matrix: product.matrix,
+            tiles,
             bias: product.bias,
             residual: product.residual,
             out: SharedMut::new(product.out),
@@ -204,7 +208,7 @@ fn run_task<E: Element>(
     #[cfg(target_arch = "x86_64")]
     {
         let (level, layout) = (pool.level(), job.matrix.layout());
-        if let Some(tiles) = x.tiles(&job.rows) {
+        if let Some(tiles) = job.tiles {
             return run_amx(level, worker, (x, tiles), job, panels, rows);
         }
         if level != Level::Scalar {
