@@ -17,10 +17,12 @@
 
 #![cfg(target_arch = "x86_64")]
 
-use std::arch::asm;
+mod overlap;
+
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use self::overlap::{Item, load_rows, overlap};
 use super::activations::{BLOCK, BOTH, GROUP, StepScales, TILE, Tiles};
 use super::kernel::{body, scales};
 use super::lanes::{Lanes, Vnni};
@@ -260,22 +262,6 @@ unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
     }
 }
 
-/// What four tiles of a panel and four of a block of rows make: a group or, of bytes, a unit.
-#[derive(Clone, Copy)]
-struct Item {
-    /// Quants of the rows.
-    rows: *const u8,
-    /// Codes.
-    codes: *const u8,
-    /// Scales of the first part.
-    weights: *const Scales,
-    /// Rows of a tile of the item that follows in the next rows.
-    ahead: *const u8,
-    /// Scales of the first step of the first eight rows and of the others.
-    scales: [*const StepScales; 2],
-    sums: *mut f32,
-}
-
 /// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks.
 ///
 /// # Safety
@@ -337,224 +323,6 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
         }
         // What is begun here again is not ended.
         overlap::<SPAN, MIN>(&last, &last, ring);
-    }
-}
-
-/// Loads four tiles of rows.
-///
-/// # Safety
-/// The tiles are configured; the rows can be read.
-#[inline(always)]
-unsafe fn load_rows(rows: *const u8) {
-    // SAFETY: as the caller promised. No compiler uses tiles, so they stay as they are until the products of the panels.
-    unsafe {
-        asm!(
-            "tileloadd tmm4, [{rows} + {wide}*1]",
-            "tileloadd tmm5, [{rows} + {wide}*1 + 1024]",
-            "tileloadd tmm6, [{rows} + {wide}*1 + 2048]",
-            "tileloadd tmm7, [{rows} + {wide}*1 + 3072]",
-            rows = in(reg) rows, wide = in(reg) WIDE,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, preserves_flags, readonly)
-        );
-    }
-}
-
-/// Begins the products of an item while those of the one before are scaled and added to its sums.
-///
-/// # Safety
-/// As [`Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
-#[inline(always)]
-unsafe fn overlap<const SPAN: usize, const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
-    // Written out: loops would keep the sums in memory.
-    macro_rules! all {
-        ($do:ident $with:tt) => { all!($do $with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
-        ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
-    }
-    // SAFETY: as the caller promised; the sums of a part lie in the ring at its place.
-    unsafe {
-        let mut sums = [_mm512_setzero_ps(); ROWS];
-        let quants = |m: usize, step: usize| before.scales[m / BLOCK].add(step * BLOCK + m % BLOCK);
-        macro_rules! scaled {
-            ($m:literal ($from:ident $scale:ident)) => {
-                sums[$m] = _mm512_fmadd_ps(_mm512_load_ps($from.add($m * PANEL)), $scale, sums[$m])
-            };
-        }
-        macro_rules! offset {
-            ($m:literal ($step:ident $part:ident $min:ident)) => {
-                let of = _mm512_set1_ps((*quants($m, $step)).sum($part));
-                sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
-            };
-        }
-        macro_rules! ahead {
-            ($part:literal of $parts:literal) => {
-                for line in $part * ROWS / $parts..($part + 1) * ROWS / $parts {
-                    _mm_prefetch::<_MM_HINT_T0>(next.ahead.wrapping_add(line * WIDE).cast());
-                }
-            };
-        }
-        macro_rules! part {
-            ($part:literal of $parts:literal) => {{
-                // What was begun two parts ago is done.
-                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
-                begin::<SPAN, $part>(next);
-                ahead!($part of $parts);
-                let (step, part) = match $parts {
-                    8 => ($part / 2, $part % 2),
-                    _ => ($part, BOTH),
-                };
-                let from = ring.add($part * ROWS * PANEL);
-                let weights = before.weights.add($part).cast::<f32>();
-                let scale = _mm512_load_ps(weights);
-                all!(scaled(from scale));
-                if MIN {
-                    let min = _mm512_load_ps(weights.add(PANEL));
-                    all!(offset(step part min));
-                }
-            }};
-        }
-        macro_rules! add {
-            ($m:literal ()) => {
-                let to = before.sums.add($m * PANEL);
-                let scale = _mm512_set1_ps((*quants($m, 0)).scale);
-                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
-            };
-        }
-        macro_rules! load {
-            ($m:literal ()) => {
-                sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL))
-            };
-        }
-        macro_rules! save {
-            ($m:literal ()) => {
-                _mm512_store_ps(before.sums.add($m * PANEL), sums[$m])
-            };
-        }
-        macro_rules! whole {
-            ($m:literal ($from:ident $scale:ident $min:ident $step:ident)) => {
-                let sum = _mm512_cvtepi32_ps(_mm512_load_si512($from.add($m * PANEL).cast()));
-                let mut sum = _mm512_mul_ps(sum, $scale);
-                let quants = &*quants($m, $step);
-                if MIN {
-                    sum = _mm512_fmadd_ps($min, _mm512_set1_ps(quants.sum(GROUP)), sum);
-                }
-                sums[$m] = _mm512_fmadd_ps(sum, _mm512_set1_ps(quants.scale), sums[$m]);
-            };
-        }
-        macro_rules! group {
-            ($group:literal) => {{
-                begin_bytes::<MIN, $group>(next);
-                store::<{ 1 - $group }>(ring.add((1 - $group) * ROWS * PANEL));
-                ahead!($group of 2);
-                let (from, step) = (ring.add($group * ROWS * PANEL), $group * GROUP_STEPS);
-                let weights = before.weights.add($group).cast::<f32>();
-                let (scale, min) = (_mm512_load_ps(weights), _mm512_load_ps(weights.add(PANEL)));
-                all!(whole(from scale min step));
-            }};
-        }
-        if bytes(SPAN) {
-            all!(load());
-            group!(0);
-            group!(1);
-            all!(save());
-        } else if SPAN == STEP {
-            part!(0 of 4);
-            part!(1 of 4);
-            part!(2 of 4);
-            part!(3 of 4);
-            all!(add());
-        } else {
-            part!(0 of 8);
-            part!(1 of 8);
-            part!(2 of 8);
-            part!(3 of 8);
-            part!(4 of 8);
-            part!(5 of 8);
-            part!(6 of 8);
-            part!(7 of 8);
-            all!(add());
-        }
-    }
-}
-
-/// Begins the product of a part, in one of two tiles in turn.
-///
-/// # Safety
-/// As [`Kernel::run`]; the rows of whole steps are loaded.
-#[inline(always)]
-unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
-    // SAFETY: as the caller promised.
-    unsafe {
-        if SPAN < STEP {
-            asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tileloadd tmm{a}, [{rows} + {wide}*1]",
-                "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * TILE_BYTES / 2),
-                rows = in(reg) item.rows.add(PART / 2 * TILE_BYTES + PART % 2 * WIDE / 2), wide = in(reg) WIDE,
-                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
-                options(nostack, preserves_flags, readonly)
-            );
-        } else {
-            asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * TILE_BYTES), wide = in(reg) WIDE,
-                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                options(nostack, preserves_flags, readonly)
-            );
-        }
-    }
-}
-
-/// Begins the products of a group of bytes, in one of two tiles in turn; codes that have a minimum beside them are unsigned.
-///
-/// # Safety
-/// As [`Kernel::run`]; the rows are loaded.
-#[inline(always)]
-unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
-    macro_rules! products {
-        ($multiply:literal) => {
-            asm!(
-                "tileloadd tmm2, [{codes} + {wide}*1]",
-                "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
-                "tilezero tmm{c}",
-                concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
-                concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
-                codes = in(reg) item.codes.add(2 * GROUP * TILE_BYTES), wide = in(reg) WIDE,
-                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const GROUP,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                options(nostack, preserves_flags, readonly)
-            )
-        };
-    }
-    // SAFETY: as the caller promised.
-    unsafe {
-        if MIN {
-            products!("tdpbsud");
-        } else {
-            products!("tdpbssd");
-        }
-    }
-}
-
-/// Stores a tile of sums.
-///
-/// # Safety
-/// The tiles are configured; there is room for 16 rows.
-#[inline(always)]
-unsafe fn store<const C: usize>(to: *mut f32) {
-    // SAFETY: as the caller promised.
-    unsafe {
-        asm!(
-            "tilestored [{to} + {wide}*1], tmm{c}",
-            to = in(reg) to, wide = in(reg) WIDE, c = const C,
-            options(nostack, preserves_flags)
-        );
     }
 }
 

@@ -187,7 +187,6 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                 };
                 for first in (0..unit.steps).step_by(GROUP_STEPS) {
                     let steps = first..unit.steps.min(first + GROUP_STEPS);
-                    let at = index * UNIT_STEPS + first;
                     for p in 0..P {
                         let panel = *work.panels.get_unchecked(p);
                         // Few rows wait for memory, many find the panel in a cache.
@@ -196,45 +195,15 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                             let from = panel.wrapping_add(next + first * part);
                             prefetch(from, steps.len() * part);
                         }
-                        let base = panel.add(start);
-                        let mut sums = [L::zero(); M];
-                        let codes = |step: usize| {
-                            let codes = base.add(unit.planes + step * U::BYTES + 4 * lane);
-                            U::unpack::<L>(codes, table)
-                        };
-                        let weights = |step: usize, part: usize| {
-                            scales::<L>(work.layout, &unit, base, lane, step, part)
-                        };
-                        if SPAN == GROUP_STEPS * STEP {
-                            let mut products = begin::<L, GROUP, M>(work, at);
-                            for step in 0..GROUP_STEPS {
-                                let codes = codes(first + step);
-                                multiply::<L, U, GROUP, M>(work, at + step, &codes, &mut products);
-                            }
-                            let weights = weights(first, GROUP);
-                            scale::<L, GROUP, M>(work, at, &products, weights, &mut sums);
-                        } else {
-                            for step in steps.clone() {
-                                let (codes, at) = (codes(step), index * UNIT_STEPS + step);
-                                macro_rules! add {
-                                    ($part:expr) => {{
-                                        let mut products = begin::<L, $part, M>(work, at);
-                                        multiply::<L, U, $part, M>(work, at, &codes, &mut products);
-                                        let weights = weights(step, $part);
-                                        scale::<L, $part, M>(
-                                            work, at, &products, weights, &mut sums,
-                                        );
-                                    }};
-                                }
-                                if SPAN == STEP {
-                                    add!(BOTH);
-                                } else {
-                                    add!(0);
-                                    add!(1);
-                                }
-                            }
-                        }
-                        let a = work.scales.add(at * work.height);
+                        let (base, at) = (panel.add(start), index * UNIT_STEPS);
+                        let sums = group::<L, U, SPAN, M>(
+                            work,
+                            (&unit, base),
+                            (table, lane),
+                            at,
+                            steps.clone(),
+                        );
+                        let a = work.scales.add((at + first) * work.height);
                         for (m, sum) in sums.iter().enumerate() {
                             let out = work.out.add((p * M + m) * PANEL + lane);
                             let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
@@ -244,6 +213,62 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                 }
             }
         }
+    }
+}
+
+/// The sums of some steps of a unit, which make a group and lack the scale of the activations; the unit begins at step `at`.
+///
+/// # Safety
+/// As [`Kernel::run`]; `base` is the unit's first byte.
+#[inline(always)]
+unsafe fn group<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
+    work: &Tile<'_>,
+    (unit, base): (&Unit, *const u8),
+    (table, lane): (L::I, usize),
+    at: usize,
+    steps: Range<usize>,
+) -> [L::F; M] {
+    // SAFETY: the features are the caller's promise.
+    let mut sums = unsafe { [L::zero(); M] };
+    macro_rules! codes {
+        ($step:expr) => {
+            U::unpack::<L>(base.add(unit.planes + $step * U::BYTES + 4 * lane), table)
+        };
+    }
+    macro_rules! add {
+        ($part:expr, $step:expr, $products:expr) => {{
+            let weights = scales::<L>(work.layout, unit, base, lane, $step, $part);
+            scale::<L, $part, M>(work, at + $step, &$products, weights, &mut sums);
+        }};
+    }
+    // SAFETY: as the caller promised.
+    unsafe {
+        if SPAN == GROUP_STEPS * STEP {
+            let first = steps.start;
+            let mut products = begin::<L, GROUP, M>(work, at + first);
+            for step in first..first + GROUP_STEPS {
+                multiply::<L, U, GROUP, M>(work, at + step, &codes!(step), &mut products);
+            }
+            add!(GROUP, first, products);
+            return sums;
+        }
+        for step in steps {
+            let codes = codes!(step);
+            macro_rules! part {
+                ($part:expr) => {{
+                    let mut products = begin::<L, $part, M>(work, at + step);
+                    multiply::<L, U, $part, M>(work, at + step, &codes, &mut products);
+                    add!($part, step, products);
+                }};
+            }
+            if SPAN == STEP {
+                part!(BOTH);
+            } else {
+                part!(0);
+                part!(1);
+            }
+        }
+        sums
     }
 }
 

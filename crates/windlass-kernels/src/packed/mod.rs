@@ -6,9 +6,9 @@
 //! scales of its steps.
 //!
 //! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each *group* of 128
-//! columns. A product sums integers inside a step (or a half one, where the format has a scale for 16 columns), adds the
-//! steps of a group in order in `f32`, multiplied by the scales of the weights, and then the groups, multiplied by those of
-//! the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
+//! columns. A product sums integers inside a step (a half one, where the format has a scale for 16 columns; a group, where
+//! it has one for as many), adds these parts of a group in order in `f32`, multiplied by the scales of the weights, and then
+//! the groups, multiplied by those of the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
 //! [`crate::dispatch::Level`]. (The scales of weights mostly change every 32 columns, and what is done for each of these
 //! on top of the integers is the limit of a product with many rows: the scale of the activations is left out of it.)
 //!
@@ -40,7 +40,7 @@ pub(crate) use unpack::{ROOM, Unpack};
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;
-/// Columns of a step: integers are summed.
+/// Columns of a step.
 pub const STEP: usize = 32;
 /// Steps of a group: activations share a scale.
 pub const GROUP_STEPS: usize = 4;

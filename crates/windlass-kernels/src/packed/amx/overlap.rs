@@ -1,0 +1,272 @@
+//! What is done with tiles: products that begin while those before them are scaled.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::activations::{BLOCK, BOTH, GROUP, StepScales};
+use super::super::{GROUP_STEPS, PANEL, STEP};
+use super::{ROWS, Scales, TILE_BYTES, WIDE, bytes};
+use crate::stream::prefetch;
+
+/// What four tiles of a panel and four of a block of rows make: a group or, of bytes, a unit.
+#[derive(Clone, Copy)]
+pub(super) struct Item {
+    /// Quants of the rows.
+    pub rows: *const u8,
+    /// Codes.
+    pub codes: *const u8,
+    /// Scales of the first part.
+    pub weights: *const Scales,
+    /// Rows of a tile of the item that follows in the next rows.
+    pub ahead: *const u8,
+    /// Scales of the first step of the first eight rows and of the others.
+    pub scales: [*const StepScales; 2],
+    pub sums: *mut f32,
+}
+
+impl Item {
+    /// What belongs to a row and a step.
+    #[inline(always)]
+    fn quants(&self, row: usize, step: usize) -> *const StepScales {
+        self.scales[row / BLOCK].wrapping_add(step * BLOCK + row % BLOCK)
+    }
+
+    /// Asks for some of the rows ahead.
+    #[inline(always)]
+    fn prefetch(&self, rows: Range<usize>) {
+        for row in rows {
+            prefetch(self.ahead.wrapping_add(row * WIDE));
+        }
+    }
+}
+
+/// Loads four tiles of rows.
+///
+/// # Safety
+/// The tiles are configured; the rows can be read.
+#[inline(always)]
+pub(super) unsafe fn load_rows(rows: *const u8) {
+    // SAFETY: as the caller promised. No compiler uses tiles, so they stay as they are until the products of the panels.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{rows} + {wide}*1]",
+            "tileloadd tmm5, [{rows} + {wide}*1 + 1024]",
+            "tileloadd tmm6, [{rows} + {wide}*1 + 2048]",
+            "tileloadd tmm7, [{rows} + {wide}*1 + 3072]",
+            rows = in(reg) rows, wide = in(reg) WIDE,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+}
+
+/// Does something for each row of a tile. Written out: loops would keep the sums in memory.
+macro_rules! rows {
+    ($do:ident $with:tt) => { rows!($do $with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
+}
+
+/// Begins the products of an item while those of the one before are scaled and added to its sums.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
+#[inline(always)]
+pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
+    next: &Item,
+    before: &Item,
+    ring: *mut f32,
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        match bytes(SPAN) {
+            true => overlap_groups::<MIN>(next, before, ring),
+            false => overlap_parts::<SPAN, MIN>(next, before, ring),
+        }
+    }
+}
+
+/// [`overlap`] for parts of a group.
+///
+/// # Safety
+/// As [`overlap`].
+#[inline(always)]
+unsafe fn overlap_parts<const SPAN: usize, const MIN: bool>(
+    next: &Item,
+    before: &Item,
+    ring: *mut f32,
+) {
+    // SAFETY: as the caller promised; the sums of a part lie in the ring at its place.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        macro_rules! scaled {
+            ($m:literal ($from:ident $scale:ident)) => {
+                sums[$m] = _mm512_fmadd_ps(_mm512_load_ps($from.add($m * PANEL)), $scale, sums[$m])
+            };
+        }
+        macro_rules! offset {
+            ($m:literal ($step:ident $part:ident $min:ident)) => {
+                let of = _mm512_set1_ps((*before.quants($m, $step)).sum($part));
+                sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
+            };
+        }
+        macro_rules! part {
+            ($part:literal of $parts:literal) => {{
+                // What was begun two parts ago is done.
+                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
+                begin::<SPAN, $part>(next);
+                next.prefetch($part * ROWS / $parts..($part + 1) * ROWS / $parts);
+                let (step, part) = match $parts {
+                    8 => ($part / 2, $part % 2),
+                    _ => ($part, BOTH),
+                };
+                let from = ring.add($part * ROWS * PANEL);
+                let weights = before.weights.add($part).cast::<f32>();
+                let scale = _mm512_load_ps(weights);
+                rows!(scaled(from scale));
+                if MIN {
+                    let min = _mm512_load_ps(weights.add(PANEL));
+                    rows!(offset(step part min));
+                }
+            }};
+        }
+        macro_rules! parts {
+            ($parts:literal: $($part:literal)*) => {{$( part!($part of $parts); )*}};
+        }
+        match SPAN < STEP {
+            true => parts!(8: 0 1 2 3 4 5 6 7),
+            false => parts!(4: 0 1 2 3),
+        }
+        macro_rules! add {
+            ($m:literal ()) => {
+                let to = before.sums.add($m * PANEL);
+                let scale = _mm512_set1_ps((*before.quants($m, 0)).scale);
+                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
+            };
+        }
+        rows!(add());
+    }
+}
+
+/// [`overlap`] for the two groups of a unit, each a part.
+///
+/// # Safety
+/// As [`overlap`].
+#[inline(always)]
+unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
+    // SAFETY: as the caller promised; the sums of a group lie in the ring at its place.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        #[rustfmt::skip]
+        macro_rules! load { ($m:literal ()) => { sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL)) } }
+        #[rustfmt::skip]
+        macro_rules! save { ($m:literal ()) => { _mm512_store_ps(before.sums.add($m * PANEL), sums[$m]) } }
+        macro_rules! scaled {
+            ($m:literal ($from:ident $scale:ident $min:ident $step:ident)) => {
+                let sum = _mm512_cvtepi32_ps(_mm512_load_si512($from.add($m * PANEL).cast()));
+                let mut sum = _mm512_mul_ps(sum, $scale);
+                let quants = &*before.quants($m, $step);
+                if MIN {
+                    sum = _mm512_fmadd_ps($min, _mm512_set1_ps(quants.sum(GROUP)), sum);
+                }
+                sums[$m] = _mm512_fmadd_ps(sum, _mm512_set1_ps(quants.scale), sums[$m]);
+            };
+        }
+        macro_rules! group {
+            ($group:literal) => {{
+                begin_bytes::<MIN, $group>(next);
+                store::<{ 1 - $group }>(ring.add((1 - $group) * ROWS * PANEL));
+                next.prefetch($group * ROWS / 2..($group + 1) * ROWS / 2);
+                let (from, step) = (ring.add($group * ROWS * PANEL), $group * GROUP_STEPS);
+                let weights = before.weights.add($group).cast::<f32>();
+                let (scale, min) = (_mm512_load_ps(weights), _mm512_load_ps(weights.add(PANEL)));
+                rows!(scaled(from scale min step));
+            }};
+        }
+        rows!(load());
+        group!(0);
+        group!(1);
+        rows!(save());
+    }
+}
+
+/// Begins the product of a part, in one of two tiles in turn.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; the rows of whole steps are loaded.
+#[inline(always)]
+unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        if SPAN < STEP {
+            asm!(
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
+                "tileloadd tmm{a}, [{rows} + {wide}*1]",
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * TILE_BYTES / 2),
+                rows = in(reg) item.rows.add(PART / 2 * TILE_BYTES + PART % 2 * WIDE / 2), wide = in(reg) WIDE,
+                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+                options(nostack, preserves_flags, readonly)
+            );
+        } else {
+            asm!(
+                "tileloadd tmm{b}, [{codes} + {wide}*1]",
+                "tilezero tmm{c}",
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                codes = in(reg) item.codes.add(PART * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+    }
+}
+
+/// Begins the products of a group of bytes, in one of two tiles in turn; codes that have a minimum beside them are unsigned.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; the rows are loaded.
+#[inline(always)]
+unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
+    macro_rules! products {
+        ($multiply:literal) => {
+            asm!(
+                "tileloadd tmm2, [{codes} + {wide}*1]",
+                "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
+                "tilezero tmm{c}",
+                concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
+                concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
+                codes = in(reg) item.codes.add(2 * GROUP * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const GROUP,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            )
+        };
+    }
+    // SAFETY: as the caller promised.
+    unsafe {
+        if MIN {
+            products!("tdpbsud");
+        } else {
+            products!("tdpbssd");
+        }
+    }
+}
+
+/// Stores a tile of sums.
+///
+/// # Safety
+/// The tiles are configured; there is room for 16 rows.
+#[inline(always)]
+unsafe fn store<const C: usize>(to: *mut f32) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        asm!(
+            "tilestored [{to} + {wide}*1], tmm{c}",
+            to = in(reg) to, wide = in(reg) WIDE, c = const C,
+            options(nostack, preserves_flags)
+        );
+    }
+}
