@@ -69,7 +69,9 @@ fn run(group: Group, fault: &Fault) -> bool {
         None => Ok(()),
     });
     if let Err(error) = &result {
-        eprintln!("rank {rank}: {error}");
+        // One piece is one write: the ranks of a job share stderr.
+        let line = format!("rank {rank}: {error}\n");
+        eprint!("{line}");
     }
     result.is_ok()
 }

@@ -95,10 +95,12 @@ pub fn end_when_nobody_reads() {
 
 /// Prints an error and its hint, and gives the exit code.
 pub fn report(error: &Error) -> ExitCode {
-    eprintln!("error: {}", told(error));
+    let mut text = format!("error: {}\n", told(error));
     if let Some(hint) = error.chain().find_map(hint) {
-        eprintln!("hint: {hint}");
+        text += &format!("hint: {hint}\n");
     }
+    // One piece is one write: the ranks of a job share stderr.
+    eprint!("{text}");
     let misuse = error.chain().any(|cause| cause.is::<Usage>());
     ExitCode::from(if misuse { 2 } else { 1 })
 }

@@ -11,22 +11,24 @@
 //! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
 //! sums are stored two products after they were begun, and read two later.
 //!
-//! Where weights have a scale for 128 columns, tiles are of bytes: 128 columns are two products and one sum.
+//! Where weights have a scale for 128 columns, tiles are of bytes: 128 columns are two products and one sum. Where scales are
+//! aligned, a code times its whole number is two bytes, each in a tile: four products and two sums.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
 #![cfg(target_arch = "x86_64")]
 
 mod overlap;
+mod unpack;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use self::overlap::{Item, load_rows, overlap};
-use super::activations::{BLOCK, BOTH, GROUP, StepScales, TILE, Tiles};
-use super::kernel::{body, scales};
-use super::lanes::{Lanes, Vnni};
-use super::layout::{Codes, Layout, Min, Unit};
+use self::unpack::unpack;
+use super::activations::{BLOCK, StepScales, TILE, Tiles};
+use super::kernel::body;
+use super::layout::{ALIGNED, Codes, Layout, Min};
 use super::matrix::PackedMatrix;
 use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
@@ -57,17 +59,31 @@ pub(super) struct Space {
     nowhere: Sums,
 }
 
-/// [`Layout::byte_tiles`] for parts of so many columns.
+/// [`Layout::byte_tiles`] for a kind.
 const fn bytes(span: usize) -> bool {
     span > STEP
 }
 
-/// Tiles of a unit: of a panel, or of 16 rows of activations.
+/// Tiles of a unit of a panel.
 const fn unit_tiles(span: usize) -> usize {
-    if bytes(span) {
+    if bytes(span) && span != ALIGNED {
         UNIT_STEPS / 2
     } else {
         UNIT_STEPS
+    }
+}
+
+/// Steps of an item, for which four tiles of rows are in registers.
+const fn item_steps(span: usize) -> usize {
+    if bytes(span) { UNIT_STEPS } else { GROUP_STEPS }
+}
+
+/// Parts of a unit.
+const fn unit_parts(span: usize) -> usize {
+    if bytes(span) {
+        UNIT_STEPS / GROUP_STEPS
+    } else {
+        UNIT_STEPS * STEP / span
     }
 }
 
@@ -124,7 +140,7 @@ static HALF_STEPS: Config = config(STEP / 2);
 impl Kernel {
     /// The kernel for a layout.
     pub fn choose(layout: &Layout) -> Kernel {
-        let span = layout.span();
+        let span = layout.kind();
         Kernel {
             config: if span < STEP { &HALF_STEPS } else { &STEPS },
             // Codes that count from zero may be too large for signed bytes.
@@ -133,29 +149,6 @@ impl Kernel {
                 false => body!(layout.codes, span, run, true),
             },
         }
-    }
-}
-
-/// `i - zero` for each code below 32, as `bf16`.
-fn numbers(layout: &Layout) -> [u16; 32] {
-    std::array::from_fn(|i| ((i as f32 - layout.zero() as f32).to_bits() >> 16) as u16)
-}
-
-/// The lower bytes of words as `bf16`, less the zero.
-///
-/// # Safety
-/// AVX-512.
-#[inline(always)]
-unsafe fn numbered(words: __m512i, zero: __m512) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let byte = _mm512_set1_epi32(0xff);
-        let low = _mm512_and_si512(words, byte);
-        let high = _mm512_and_si512(_mm512_srli_epi32::<16>(words), byte);
-        let low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(low), zero));
-        let high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(high), zero));
-        // Whole numbers of eight bits: the lower half of each is zero.
-        _mm512_or_si512(_mm512_srli_epi32::<16>(low), high)
     }
 }
 
@@ -175,90 +168,10 @@ unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
                     let base = work.matrix.panel(panel).as_ptr().add(start);
                     unpack::<U, SPAN, MIN>(work, p, &unit, base);
                 }
-                // Four tiles of rows are in registers: a group or, of bytes, a unit.
-                let items = match bytes(SPAN) {
-                    true => 1,
-                    false => unit.steps.div_ceil(GROUP_STEPS),
-                };
+                let items = unit.steps.div_ceil(item_steps(SPAN));
                 multiply::<SPAN, MIN>(work, index, items, panels);
             }
         }
-    }
-}
-
-/// Unpacks a unit of a panel, and zeros up to a whole item.
-///
-/// # Safety
-/// As [`Kernel::run`]; `base` is the unit's first byte.
-#[inline(always)]
-unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
-    work: &Work<'_>,
-    panel: usize,
-    unit: &Unit,
-    base: *const u8,
-) {
-    // SAFETY: as the caller promised, and there is room for the steps of a unit.
-    unsafe {
-        let layout = work.matrix.layout();
-        let codes = (&raw mut (*work.space).codes).cast::<u8>();
-        let codes = codes.add(panel * unit_tiles(SPAN) * TILE_BYTES);
-        let parts = UNIT_STEPS * STEP / SPAN;
-        let to = (&raw mut (*work.space).scales).cast::<Scales>();
-        let to = to.add(panel * parts);
-        let step_bytes = unit_tiles(SPAN) * TILE_BYTES / UNIT_STEPS;
-        let table = match layout.codes {
-            Codes::Table(table) => Vnni::table(table),
-            _ => Vnni::splat(0),
-        };
-        let numbers = _mm512_loadu_si512(numbers(layout).as_ptr().cast());
-        let zero = _mm512_set1_ps(layout.zero() as f32);
-        let zeros = _mm512_set1_epi8(layout.zero() as u8 as i8);
-        for step in 0..unit.steps {
-            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
-            let codes = codes.add(step * step_bytes);
-            for (four, &bytes) in bytes.iter().enumerate() {
-                if self::bytes(SPAN) {
-                    let bytes = if MIN {
-                        bytes
-                    } else {
-                        _mm512_sub_epi8(bytes, zeros)
-                    };
-                    _mm512_store_si512(codes.cast::<__m512i>().add(four), bytes);
-                    continue;
-                }
-                // Every other column: activations have theirs in the same order.
-                let odd = _mm512_srli_epi16::<8>(bytes);
-                let (even, odd) = match U::BITS <= 5 {
-                    true => (
-                        _mm512_permutexvar_epi16(bytes, numbers),
-                        _mm512_permutexvar_epi16(odd, numbers),
-                    ),
-                    false => (numbered(bytes, zero), numbered(odd, zero)),
-                };
-                let to = codes.cast::<__m512i>().add(2 * four);
-                _mm512_store_si512(to, even);
-                _mm512_store_si512(to.add(1), odd);
-            }
-            for part in layout.parts() {
-                let at = match part {
-                    GROUP => step / GROUP_STEPS,
-                    BOTH => step,
-                    half => 2 * step + half,
-                };
-                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, part);
-                let to = to.add(at).cast::<f32>();
-                _mm512_store_ps(to, scale);
-                _mm512_store_ps(to.add(PANEL), min);
-            }
-        }
-        let whole = if bytes(SPAN) { UNIT_STEPS } else { GROUP_STEPS };
-        let end = unit.steps.next_multiple_of(whole);
-        let lacking = end - unit.steps;
-        let codes = codes.add(unit.steps * step_bytes);
-        codes.write_bytes(0, lacking * step_bytes);
-        // Groups with one scale are whole.
-        let to = to.add(unit.steps * STEP / SPAN);
-        to.write_bytes(0, lacking * STEP / SPAN);
     }
 }
 
@@ -281,7 +194,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
         let weights = (&raw const (*space).scales).cast::<Scales>();
         let unit = unit_tiles(SPAN);
         // Of an item.
-        let parts = 4 * UNIT_STEPS / unit * STEP / SPAN;
+        let parts = unit_parts(SPAN) * item_steps(SPAN) / UNIT_STEPS;
         let rows = |block: usize, tile: usize| work.tiles.tile(index, work.first + block, tile);
         let item = |block: usize, at: usize, p: usize| {
             let step = index * UNIT_STEPS + at * GROUP_STEPS;
@@ -298,7 +211,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 ahead: rows(after, first + p % 4),
                 rows: rows(block, 4 * at),
                 codes: codes.add((p * unit + 4 * at) * TILE_BYTES),
-                weights: weights.add(p * (UNIT_STEPS * STEP / SPAN) + at * parts),
+                weights: weights.add(p * unit_parts(SPAN) + at * parts),
                 scales: [scales(0), scales(1)],
                 sums: work
                     .sums

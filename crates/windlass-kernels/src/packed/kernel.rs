@@ -2,9 +2,12 @@
 
 #![cfg(target_arch = "x86_64")]
 
+mod sums;
+
+use self::sums::{add_products, begin, cell, multiply, scale, scale_whole};
 use super::activations::{BLOCK, BOTH, GROUP, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
-use super::layout::{Codes, Layout, Min, Scale, Unit, Units};
+use super::layout::{ALIGNED, Codes, Layout, Min, Scale, Unit, Units};
 use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
 use crate::dispatch::Level;
@@ -93,7 +96,8 @@ fn start<const M: usize>(
 }
 
 /// The kernel for a number of rows, at a level with vectors.
-pub(super) fn choose(level: Level, codes: Codes, span: usize, rows: usize) -> Kernel {
+pub(super) fn choose(level: Level, layout: &Layout, rows: usize) -> Kernel {
+    let (codes, span) = (layout.codes, layout.kind());
     match level {
         Level::Avx512 | Level::Amx if has_vnni() => match rows {
             ..=1 => vnni::<4, 1>(codes, span),
@@ -159,6 +163,35 @@ pub(super) unsafe fn scales<L: Lanes>(
             }
         };
         (scale, min)
+    }
+}
+
+/// The scales of the lanes for the steps of a group, as [`align`](super::reference::align) has them.
+///
+/// # Safety
+/// `base` is the unit's first byte; `lane` the first row.
+#[inline(always)]
+pub(super) unsafe fn aligned<L: Lanes>(
+    unit: &Unit,
+    base: *const u8,
+    lane: usize,
+    steps: Range<usize>,
+) -> ([L::I; GROUP_STEPS], L::F) {
+    // SAFETY: offsets are those of the layout.
+    unsafe {
+        let mut scales = [L::zero(); GROUP_STEPS];
+        let mut largest = L::zero();
+        for (scale, step) in scales.iter_mut().zip(steps) {
+            let head = step >> unit.group_shift;
+            *scale = L::halves(base.add(2 * (head * PANEL + lane)));
+            largest = L::larger(largest, *scale);
+        }
+        let (power, inverse) = L::powers(largest);
+        let mut factors = [L::splat(0); GROUP_STEPS];
+        for (factor, scale) in factors.iter_mut().zip(scales) {
+            *factor = L::nearest(L::mul(scale, inverse));
+        }
+        (factors, power)
     }
 }
 
@@ -252,6 +285,17 @@ unsafe fn group<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
             add!(GROUP, first, products);
             return sums;
         }
+        if SPAN == ALIGNED {
+            let (factors, power) = aligned::<L>(unit, base, lane, steps.clone());
+            let mut whole = [L::splat(0); M];
+            for (step, factor) in steps.zip(factors) {
+                let mut products = begin::<L, BOTH, M>(work, at + step);
+                multiply::<L, U, BOTH, M>(work, at + step, &codes!(step), &mut products);
+                add_products::<L, M>(&products, factor, &mut whole);
+            }
+            scale_whole::<L, M>(&whole, power, &mut sums);
+            return sums;
+        }
         for step in steps {
             let codes = codes!(step);
             macro_rules! part {
@@ -272,26 +316,6 @@ unsafe fn group<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
     }
 }
 
-/// Where row `m` of a tile lies from its first one, in rows.
-#[inline(always)]
-fn cell(work: &Tile<'_>, m: usize) -> usize {
-    m / BLOCK * work.block + m % BLOCK
-}
-
-/// The quants of a step in a tile's one or two blocks, each address in a register of its own: the compiler would make them of
-/// a base and an index that others share, and a product that reads its operand by an index is two operations.
-#[inline(always)]
-fn quants(work: &Tile<'_>, step: usize) -> [*const i8; 2] {
-    [0, work.block].map(|at| {
-        let mut address = work.quants.wrapping_add((step * work.height + at) * STEP);
-        // SAFETY: nothing is done.
-        unsafe {
-            std::arch::asm!("/* {0} */", inout(reg) address, options(pure, readonly, nostack, preserves_flags));
-        }
-        address
-    })
-}
-
 /// Asks for the next `bytes` bytes, which need not exist.
 #[inline(always)]
 fn prefetch(from: *const u8, bytes: usize) {
@@ -299,113 +323,6 @@ fn prefetch(from: *const u8, bytes: usize) {
     for at in (0..bytes).step_by(64) {
         // SAFETY: prefetching reads nothing and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
-    }
-}
-
-/// Does something for each row of a tile. Written out: loops would keep their sums in memory.
-macro_rules! rows {
-    ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
-    ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
-}
-
-/// Where the sums of the part that begins in a step start.
-///
-/// # Safety
-/// As [`Kernel::run`].
-#[inline(always)]
-unsafe fn begin<L: Lanes, const PART: usize, const M: usize>(
-    work: &Tile<'_>,
-    step: usize,
-) -> [L::I; M] {
-    // SAFETY: as the caller promised.
-    unsafe {
-        let starts = work.starts.add(match PART {
-            GROUP => step / GROUP_STEPS * M,
-            BOTH => step * M,
-            half => (2 * step + half) * M,
-        });
-        let mut products = [L::splat(0); M];
-        #[rustfmt::skip]
-        macro_rules! start { ($m:literal) => { products[$m] = L::splat(*starts.add($m)) } }
-        rows!(start);
-        products
-    }
-}
-
-/// Adds the products of a step, or of half of one.
-///
-/// # Safety
-/// As [`Kernel::run`].
-#[inline(always)]
-unsafe fn multiply<L: Lanes, U: Unpack, const PART: usize, const M: usize>(
-    work: &Tile<'_>,
-    step: usize,
-    codes: &[L::I; 8],
-    products: &mut [L::I; M],
-) {
-    // SAFETY: as the caller promised.
-    unsafe {
-        let quants = quants(work, step);
-        // Rows go side by side, for a chain of sums has a latency.
-        macro_rules! column {
-            ($j:literal) => {{
-                macro_rules! multiply {
-                    ($m:literal) => {{
-                        let a = quants[$m / BLOCK].add($m % BLOCK * STEP + 4 * $j);
-                        products[$m] = match U::WIDE {
-                            true => L::dot_wide(products[$m], codes[$j], a),
-                            false => L::dot(products[$m], codes[$j], a),
-                        };
-                    }};
-                }
-                rows!(multiply);
-            }};
-        }
-        if PART != 1 {
-            column!(0);
-            column!(1);
-            column!(2);
-            column!(3);
-        }
-        if PART != 0 {
-            column!(4);
-            column!(5);
-            column!(6);
-            column!(7);
-        }
-    }
-}
-
-/// Adds a part to the sums of all rows, which lack the scale of the activations.
-///
-/// # Safety
-/// As [`Kernel::run`].
-#[inline(always)]
-unsafe fn scale<L: Lanes, const PART: usize, const M: usize>(
-    work: &Tile<'_>,
-    step: usize,
-    products: &[L::I; M],
-    (scale, min): (L::F, L::F),
-    sums: &mut [L::F; M],
-) {
-    // SAFETY: as the caller promised.
-    unsafe {
-        macro_rules! scaled {
-            ($m:literal) => {
-                sums[$m] = L::fma(L::number(products[$m]), scale, sums[$m])
-            };
-        }
-        rows!(scaled);
-        if work.layout.min != Min::Without {
-            let a = work.scales.add(step * work.height);
-            macro_rules! offset {
-                ($m:literal) => {{
-                    let sum = (*a.add(cell(work, $m))).sum(PART);
-                    sums[$m] = L::fma(min, L::broadcast(&sum), sums[$m])
-                }};
-            }
-            rows!(offset);
-        }
     }
 }
 
@@ -421,6 +338,7 @@ macro_rules! body {
             (Codes::U3, _) => $run::<Planes<2, 1>, 128 $(, $more)*>,
             (Codes::U4, 32) => $run::<Planes<4, 0>, 32 $(, $more)*>,
             (Codes::U4, 128) => $run::<Planes<4, 0>, 128 $(, $more)*>,
+            (Codes::U4, ALIGNED) => $run::<Planes<4, 0>, ALIGNED $(, $more)*>,
             (Codes::U5, 32) => $run::<Planes<4, 1>, 32 $(, $more)*>,
             (Codes::U5, 128) => $run::<Planes<4, 1>, 128 $(, $more)*>,
             (Codes::U6, 16) => $run::<Planes<4, 2>, 16 $(, $more)*>,

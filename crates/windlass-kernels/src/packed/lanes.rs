@@ -37,8 +37,16 @@ pub(super) trait Lanes: Copy {
     unsafe fn dot(sum: Self::I, codes: Self::I, activations: *const i8) -> Self::I;
     /// [`Lanes::dot`] for any bytes: less 128 each where [`Lanes::SIGNED`].
     unsafe fn dot_wide(sum: Self::I, codes: Self::I, activations: *const i8) -> Self::I;
+    /// Adds `a b`, the lower halves of which are integers of 16 bits; the upper ones of `b` are zero.
+    unsafe fn add_product(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// Integers as numbers.
     unsafe fn number(v: Self::I) -> Self::F;
+    /// The lower 16 bits of the nearest integers.
+    unsafe fn nearest(v: Self::F) -> Self::I;
+    /// The larger one of a magnitude and that of a number, where not a number is the largest.
+    unsafe fn larger(magnitude: Self::F, v: Self::F) -> Self::F;
+    /// The power of two, and its inverse, that [`align`](super::reference::align) finds for the largest scale.
+    unsafe fn powers(largest: Self::F) -> (Self::F, Self::F);
     /// Zeros.
     unsafe fn zero() -> Self::F;
     /// The same number in all lanes.
@@ -128,6 +136,36 @@ impl Lanes for Avx2 {
             let (weights, a) = (_mm256_abs_epi8(weights), _mm256_sign_epi8(a, weights));
             let pairs = _mm256_maddubs_epi16(weights, a);
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_product(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn nearest(v: __m256) -> __m256i {
+        unsafe { _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_set1_epi32(0xffff)) }
+    }
+    #[inline(always)]
+    unsafe fn larger(magnitude: __m256, v: __m256) -> __m256 {
+        unsafe {
+            let v = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(i32::MAX));
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(magnitude), v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn powers(largest: __m256) -> (__m256, __m256) {
+        unsafe {
+            let exponent =
+                _mm256_and_si256(_mm256_castps_si256(largest), _mm256_set1_epi32(0xff << 23));
+            let exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32((127 - 24) << 23));
+            let power = _mm256_sub_epi32(exponent, _mm256_set1_epi32(11 << 23));
+            let inverse = _mm256_sub_epi32(_mm256_set1_epi32(254 << 23), power);
+            let (power, inverse) = (_mm256_castsi256_ps(power), _mm256_castsi256_ps(inverse));
+            (
+                _mm256_fmadd_ps(largest, _mm256_setzero_ps(), power),
+                inverse,
+            )
         }
     }
     #[inline(always)]
@@ -238,6 +276,36 @@ impl Lanes for Vnni {
     #[inline(always)]
     unsafe fn dot_wide(sum: __m512i, codes: __m512i, activations: *const i8) -> __m512i {
         unsafe { Self::dot(sum, codes, activations) }
+    }
+    #[inline(always)]
+    unsafe fn add_product(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(sum, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn nearest(v: __m512) -> __m512i {
+        unsafe { _mm512_and_si512(_mm512_cvtps_epi32(v), _mm512_set1_epi32(0xffff)) }
+    }
+    #[inline(always)]
+    unsafe fn larger(magnitude: __m512, v: __m512) -> __m512 {
+        unsafe {
+            let v = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(i32::MAX));
+            _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(magnitude), v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn powers(largest: __m512) -> (__m512, __m512) {
+        unsafe {
+            let exponent =
+                _mm512_and_si512(_mm512_castps_si512(largest), _mm512_set1_epi32(0xff << 23));
+            let exponent = _mm512_max_epi32(exponent, _mm512_set1_epi32((127 - 24) << 23));
+            let power = _mm512_sub_epi32(exponent, _mm512_set1_epi32(11 << 23));
+            let inverse = _mm512_sub_epi32(_mm512_set1_epi32(254 << 23), power);
+            let (power, inverse) = (_mm512_castsi512_ps(power), _mm512_castsi512_ps(inverse));
+            (
+                _mm512_fmadd_ps(largest, _mm512_setzero_ps(), power),
+                inverse,
+            )
+        }
     }
     #[inline(always)]
     unsafe fn number(v: __m512i) -> __m512 {

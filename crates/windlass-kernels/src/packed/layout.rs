@@ -79,6 +79,9 @@ pub enum Min {
 /// are told apart.
 pub const LAYOUT_VERSION: u32 = 1;
 
+/// In the place of the columns of a sum: those of a group, in which a step's sum is multiplied by a whole number.
+pub(super) const ALIGNED: usize = usize::MAX;
+
 /// How a matrix is stored: `w = scale * (code - offset) + min`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
@@ -148,9 +151,22 @@ impl Layout {
         }
     }
 
-    /// Whether tiles of bytes multiply it, which are two steps deep: where they are summed whole.
+    /// Whether the scales of a group of steps are whole numbers times a power of two, so that integers are summed over all of
+    /// it: 4 bits with scales for fewer columns, where no sum of a step leaves 16 bits.
+    pub(super) const fn aligned(&self) -> bool {
+        let four = matches!(self.codes, Codes::U4) && self.offset == 8;
+        let fine = matches!(self.scale, Scale::Half { group: 32 | 64 });
+        four && fine && matches!(self.min, Min::Without)
+    }
+
+    /// What kernels are made for: [`ALIGNED`] or the columns of a sum.
+    pub(super) const fn kind(&self) -> usize {
+        if self.aligned() { ALIGNED } else { self.span() }
+    }
+
+    /// Whether tiles of bytes multiply it, which are two steps deep.
     pub(super) const fn byte_tiles(&self) -> bool {
-        self.span() > STEP
+        self.kind() > STEP
     }
 
     /// The parts that integers are summed over: both halves of a step, all of it, or a group of them.

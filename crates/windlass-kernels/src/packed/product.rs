@@ -212,7 +212,7 @@ fn run_task<E: Element>(
             return run_amx(level, worker, (x, tiles), job, panels, rows);
         }
         if level != Level::Scalar {
-            let kernels = |rows| super::kernel::choose(level, layout.codes, layout.span(), rows);
+            let kernels = |rows| super::kernel::choose(level, layout, rows);
             return run_tiles(level, kernels, worker, x, job, panels, rows);
         }
     }

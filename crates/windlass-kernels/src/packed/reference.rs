@@ -9,7 +9,9 @@ use half::f16;
 
 /// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// For each part of a group in order (16 columns, 32 or all 128, as the scales of the weights allow): the integer sum of
+/// Of an aligned layout: the scales of the steps of a group become [whole numbers times a power of two](align); the integer
+/// sum of each step is multiplied by its whole number, the sum of these by the power of two. Of another layout:
+/// for each part of a group in order (16 columns, 32 or all 128, as the scales of the weights allow): the integer sum of
 /// codes, less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its
 /// group, rounded once; then the minimum times the sum of the activations. For each group in order: its sum is multiplied by
 /// the scale of the activations and added, rounded once.
@@ -17,6 +19,7 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
     let (mut total, mut sum, mut products) = (0f32, 0f32, 0i32);
+    let (mut factors, mut power, mut whole) = ([0; GROUP_STEPS], 0f32, 0i32);
     for step in 0..matrix.steps() {
         if step % UNIT_STEPS == 0 {
             matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
@@ -34,6 +37,21 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
             if part == GROUP && (step + 1) % GROUP_STEPS != 0 {
                 continue;
             }
+            if layout.aligned() {
+                if step % GROUP_STEPS == 0 {
+                    let steps = step..matrix.steps().min(step + GROUP_STEPS);
+                    let mut some = [0f32; GROUP_STEPS];
+                    for (scale, step) in some.iter_mut().zip(steps) {
+                        *scale = scales(layout, &unit, step % UNIT_STEPS * STEP).0;
+                    }
+                    (factors, power) = align(some);
+                    whole = 0;
+                }
+                whole += factors[step % GROUP_STEPS] * products;
+                sum = whole as f32 * power;
+                products = 0;
+                continue;
+            }
             let (scale, min) = scales(layout, &unit, at * STEP + columns.start);
             sum = (products as f32).mul_add(scale, sum);
             if let Some(min) = min {
@@ -47,6 +65,26 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
         }
     }
     total
+}
+
+/// Scales as whole numbers below 2^12 times the same power of two. An `f16` has eleven bits: the largest scale and those of half
+/// of it and more are exact; others lose no more than half of the unit.
+pub(super) fn align(scales: [f32; GROUP_STEPS]) -> ([i32; GROUP_STEPS], f32) {
+    const MANTISSA: u32 = f32::MANTISSA_DIGITS - 1;
+    // The smallest `f16`: scales that are all zero need some power, too.
+    let smallest = 2f32.powi(-24).to_bits();
+    let magnitudes = scales.map(|scale| scale.to_bits() & !(1 << 31));
+    let largest = magnitudes.into_iter().fold(0, u32::max);
+    let exponent = (largest >> MANTISSA << MANTISSA).max(smallest);
+    let power = exponent - (11 << MANTISSA);
+    let inverse = f32::from_bits((254 << MANTISSA) - power);
+    let power = f32::from_bits(largest).mul_add(0.0, f32::from_bits(power));
+    let factors = scales.map(|scale| match power.is_nan() {
+        // The product is not a number, whatever it is multiplied by.
+        true => 0,
+        false => (scale * inverse).round_ties_even() as i32,
+    });
+    (factors, power)
 }
 
 fn value(layout: &Layout, code: u8) -> i32 {

@@ -262,6 +262,72 @@ fn all_levels_give_the_bits_of_the_specification() {
     }
 }
 
+#[test]
+fn scales_of_a_group_share_a_power_of_two() {
+    // An `f16` of half of the largest and more is exact, any other within half of a 2^12th.
+    let mut next = random(3);
+    for _ in 0..1000 {
+        let scales: [f32; 4] = std::array::from_fn(|_| {
+            f16::from_f32(((next() >> 40) as f32 / 8e6 - 1.0) / 30.0).to_f32()
+        });
+        let (factors, power) = reference::align(scales);
+        let largest = scales.into_iter().fold(0f32, |most, s| most.max(s.abs()));
+        for (scale, factor) in scales.into_iter().zip(factors) {
+            assert!(factor.abs() < 1 << 12, "{scales:?}: {factor}");
+            let error = (factor as f32 * power - scale).abs();
+            let allowed = if scale.abs() >= largest / 2.0 {
+                0.0
+            } else {
+                power / 2.0
+            };
+            assert!(error <= allowed && power <= largest / 2048.0, "{scales:?}");
+        }
+    }
+    // Zeros, the smallest numbers, and what is none: the same at all levels.
+    let bits = [0, 1, 0x7e00, 0x7c00, 0xfc00];
+    let memory = Memory::new();
+    let x: Vec<f32> = (0..20 * 256).map(|i| (i as f32 * 0.37).sin()).collect();
+    for &level in Level::supported() {
+        let pool = Pool::with_level(1, level);
+        let shape = [bits.len(), 256];
+        let matrix = PackedMatrix::pack(&pool, &memory, Layout::q4(32), shape, |row, _, out| {
+            let mut unit = random_unit(&Layout::q4(32), &mut random(row as u64));
+            match bits[row] {
+                0 | 1 => unit.scales = [bits[row]; UNIT_STEPS],
+                odd => unit.scales[5] = odd,
+            }
+            out.write(&unit);
+        });
+        for m in [1, 5, 20] {
+            let x = Activations::quantize(&pool, &memory, &x[..m * 256], 256);
+            let mut out = vec![0f32; m * bits.len()];
+            let product = Product {
+                matrix: &matrix,
+                bias: None,
+                residual: None,
+                out: &mut out,
+            };
+            multiply(&pool, &x, &mut [product]);
+            for (i, got) in out.into_iter().enumerate() {
+                let (row, n) = (i / bits.len(), i % bits.len());
+                let want = reference::dot(&matrix, n, &x, row);
+                let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+                let kind = [
+                    got == 0.0,
+                    got != 0.0,
+                    got.is_nan(),
+                    got.is_nan(),
+                    got.is_nan(),
+                ];
+                assert!(
+                    same && kind[n],
+                    "{level}, {m} rows, row {n}: {got} for {want}"
+                );
+            }
+        }
+    }
+}
+
 /// More rows and columns than the product takes at a time, and more than it packs in one piece.
 #[test]
 fn a_matrix_of_several_blocks_is_unpacked_as_needed() {

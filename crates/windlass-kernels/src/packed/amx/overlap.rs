@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::activations::{BLOCK, BOTH, GROUP, StepScales};
+use super::super::layout::ALIGNED;
 use super::super::{GROUP_STEPS, PANEL, STEP};
 use super::{ROWS, Scales, TILE_BYTES, WIDE, bytes};
 use crate::stream::prefetch;
@@ -79,9 +80,12 @@ pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
 ) {
     // SAFETY: as the caller promised.
     unsafe {
-        match bytes(SPAN) {
-            true => overlap_groups::<MIN>(next, before, ring),
-            false => overlap_parts::<SPAN, MIN>(next, before, ring),
+        if SPAN == ALIGNED {
+            overlap_aligned(next, before, ring);
+        } else if bytes(SPAN) {
+            overlap_groups::<MIN>(next, before, ring);
+        } else {
+            overlap_parts::<SPAN, MIN>(next, before, ring);
         }
     }
 }
@@ -187,6 +191,79 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
         group!(0);
         group!(1);
         rows!(save());
+    }
+}
+
+/// [`overlap`] for the two groups of a unit, each a part of which the ring has the sums of upper bytes and those of lower ones.
+///
+/// # Safety
+/// As [`overlap`].
+#[inline(always)]
+unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
+    // SAFETY: as the caller promised; the sums of a group lie in the ring at its place.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        #[rustfmt::skip]
+        macro_rules! load { ($m:literal ()) => { sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL)) } }
+        #[rustfmt::skip]
+        macro_rules! save { ($m:literal ()) => { _mm512_store_ps(before.sums.add($m * PANEL), sums[$m]) } }
+        macro_rules! scaled {
+            ($m:literal ($upper:ident $lower:ident $power:ident $step:ident)) => {
+                let upper = _mm512_load_si512($upper.add($m * PANEL).cast());
+                let lower = _mm512_load_si512($lower.add($m * PANEL).cast());
+                let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), $power);
+                let of = _mm512_set1_ps((*before.quants($m, $step)).scale);
+                sums[$m] = _mm512_fmadd_ps(sum, of, sums[$m]);
+            };
+        }
+        macro_rules! group {
+            ($group:literal) => {{
+                let at = |group: usize, lower: usize| ring.add((2 * group + lower) * ROWS * PANEL);
+                begin_aligned::<$group, 0>(next);
+                store::<1>(at(1 - $group, 1));
+                next.prefetch($group * ROWS / 2..($group + 1) * ROWS / 2);
+                let (upper, lower, step) = (at($group, 0), at($group, 1), $group * GROUP_STEPS);
+                let power = _mm512_load_ps(before.weights.add($group).cast());
+                rows!(scaled(upper lower power step));
+                begin_aligned::<$group, 1>(next);
+                store::<0>(upper);
+            }};
+        }
+        rows!(load());
+        group!(0);
+        group!(1);
+        rows!(save());
+    }
+}
+
+/// Begins the products of a group's upper (0) or lower (1) bytes, in tile 0 or 1.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; the rows are loaded.
+#[inline(always)]
+unsafe fn begin_aligned<const GROUP: usize, const LOWER: usize>(item: &Item) {
+    macro_rules! products {
+        ($multiply:literal) => {
+            asm!(
+                "tileloadd tmm2, [{codes} + {wide}*1]",
+                "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
+                "tilezero tmm{c}",
+                concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
+                concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
+                codes = in(reg) item.codes.add((4 * GROUP + 2 * LOWER) * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const LOWER,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            )
+        };
+    }
+    // SAFETY: as the caller promised.
+    unsafe {
+        match LOWER {
+            0 => products!("tdpbssd"),
+            _ => products!("tdpbsud"),
+        }
     }
 }
 

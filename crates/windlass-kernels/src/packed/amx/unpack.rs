@@ -1,0 +1,179 @@
+//! Codes and scales as tiles and what follows them take them.
+
+use std::arch::x86_64::*;
+
+use super::super::activations::{BOTH, GROUP};
+use super::super::kernel::{aligned, scales};
+use super::super::lanes::{Lanes, Vnni};
+use super::super::layout::{ALIGNED, Codes, Layout, Unit};
+use super::super::planes::Unpack;
+use super::super::{GROUP_STEPS, PANEL, UNIT_STEPS};
+use super::{Scales, TILE_BYTES, Work, item_steps, unit_parts, unit_tiles};
+
+/// `i - zero` for each code below 32, as `bf16`.
+fn numbers(layout: &Layout) -> [u16; 32] {
+    std::array::from_fn(|i| ((i as f32 - layout.zero() as f32).to_bits() >> 16) as u16)
+}
+
+/// The lower bytes of words as `bf16`, less the zero.
+///
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+unsafe fn numbered(words: __m512i, zero: __m512) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let byte = _mm512_set1_epi32(0xff);
+        let low = _mm512_and_si512(words, byte);
+        let high = _mm512_and_si512(_mm512_srli_epi32::<16>(words), byte);
+        let low = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(low), zero));
+        let high = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(high), zero));
+        // Whole numbers of eight bits: the lower half of each is zero.
+        _mm512_or_si512(_mm512_srli_epi32::<16>(low), high)
+    }
+}
+
+/// Unpacks a unit of a panel, and zeros up to a whole item.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; `base` is the unit's first byte.
+#[inline(always)]
+pub(super) unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
+    work: &Work<'_>,
+    panel: usize,
+    unit: &Unit,
+    base: *const u8,
+) {
+    // SAFETY: as the caller promised, and there is room for the steps of a unit.
+    unsafe {
+        let layout = work.matrix.layout();
+        let codes = (&raw mut (*work.space).codes).cast::<u8>();
+        let codes = codes.add(panel * unit_tiles(SPAN) * TILE_BYTES);
+        let parts = unit_parts(SPAN);
+        let to = (&raw mut (*work.space).scales).cast::<Scales>();
+        let to = to.add(panel * parts);
+        match SPAN {
+            ALIGNED => unpack_aligned::<U>(unit, base, codes, to),
+            _ => unpack_plain::<U, SPAN, MIN>(layout, unit, base, codes, to),
+        }
+    }
+}
+
+/// [`unpack`] for codes as they are.
+///
+/// # Safety
+/// As [`unpack`].
+#[inline(always)]
+unsafe fn unpack_plain<U: Unpack, const SPAN: usize, const MIN: bool>(
+    layout: &Layout,
+    unit: &Unit,
+    base: *const u8,
+    codes: *mut u8,
+    to: *mut Scales,
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let parts = unit_parts(SPAN);
+        let step_bytes = unit_tiles(SPAN) * TILE_BYTES / UNIT_STEPS;
+        let table = match layout.codes {
+            Codes::Table(table) => Vnni::table(table),
+            _ => Vnni::splat(0),
+        };
+        let numbers = _mm512_loadu_si512(numbers(layout).as_ptr().cast());
+        let zero = _mm512_set1_ps(layout.zero() as f32);
+        let zeros = _mm512_set1_epi8(layout.zero() as u8 as i8);
+        for step in 0..unit.steps {
+            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
+            let codes = codes.add(step * step_bytes);
+            for (four, &bytes) in bytes.iter().enumerate() {
+                if super::bytes(SPAN) {
+                    let bytes = if MIN {
+                        bytes
+                    } else {
+                        _mm512_sub_epi8(bytes, zeros)
+                    };
+                    _mm512_store_si512(codes.cast::<__m512i>().add(four), bytes);
+                    continue;
+                }
+                // Every other column: activations have theirs in the same order.
+                let odd = _mm512_srli_epi16::<8>(bytes);
+                let (even, odd) = match U::BITS <= 5 {
+                    true => (
+                        _mm512_permutexvar_epi16(bytes, numbers),
+                        _mm512_permutexvar_epi16(odd, numbers),
+                    ),
+                    false => (numbered(bytes, zero), numbered(odd, zero)),
+                };
+                let to = codes.cast::<__m512i>().add(2 * four);
+                _mm512_store_si512(to, even);
+                _mm512_store_si512(to.add(1), odd);
+            }
+            for part in layout.parts() {
+                let at = match part {
+                    GROUP => step / GROUP_STEPS,
+                    BOTH => step,
+                    half => 2 * step + half,
+                };
+                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, part);
+                let to = to.add(at).cast::<f32>();
+                _mm512_store_ps(to, scale);
+                _mm512_store_ps(to.add(PANEL), min);
+            }
+        }
+        let end = unit.steps.next_multiple_of(item_steps(SPAN));
+        let lacking = end - unit.steps;
+        let codes = codes.add(unit.steps * step_bytes);
+        codes.write_bytes(0, lacking * step_bytes);
+        // Groups with one scale are whole.
+        let written = (unit.steps * parts).div_ceil(UNIT_STEPS);
+        to.add(written)
+            .write_bytes(0, end * parts / UNIT_STEPS - written);
+    }
+}
+
+/// [`unpack`] for codes times whole numbers: for each group, two tiles of the upper bytes and two of the lower ones.
+///
+/// # Safety
+/// As [`unpack`].
+#[inline(always)]
+unsafe fn unpack_aligned<U: Unpack>(
+    unit: &Unit,
+    base: *const u8,
+    codes: *mut u8,
+    scales: *mut Scales,
+) {
+    // SAFETY: as the caller promised; a unit has room for two groups.
+    unsafe {
+        let low = _mm512_set1_epi16(0xff);
+        let zero = _mm512_set1_epi16(8);
+        for group in 0..UNIT_STEPS / GROUP_STEPS {
+            let first = group * GROUP_STEPS;
+            let steps = first.min(unit.steps)..unit.steps.min(first + GROUP_STEPS);
+            let codes = codes.add(group * 4 * TILE_BYTES).cast::<__m512i>();
+            if steps.len() < GROUP_STEPS {
+                codes.write_bytes(0, 4 * TILE_BYTES / 64);
+            }
+            let (factors, power) = aligned::<Vnni>(unit, base, 0, steps.clone());
+            _mm512_store_ps((*scales.add(group)).scale.as_mut_ptr(), power);
+            for ((at, step), factor) in steps.enumerate().zip(factors) {
+                let factor = _mm512_or_si512(factor, _mm512_slli_epi32::<16>(factor));
+                let bytes =
+                    U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), Vnni::splat(0));
+                for (four, &bytes) in bytes.iter().enumerate() {
+                    let even = _mm512_sub_epi16(_mm512_and_si512(bytes, low), zero);
+                    let odd = _mm512_sub_epi16(_mm512_srli_epi16::<8>(bytes), zero);
+                    let even = _mm512_mullo_epi16(even, factor);
+                    let odd = _mm512_mullo_epi16(odd, factor);
+                    // `low ? a : b`.
+                    let upper =
+                        _mm512_ternarylogic_epi32::<0xca>(low, _mm512_srli_epi16::<8>(even), odd);
+                    let lower =
+                        _mm512_ternarylogic_epi32::<0xca>(low, even, _mm512_slli_epi16::<8>(odd));
+                    let to = codes.add(at * 8 + four);
+                    _mm512_store_si512(to, upper);
+                    _mm512_store_si512(to.add(2 * TILE_BYTES / 64), lower);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What is done with the sums of integers of a tile's rows.
+
+use super::super::activations::{BLOCK, BOTH, GROUP};
+use super::super::lanes::Lanes;
+use super::super::layout::Min;
+use super::super::planes::Unpack;
+use super::super::{GROUP_STEPS, STEP};
+use super::Tile;
+
+/// Where row `m` of a tile lies from its first one, in rows.
+#[inline(always)]
+pub(super) fn cell(work: &Tile<'_>, m: usize) -> usize {
+    m / BLOCK * work.block + m % BLOCK
+}
+
+/// The quants of a step in a tile's one or two blocks, each address in a register of its own: the compiler would make them of
+/// a base and an index that others share, and a product that reads its operand by an index is two operations.
+#[inline(always)]
+fn quants(work: &Tile<'_>, step: usize) -> [*const i8; 2] {
+    [0, work.block].map(|at| {
+        let mut address = work.quants.wrapping_add((step * work.height + at) * STEP);
+        // SAFETY: nothing is done.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) address, options(pure, readonly, nostack, preserves_flags));
+        }
+        address
+    })
+}
+
+/// Does something for each row of a tile. Written out: loops would keep their sums in memory.
+macro_rules! rows {
+    ($do:ident) => { rows!($do: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    ($do:ident: $($m:literal)*) => {$( if $m < M { $do!($m); } )*};
+}
+
+/// Where the sums of the part that begins in a step start.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn begin<L: Lanes, const PART: usize, const M: usize>(
+    work: &Tile<'_>,
+    step: usize,
+) -> [L::I; M] {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let starts = work.starts.add(match PART {
+            GROUP => step / GROUP_STEPS * M,
+            BOTH => step * M,
+            half => (2 * step + half) * M,
+        });
+        let mut products = [L::splat(0); M];
+        #[rustfmt::skip]
+        macro_rules! start { ($m:literal) => { products[$m] = L::splat(*starts.add($m)) } }
+        rows!(start);
+        products
+    }
+}
+
+/// Adds the products of a step, or of half of one.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn multiply<L: Lanes, U: Unpack, const PART: usize, const M: usize>(
+    work: &Tile<'_>,
+    step: usize,
+    codes: &[L::I; 8],
+    products: &mut [L::I; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let quants = quants(work, step);
+        // Rows go side by side, for a chain of sums has a latency.
+        macro_rules! column {
+            ($j:literal) => {{
+                macro_rules! multiply {
+                    ($m:literal) => {{
+                        let a = quants[$m / BLOCK].add($m % BLOCK * STEP + 4 * $j);
+                        products[$m] = match U::WIDE {
+                            true => L::dot_wide(products[$m], codes[$j], a),
+                            false => L::dot(products[$m], codes[$j], a),
+                        };
+                    }};
+                }
+                rows!(multiply);
+            }};
+        }
+        if PART != 1 {
+            column!(0);
+            column!(1);
+            column!(2);
+            column!(3);
+        }
+        if PART != 0 {
+            column!(4);
+            column!(5);
+            column!(6);
+            column!(7);
+        }
+    }
+}
+
+/// Adds a part to the sums of all rows, which lack the scale of the activations.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn scale<L: Lanes, const PART: usize, const M: usize>(
+    work: &Tile<'_>,
+    step: usize,
+    products: &[L::I; M],
+    (scale, min): (L::F, L::F),
+    sums: &mut [L::F; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        macro_rules! scaled {
+            ($m:literal) => {
+                sums[$m] = L::fma(L::number(products[$m]), scale, sums[$m])
+            };
+        }
+        rows!(scaled);
+        if work.layout.min != Min::Without {
+            let a = work.scales.add(step * work.height);
+            macro_rules! offset {
+                ($m:literal) => {{
+                    let sum = (*a.add(cell(work, $m))).sum(PART);
+                    sums[$m] = L::fma(min, L::broadcast(&sum), sums[$m])
+                }};
+            }
+            rows!(offset);
+        }
+    }
+}
+
+/// Adds the sums of a step, each times the whole number of its lane.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn add_products<L: Lanes, const M: usize>(
+    products: &[L::I; M],
+    factor: L::I,
+    whole: &mut [L::I; M],
+) {
+    #[rustfmt::skip]
+    macro_rules! add { ($m:literal) => { whole[$m] = L::add_product(whole[$m], products[$m], factor) } }
+    // SAFETY: as the caller promised.
+    unsafe {
+        rows!(add);
+    }
+}
+
+/// Whole numbers times the powers of two of their lanes.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn scale_whole<L: Lanes, const M: usize>(
+    whole: &[L::I; M],
+    power: L::F,
+    sums: &mut [L::F; M],
+) {
+    #[rustfmt::skip]
+    macro_rules! scaled { ($m:literal) => { sums[$m] = L::mul(L::number(whole[$m]), power) } }
+    // SAFETY: as the caller promised.
+    unsafe {
+        rows!(scaled);
+    }
+}
