@@ -32,6 +32,7 @@ use super::layout::{ALIGNED, Codes, Layout, Min};
 use super::matrix::PackedMatrix;
 use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
+use crate::stream::prefetch;
 use crate::tiles::Config;
 
 /// Rows of a tile.
@@ -169,13 +170,18 @@ unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
                     unpack::<U, SPAN, MIN>(work, p, &unit, base);
                 }
                 let items = unit.steps.div_ceil(item_steps(SPAN));
-                multiply::<SPAN, MIN>(work, index, items, panels);
+                let ahead = match panels.end < work.panels.end {
+                    true => (panels.end, start),
+                    false => (work.panels.start, start + unit.bytes),
+                };
+                multiply::<SPAN, MIN>(work, index, items, panels, ahead);
             }
         }
     }
 }
 
-/// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks.
+/// Adds the products of unit `index`, the panels of which are unpacked, to the sums of all blocks; asks for the units of those
+/// that are unpacked next, from a panel on and from a byte of each.
 ///
 /// # Safety
 /// As [`Kernel::run`].
@@ -185,6 +191,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     index: usize,
     items: usize,
     panels: Range<usize>,
+    (ahead, start): (usize, usize),
 ) {
     // SAFETY: as the caller promised; activations are padded to whole units.
     unsafe {
@@ -222,7 +229,14 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
             sums: (&raw mut (*space).nowhere).cast(),
             ..item(0, 0, 0)
         };
+        let lines = work.matrix.units().at(index).0.bytes.div_ceil(64);
         for block in 0..work.blocks {
+            for panel in ahead..work.panels.end.min(ahead + panels.len()) {
+                let from = work.matrix.panel(panel).as_ptr().wrapping_add(start);
+                for line in (block..lines).step_by(work.blocks) {
+                    prefetch(from.wrapping_add(64 * line));
+                }
+            }
             for at in 0..items {
                 if SPAN >= STEP {
                     load_rows(rows(block, 4 * at));

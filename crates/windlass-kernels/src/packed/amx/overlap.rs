@@ -33,11 +33,12 @@ impl Item {
         self.scales[row / BLOCK].wrapping_add(step * BLOCK + row % BLOCK)
     }
 
-    /// Asks for some of the rows ahead.
+    /// Asks for some of the rows ahead, and of the sums.
     #[inline(always)]
     fn prefetch(&self, rows: Range<usize>) {
         for row in rows {
             prefetch(self.ahead.wrapping_add(row * WIDE));
+            prefetch(self.sums.wrapping_add(row * PANEL).cast());
         }
     }
 }
@@ -178,7 +179,8 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
         }
         macro_rules! group {
             ($group:literal) => {{
-                begin_bytes::<MIN, $group>(next);
+                // Codes that have a minimum beside them are unsigned.
+                begin_bytes::<MIN, $group, { 2 * $group }, $group>(next);
                 store::<{ 1 - $group }>(ring.add((1 - $group) * ROWS * PANEL));
                 next.prefetch($group * ROWS / 2..($group + 1) * ROWS / 2);
                 let (from, step) = (ring.add($group * ROWS * PANEL), $group * GROUP_STEPS);
@@ -220,13 +222,13 @@ unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
         macro_rules! group {
             ($group:literal) => {{
                 let at = |group: usize, lower: usize| ring.add((2 * group + lower) * ROWS * PANEL);
-                begin_aligned::<$group, 0>(next);
+                begin_bytes::<false, $group, { 4 * $group }, 0>(next);
                 store::<1>(at(1 - $group, 1));
                 next.prefetch($group * ROWS / 2..($group + 1) * ROWS / 2);
                 let (upper, lower, step) = (at($group, 0), at($group, 1), $group * GROUP_STEPS);
                 let power = _mm512_load_ps(before.weights.add($group).cast());
                 rows!(scaled(upper lower power step));
-                begin_aligned::<$group, 1>(next);
+                begin_bytes::<true, $group, { 4 * $group + 2 }, 1>(next);
                 store::<0>(upper);
             }};
         }
@@ -234,36 +236,6 @@ unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
         group!(0);
         group!(1);
         rows!(save());
-    }
-}
-
-/// Begins the products of a group's upper (0) or lower (1) bytes, in tile 0 or 1.
-///
-/// # Safety
-/// As [`super::Kernel::run`]; the rows are loaded.
-#[inline(always)]
-unsafe fn begin_aligned<const GROUP: usize, const LOWER: usize>(item: &Item) {
-    macro_rules! products {
-        ($multiply:literal) => {
-            asm!(
-                "tileloadd tmm2, [{codes} + {wide}*1]",
-                "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
-                "tilezero tmm{c}",
-                concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
-                concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
-                codes = in(reg) item.codes.add((4 * GROUP + 2 * LOWER) * TILE_BYTES), wide = in(reg) WIDE,
-                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const LOWER,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                options(nostack, preserves_flags, readonly)
-            )
-        };
-    }
-    // SAFETY: as the caller promised.
-    unsafe {
-        match LOWER {
-            0 => products!("tdpbssd"),
-            _ => products!("tdpbsud"),
-        }
     }
 }
 
@@ -301,12 +273,19 @@ unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
     }
 }
 
-/// Begins the products of a group of bytes, in one of two tiles in turn; codes that have a minimum beside them are unsigned.
+/// Begins the products of a group of bytes, signed or not, from tile `CODES` of the item on, in tile `C`.
 ///
 /// # Safety
 /// As [`super::Kernel::run`]; the rows are loaded.
 #[inline(always)]
-unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
+unsafe fn begin_bytes<
+    const UNSIGNED: bool,
+    const GROUP: usize,
+    const CODES: usize,
+    const C: usize,
+>(
+    item: &Item,
+) {
     macro_rules! products {
         ($multiply:literal) => {
             asm!(
@@ -315,8 +294,8 @@ unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
                 "tilezero tmm{c}",
                 concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
                 concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
-                codes = in(reg) item.codes.add(2 * GROUP * TILE_BYTES), wide = in(reg) WIDE,
-                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const GROUP,
+                codes = in(reg) item.codes.add(CODES * TILE_BYTES), wide = in(reg) WIDE,
+                a = const 4 + 2 * GROUP, b = const 5 + 2 * GROUP, c = const C,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 options(nostack, preserves_flags, readonly)
             )
@@ -324,7 +303,7 @@ unsafe fn begin_bytes<const MIN: bool, const GROUP: usize>(item: &Item) {
     }
     // SAFETY: as the caller promised.
     unsafe {
-        if MIN {
+        if UNSIGNED {
             products!("tdpbsud");
         } else {
             products!("tdpbssd");
