@@ -7,8 +7,9 @@
 //!
 //! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each *group* of 128
 //! columns. A product sums integers inside a step (a half one, where the format has a scale for 16 columns; a group, where
-//! it has one for as many, or where the scales of its steps are taken as whole numbers times a power of two), adds these parts of a group in order in `f32`, multiplied by the scales of the weights, and then
-//! the groups, multiplied by those of the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
+//! it has one for as many, or where the scales of its steps are taken as whole numbers times a power of two), adds these
+//! parts of a group in order in `f32`, multiplied by the scales of the weights, and then the groups, multiplied by those of
+//! the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
 //! [`crate::dispatch::Level`]. (The scales of weights mostly change every 32 columns, and what is done for each of these
 //! on top of the integers is the limit of a product with many rows: the scale of the activations is left out of it.)
 //!
