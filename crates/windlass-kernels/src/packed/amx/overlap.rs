@@ -69,6 +69,20 @@ macro_rules! rows {
     ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
 }
 
+/// Takes a row of an item's sums into registers.
+macro_rules! load {
+    ($m:literal ($sums:ident $item:ident)) => {
+        $sums[$m] = _mm512_load_ps($item.sums.add($m * PANEL))
+    };
+}
+
+/// Puts it back.
+macro_rules! save {
+    ($m:literal ($sums:ident $item:ident)) => {
+        _mm512_store_ps($item.sums.add($m * PANEL), $sums[$m])
+    };
+}
+
 /// Begins the products of an item while those of the one before are scaled and added to its sums.
 ///
 /// # Safety
@@ -162,10 +176,6 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
     // SAFETY: as the caller promised; the sums of a group lie in the ring at its place.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); ROWS];
-        #[rustfmt::skip]
-        macro_rules! load { ($m:literal ()) => { sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL)) } }
-        #[rustfmt::skip]
-        macro_rules! save { ($m:literal ()) => { _mm512_store_ps(before.sums.add($m * PANEL), sums[$m]) } }
         macro_rules! scaled {
             ($m:literal ($from:ident $scale:ident $min:ident $step:ident)) => {
                 let sum = _mm512_cvtepi32_ps(_mm512_load_si512($from.add($m * PANEL).cast()));
@@ -189,10 +199,10 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
                 rows!(scaled(from scale min step));
             }};
         }
-        rows!(load());
+        rows!(load(sums before));
         group!(0);
         group!(1);
-        rows!(save());
+        rows!(save(sums before));
     }
 }
 
@@ -205,10 +215,6 @@ unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
     // SAFETY: as the caller promised; the sums of a group lie in the ring at its place.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); ROWS];
-        #[rustfmt::skip]
-        macro_rules! load { ($m:literal ()) => { sums[$m] = _mm512_load_ps(before.sums.add($m * PANEL)) } }
-        #[rustfmt::skip]
-        macro_rules! save { ($m:literal ()) => { _mm512_store_ps(before.sums.add($m * PANEL), sums[$m]) } }
         macro_rules! scaled {
             ($m:literal ($upper:ident $lower:ident $power:ident $step:ident)) => {
                 let upper = _mm512_load_si512($upper.add($m * PANEL).cast());
@@ -232,10 +238,10 @@ unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
                 store::<0>(upper);
             }};
         }
-        rows!(load());
+        rows!(load(sums before));
         group!(0);
         group!(1);
-        rows!(save());
+        rows!(save(sums before));
     }
 }
 
