@@ -1,6 +1,6 @@
-//! Rows of activations as 8-bit integers with a scale for each group of steps.
+//! Rows of activations as 8-bit integers with a scale for each unit.
 
-use super::{GROUP_STEPS, STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, STEP, UNIT, UNIT_STEPS};
 use crate::dispatch::Level;
 use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 /// Quantized rows: `x = scale * q` with `q` in -127..=127, and the sums that offsets and minimums need.
 ///
-/// A scale is `max|x| / 127` over a group of 128 columns. A group with a NaN or an infinity has the scale NaN. Rows are kept in
+/// A scale is `max|x| / 127` over a unit of 256 columns. A unit with a NaN or an infinity has the scale NaN. Rows are kept in
 /// blocks of up to eight, step by step, so that a kernel finds those of a tile side by side.
 pub struct Activations {
     rows: usize,
@@ -62,7 +62,7 @@ impl Tiles<'_> {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct StepScales {
-    /// Scale of the step's group.
+    /// Scale of the step's unit.
     pub scale: f32,
     /// Sums of quants, whole numbers: of the step's first half, of the step, of its group.
     sums: [f32; 3],
@@ -137,7 +137,7 @@ impl Activations {
             order.map_or(0, <[u32]>::len)
         );
         // Every layout's rows end at a multiple of a unit at most.
-        let steps = cols.next_multiple_of(super::UNIT) / STEP;
+        let steps = cols.next_multiple_of(UNIT) / STEP;
         let rows = x.len() / cols;
         let height = rows.next_power_of_two().min(BLOCK);
         let tiles = with_tiles(pool, rows);
@@ -417,10 +417,10 @@ fn quantize_row(level: Level) -> QuantizeRow {
 
 #[inline(always)]
 fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
-    let groups = x.as_chunks::<{ STEP * GROUP_STEPS }>().0.iter();
-    let q = q.as_chunks_mut::<STEP>().0.chunks_mut(GROUP_STEPS * height);
-    let s = s.chunks_mut(GROUP_STEPS * height);
-    for ((x, q), s) in groups.zip(q).zip(s) {
+    let units = x.as_chunks::<UNIT>().0.iter();
+    let q = q.as_chunks_mut::<STEP>().0.chunks_mut(UNIT_STEPS * height);
+    let s = s.chunks_mut(UNIT_STEPS * height);
+    for ((x, q), s) in units.zip(q).zip(s) {
         let mut largest = 0u32;
         for x in x {
             // Magnitudes of floats are ordered like their bits; NaN is above infinity.
@@ -429,13 +429,12 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, heigh
         let largest = f32::from_bits(largest);
         let finite = largest < f32::INFINITY;
         let scale = if finite { largest / 127.0 } else { f32::NAN };
-        // A scale below the normal numbers has no inverse: such a group counts as zero.
+        // A scale below the normal numbers has no inverse: such a unit counts as zero.
         let normal = finite && scale >= f32::MIN_POSITIVE;
         let inverse = if normal { 127.0 / largest } else { 0.0 };
         let scale = if finite && !normal { 0.0 } else { scale };
         let steps = x.as_chunks::<STEP>().0.iter();
         let q = q.iter_mut().skip(m).step_by(height);
-        let mut group = 0;
         for ((x, q), s) in steps.zip(q).zip(s.iter_mut().skip(m).step_by(height)) {
             let mut ints = [0i32; STEP];
             for (int, x) in ints.iter_mut().zip(x) {
@@ -449,12 +448,14 @@ fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, heigh
             let (first, second) = ints.split_at(STEP / 2);
             let first = first.iter().sum::<i32>();
             let both = first + second.iter().sum::<i32>();
-            group += both;
             let sums = [first as f32, both as f32, 0.0];
             *s = StepScales { scale, sums };
         }
-        for s in s.iter_mut().skip(m).step_by(height) {
-            s.sums[2] = group as f32;
+        for s in s.chunks_mut(GROUP_STEPS * height) {
+            let group = s.iter().skip(m).step_by(height).map(|s| s.sums[1]).sum();
+            for s in s.iter_mut().skip(m).step_by(height) {
+                s.sums[2] = group;
+            }
         }
     }
 }

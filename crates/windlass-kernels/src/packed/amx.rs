@@ -7,12 +7,12 @@
 //! occupies one of the two.
 //!
 //! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
-//! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
+//! weights' scales, and an eighth of as many loads, multiplications and stores for the scales of the activations. To
 //! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
 //! sums are stored two products after they were begun, and read two later.
 //!
 //! Where weights have a scale for 128 columns, tiles are of bytes: 128 columns are two products and one sum. Where scales are
-//! aligned, a code times its whole number is two bytes, each in a tile: four products and two sums.
+//! aligned, a code times its whole number is two bytes, each in a tile: 256 columns are eight products and two sums.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
@@ -45,7 +45,11 @@ const CODES: usize = 32;
 const WIDE: usize = 64;
 
 /// Sums of a tile.
-type Sums = [[f32; PANEL]; ROWS];
+#[repr(C, align(64))]
+struct Sums([[f32; PANEL]; ROWS]);
+
+/// What sums start from.
+static ZEROS: Sums = Sums([[0.0; PANEL]; ROWS]);
 
 /// What is unpacked and on its way. Parts are what has a scale of its own: half a step, a step or a group of them.
 #[repr(C, align(64))]
@@ -54,8 +58,10 @@ pub(super) struct Space {
     codes: [[u8; TILE_BYTES]; CODES],
     /// Of the parts of all panels.
     scales: [Scales; 4 * 2 * UNIT_STEPS],
-    /// Sums of the parts of a group.
+    /// Sums of the parts of half a unit.
     ring: [Sums; 2 * GROUP_STEPS],
+    /// Sums of the first half of the units of panels.
+    carry: [Sums; CODES / UNIT_STEPS],
     /// Where the first item ends one that never was.
     nowhere: Sums,
 }
@@ -81,7 +87,9 @@ const fn item_steps(span: usize) -> usize {
 
 /// Parts of a unit.
 const fn unit_parts(span: usize) -> usize {
-    if bytes(span) {
+    if span == ALIGNED {
+        1
+    } else if bytes(span) {
         UNIT_STEPS / GROUP_STEPS
     } else {
         UNIT_STEPS * STEP / span
@@ -114,7 +122,7 @@ pub(super) struct Work<'a> {
     /// Scales from eight rows to the next eight.
     pub block: usize,
     pub space: *mut Space,
-    /// `[blocks, panels, 16, 16]`, zeros.
+    /// `[blocks, panels, 16, 16]`.
     pub sums: *mut f32,
 }
 
@@ -197,6 +205,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     unsafe {
         let space = work.space;
         let ring = (&raw mut (*space).ring).cast::<f32>();
+        let carry = (&raw mut (*space).carry).cast::<Sums>();
         let codes = (&raw const (*space).codes).cast::<u8>();
         let weights = (&raw const (*space).scales).cast::<Scales>();
         let unit = unit_tiles(SPAN);
@@ -210,6 +219,10 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 work.scales.add(block + step * BLOCK)
             };
             let panel = panels.start - work.panels.start + p;
+            let sums = work
+                .sums
+                .add((block * work.panels.len() + panel) * ROWS * PANEL);
+            let carry = carry.add(p % 4).cast::<f32>();
             let (after, first) = match at + 1 < items {
                 true => (block, 4 * (at + 1)),
                 false => (block + 1, 0),
@@ -220,9 +233,18 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 codes: codes.add((p * unit + 4 * at) * TILE_BYTES),
                 weights: weights.add(p * unit_parts(SPAN) + at * parts),
                 scales: [scales(0), scales(1)],
-                sums: work
-                    .sums
-                    .add((block * work.panels.len() + panel) * ROWS * PANEL),
+                part: if at == 0 {
+                    ZEROS.0.as_ptr().cast()
+                } else {
+                    carry
+                },
+                carry: (at + 1 < items).then_some(carry),
+                from: if index == 0 {
+                    ZEROS.0.as_ptr().cast()
+                } else {
+                    sums
+                },
+                sums,
             }
         };
         let mut last = Item {

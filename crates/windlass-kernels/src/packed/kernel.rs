@@ -166,7 +166,7 @@ pub(super) unsafe fn scales<L: Lanes>(
     }
 }
 
-/// The scales of the lanes for the steps of a group, as [`align`](super::reference::align) has them.
+/// The scales of the lanes for the steps of a unit, as [`align`](super::reference::align) has them.
 ///
 /// # Safety
 /// `base` is the unit's first byte; `lane` the first row.
@@ -175,19 +175,18 @@ pub(super) unsafe fn aligned<L: Lanes>(
     unit: &Unit,
     base: *const u8,
     lane: usize,
-    steps: Range<usize>,
-) -> ([L::I; GROUP_STEPS], L::F) {
+) -> ([L::I; UNIT_STEPS], L::F) {
     // SAFETY: offsets are those of the layout.
     unsafe {
-        let mut scales = [L::zero(); GROUP_STEPS];
+        let mut scales = [L::zero(); UNIT_STEPS];
         let mut largest = L::zero();
-        for (scale, step) in scales.iter_mut().zip(steps) {
+        for (scale, step) in scales.iter_mut().zip(0..unit.steps) {
             let head = step >> unit.group_shift;
             *scale = L::halves(base.add(2 * (head * PANEL + lane)));
             largest = L::larger(largest, *scale);
         }
         let (power, inverse) = L::powers(largest);
-        let mut factors = [L::splat(0); GROUP_STEPS];
+        let mut factors = [L::splat(0); UNIT_STEPS];
         for (factor, scale) in factors.iter_mut().zip(scales) {
             *factor = L::nearest(L::mul(scale, inverse));
         }
@@ -218,30 +217,18 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                     true => start + unit.bytes,
                     false => work.ahead,
                 };
-                for first in (0..unit.steps).step_by(GROUP_STEPS) {
-                    let steps = first..unit.steps.min(first + GROUP_STEPS);
-                    for p in 0..P {
-                        let panel = *work.panels.get_unchecked(p);
-                        // Few rows wait for memory, many find the panel in a cache.
-                        if P > 1 && lane == 0 {
-                            let part = unit.bytes / unit.steps;
-                            let from = panel.wrapping_add(next + first * part);
-                            prefetch(from, steps.len() * part);
-                        }
-                        let (base, at) = (panel.add(start), index * UNIT_STEPS);
-                        let sums = group::<L, U, SPAN, M>(
-                            work,
-                            (&unit, base),
-                            (table, lane),
-                            at,
-                            steps.clone(),
-                        );
-                        let a = work.scales.add((at + first) * work.height);
-                        for (m, sum) in sums.iter().enumerate() {
-                            let out = work.out.add((p * M + m) * PANEL + lane);
-                            let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
-                            L::store(L::fma(*sum, scale, L::load(out)), out);
-                        }
+                for p in 0..P {
+                    let panel = *work.panels.get_unchecked(p);
+                    // Few rows wait for memory, many find the panel in a cache.
+                    let ahead = (P > 1 && lane == 0).then(|| panel.wrapping_add(next));
+                    let at = index * UNIT_STEPS;
+                    let base = (panel.add(start), ahead);
+                    let sums = sum::<L, U, SPAN, M>(work, &unit, base, (table, lane), at);
+                    let a = work.scales.add(at * work.height);
+                    for (m, sum) in sums.iter().enumerate() {
+                        let out = work.out.add((p * M + m) * PANEL + lane);
+                        let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
+                        L::store(L::fma(*sum, scale, L::load(out)), out);
                     }
                 }
             }
@@ -249,24 +236,31 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
     }
 }
 
-/// The sums of some steps of a unit, which make a group and lack the scale of the activations; the unit begins at step `at`.
+/// The sums of a unit, which begins at step `at`; they lack the scale of the activations.
 ///
 /// # Safety
-/// As [`Kernel::run`]; `base` is the unit's first byte.
+/// As [`Kernel::run`]; `base` is the unit's first byte. What it is asked `ahead` for need not exist.
 #[inline(always)]
-unsafe fn group<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
+unsafe fn sum<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
     work: &Tile<'_>,
-    (unit, base): (&Unit, *const u8),
+    unit: &Unit,
+    (base, ahead): (*const u8, Option<*const u8>),
     (table, lane): (L::I, usize),
     at: usize,
-    steps: Range<usize>,
 ) -> [L::F; M] {
     // SAFETY: the features are the caller's promise.
-    let mut sums = unsafe { [L::zero(); M] };
+    let (mut sums, mut whole) = unsafe { ([L::zero(); M], [L::splat(0); M]) };
     macro_rules! codes {
         ($step:expr) => {
             U::unpack::<L>(base.add(unit.planes + $step * U::BYTES + 4 * lane), table)
         };
+    }
+    macro_rules! products {
+        ($part:expr, $step:expr, $codes:expr) => {{
+            let mut products = begin::<L, $part, M>(work, at + $step);
+            multiply::<L, U, $part, M>(work, at + $step, $codes, &mut products);
+            products
+        }};
     }
     macro_rules! add {
         ($part:expr, $step:expr, $products:expr) => {{
@@ -276,41 +270,39 @@ unsafe fn group<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
     }
     // SAFETY: as the caller promised.
     unsafe {
-        if SPAN == GROUP_STEPS * STEP {
-            let first = steps.start;
-            let mut products = begin::<L, GROUP, M>(work, at + first);
-            for step in first..first + GROUP_STEPS {
-                multiply::<L, U, GROUP, M>(work, at + step, &codes!(step), &mut products);
+        let (factors, power) = match SPAN {
+            ALIGNED => aligned::<L>(unit, base, lane),
+            _ => ([L::splat(0); UNIT_STEPS], L::zero()),
+        };
+        for first in (0..unit.steps).step_by(GROUP_STEPS) {
+            let steps = first..unit.steps.min(first + GROUP_STEPS);
+            if let Some(ahead) = ahead {
+                let part = unit.bytes / unit.steps;
+                prefetch(ahead.wrapping_add(first * part), steps.len() * part);
             }
-            add!(GROUP, first, products);
-            return sums;
+            if SPAN == GROUP_STEPS * STEP {
+                let mut products = begin::<L, GROUP, M>(work, at + first);
+                for step in steps {
+                    multiply::<L, U, GROUP, M>(work, at + step, &codes!(step), &mut products);
+                }
+                add!(GROUP, first, products);
+                continue;
+            }
+            for step in steps {
+                let codes = codes!(step);
+                if SPAN == ALIGNED {
+                    let factor = *factors.get_unchecked(step);
+                    add_products::<L, M>(&products!(BOTH, step, &codes), factor, &mut whole);
+                } else if SPAN == STEP {
+                    add!(BOTH, step, products!(BOTH, step, &codes));
+                } else {
+                    add!(0, step, products!(0, step, &codes));
+                    add!(1, step, products!(1, step, &codes));
+                }
+            }
         }
         if SPAN == ALIGNED {
-            let (factors, power) = aligned::<L>(unit, base, lane, steps.clone());
-            let mut whole = [L::splat(0); M];
-            for (step, factor) in steps.zip(factors) {
-                let mut products = begin::<L, BOTH, M>(work, at + step);
-                multiply::<L, U, BOTH, M>(work, at + step, &codes!(step), &mut products);
-                add_products::<L, M>(&products, factor, &mut whole);
-            }
             scale_whole::<L, M>(&whole, power, &mut sums);
-            return sums;
-        }
-        for step in steps {
-            let codes = codes!(step);
-            macro_rules! part {
-                ($part:expr) => {{
-                    let mut products = begin::<L, $part, M>(work, at + step);
-                    multiply::<L, U, $part, M>(work, at + step, &codes, &mut products);
-                    add!($part, step, products);
-                }};
-            }
-            if SPAN == STEP {
-                part!(BOTH);
-            } else {
-                part!(0);
-                part!(1);
-            }
         }
         sums
     }

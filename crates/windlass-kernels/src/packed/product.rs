@@ -304,7 +304,6 @@ fn run_amx<E: Element>(
     let blocks = rows.len().div_ceil(ROWS);
     let len = blocks * panels.len() * ROWS * PANEL;
     let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, len);
-    sums.fill(0.0);
     let work = Work {
         matrix,
         panels: panels.clone(),

@@ -9,17 +9,17 @@ use half::f16;
 
 /// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// Of an aligned layout: the scales of the steps of a group become [whole numbers times a power of two](align); the integer
+/// Of an aligned layout: the scales of the steps of a unit become [whole numbers times a power of two](align); the integer
 /// sum of each step is multiplied by its whole number, the sum of these by the power of two. Of another layout:
-/// for each part of a group in order (16 columns, 32 or all 128, as the scales of the weights allow): the integer sum of
+/// for each part of a unit in order (16 columns, 32 or 128, as the scales of the weights allow): the integer sum of
 /// codes, less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its
-/// group, rounded once; then the minimum times the sum of the activations. For each group in order: its sum is multiplied by
+/// unit, rounded once; then the minimum times the sum of the activations. For each unit in order: its sum is multiplied by
 /// the scale of the activations and added, rounded once.
 pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) -> f32 {
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
     let (mut total, mut sum, mut products) = (0f32, 0f32, 0i32);
-    let (mut factors, mut power, mut whole) = ([0; GROUP_STEPS], 0f32, 0i32);
+    let (mut factors, mut power, mut whole) = ([0; UNIT_STEPS], 0f32, 0i32);
     for step in 0..matrix.steps() {
         if step % UNIT_STEPS == 0 {
             matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
@@ -38,16 +38,16 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
                 continue;
             }
             if layout.aligned() {
-                if step % GROUP_STEPS == 0 {
-                    let steps = step..matrix.steps().min(step + GROUP_STEPS);
-                    let mut some = [0f32; GROUP_STEPS];
-                    for (scale, step) in some.iter_mut().zip(steps) {
-                        *scale = scales(layout, &unit, step % UNIT_STEPS * STEP).0;
+                if at == 0 {
+                    let mut some = [0f32; UNIT_STEPS];
+                    let steps = UNIT_STEPS.min(matrix.steps() - step);
+                    for (at, scale) in some[..steps].iter_mut().enumerate() {
+                        *scale = scales(layout, &unit, at * STEP).0;
                     }
                     (factors, power) = align(some);
                     whole = 0;
                 }
-                whole += factors[step % GROUP_STEPS] * products;
+                whole += factors[at] * products;
                 sum = whole as f32 * power;
                 products = 0;
                 continue;
@@ -59,7 +59,7 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
             }
             products = 0;
         }
-        if (step + 1) % GROUP_STEPS == 0 || step + 1 == matrix.steps() {
+        if at + 1 == UNIT_STEPS || step + 1 == matrix.steps() {
             total = sum.mul_add(a.scale, total);
             sum = 0.0;
         }
@@ -69,7 +69,7 @@ pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) 
 
 /// Scales as whole numbers below 2^12 times the same power of two. An `f16` has eleven bits: the largest scale and those of half
 /// of it and more are exact; others lose no more than half of the unit.
-pub(super) fn align(scales: [f32; GROUP_STEPS]) -> ([i32; GROUP_STEPS], f32) {
+pub(super) fn align(scales: [f32; UNIT_STEPS]) -> ([i32; UNIT_STEPS], f32) {
     const MANTISSA: u32 = f32::MANTISSA_DIGITS - 1;
     // The smallest `f16`: scales that are all zero need some power, too.
     let smallest = 2f32.powi(-24).to_bits();

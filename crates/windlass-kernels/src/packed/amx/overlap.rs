@@ -10,7 +10,7 @@ use super::super::{GROUP_STEPS, PANEL, STEP};
 use super::{ROWS, Scales, TILE_BYTES, WIDE, bytes};
 use crate::stream::prefetch;
 
-/// What four tiles of a panel and four of a block of rows make: a group or, of bytes, a unit.
+/// What four tiles of a panel and four of a block of rows make: half a unit or, of bytes, all of it.
 #[derive(Clone, Copy)]
 pub(super) struct Item {
     /// Quants of the rows.
@@ -23,6 +23,13 @@ pub(super) struct Item {
     pub ahead: *const u8,
     /// Scales of the first step of the first eight rows and of the others.
     pub scales: [*const StepScales; 2],
+    /// The sums of the unit's parts so far, which lack the scale of the activations.
+    pub part: *const f32,
+    /// Where they go, unless this ends the unit.
+    pub carry: Option<*mut f32>,
+    /// The sums of all units so far.
+    pub from: *const f32,
+    /// Where they go.
     pub sums: *mut f32,
 }
 
@@ -69,17 +76,15 @@ macro_rules! rows {
     ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
 }
 
-/// Takes a row of an item's sums into registers.
-macro_rules! load {
+/// Adds the sums of a row's unit, times the scale of the activations, to those of all units.
+macro_rules! add {
     ($m:literal ($sums:ident $item:ident)) => {
-        $sums[$m] = _mm512_load_ps($item.sums.add($m * PANEL))
-    };
-}
-
-/// Puts it back.
-macro_rules! save {
-    ($m:literal ($sums:ident $item:ident)) => {
-        _mm512_store_ps($item.sums.add($m * PANEL), $sums[$m])
+        let scale = _mm512_set1_ps((*$item.quants($m, 0)).scale);
+        let from = _mm512_load_ps($item.from.add($m * PANEL));
+        _mm512_store_ps(
+            $item.sums.add($m * PANEL),
+            _mm512_fmadd_ps($sums[$m], scale, from),
+        );
     };
 }
 
@@ -105,7 +110,7 @@ pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
     }
 }
 
-/// [`overlap`] for parts of a group.
+/// [`overlap`] for parts of half a unit.
 ///
 /// # Safety
 /// As [`overlap`].
@@ -118,6 +123,16 @@ unsafe fn overlap_parts<const SPAN: usize, const MIN: bool>(
     // SAFETY: as the caller promised; the sums of a part lie in the ring at its place.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); ROWS];
+        macro_rules! load {
+            ($m:literal ()) => {
+                sums[$m] = _mm512_load_ps(before.part.add($m * PANEL))
+            };
+        }
+        macro_rules! save {
+            ($m:literal ($to:ident)) => {
+                _mm512_store_ps($to.add($m * PANEL), sums[$m])
+            };
+        }
         macro_rules! scaled {
             ($m:literal ($from:ident $scale:ident)) => {
                 sums[$m] = _mm512_fmadd_ps(_mm512_load_ps($from.add($m * PANEL)), $scale, sums[$m])
@@ -152,18 +167,19 @@ unsafe fn overlap_parts<const SPAN: usize, const MIN: bool>(
         macro_rules! parts {
             ($parts:literal: $($part:literal)*) => {{$( part!($part of $parts); )*}};
         }
+        rows!(load());
         match SPAN < STEP {
             true => parts!(8: 0 1 2 3 4 5 6 7),
             false => parts!(4: 0 1 2 3),
         }
-        macro_rules! add {
-            ($m:literal ()) => {
-                let to = before.sums.add($m * PANEL);
-                let scale = _mm512_set1_ps((*before.quants($m, 0)).scale);
-                _mm512_store_ps(to, _mm512_fmadd_ps(sums[$m], scale, _mm512_load_ps(to)));
-            };
+        match before.carry {
+            Some(to) => {
+                rows!(save(to));
+            }
+            None => {
+                rows!(add(sums before));
+            }
         }
-        rows!(add());
     }
 }
 
@@ -179,16 +195,16 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
         macro_rules! scaled {
             ($m:literal ($from:ident $scale:ident $min:ident $step:ident)) => {
                 let sum = _mm512_cvtepi32_ps(_mm512_load_si512($from.add($m * PANEL).cast()));
-                let mut sum = _mm512_mul_ps(sum, $scale);
-                let quants = &*before.quants($m, $step);
+                sums[$m] = _mm512_fmadd_ps(sum, $scale, sums[$m]);
                 if MIN {
-                    sum = _mm512_fmadd_ps($min, _mm512_set1_ps(quants.sum(GROUP)), sum);
+                    let of = _mm512_set1_ps((*before.quants($m, $step)).sum(GROUP));
+                    sums[$m] = _mm512_fmadd_ps($min, of, sums[$m]);
                 }
-                sums[$m] = _mm512_fmadd_ps(sum, _mm512_set1_ps(quants.scale), sums[$m]);
             };
         }
         macro_rules! group {
             ($group:literal) => {{
+                clear::<$group>();
                 // Codes that have a minimum beside them are unsigned.
                 begin_bytes::<MIN, $group, { 2 * $group }, $group>(next);
                 store::<{ 1 - $group }>(ring.add((1 - $group) * ROWS * PANEL));
@@ -199,49 +215,42 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
                 rows!(scaled(from scale min step));
             }};
         }
-        rows!(load(sums before));
         group!(0);
         group!(1);
-        rows!(save(sums before));
+        rows!(add(sums before));
     }
 }
 
-/// [`overlap`] for the two groups of a unit, each a part of which the ring has the sums of upper bytes and those of lower ones.
+/// [`overlap`] for a unit that is one part, of which the ring has the sums of upper bytes and those of lower ones.
 ///
 /// # Safety
 /// As [`overlap`].
 #[inline(always)]
 unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
-    // SAFETY: as the caller promised; the sums of a group lie in the ring at its place.
+    // SAFETY: as the caller promised.
     unsafe {
+        let (upper, lower) = (ring, ring.add(ROWS * PANEL));
         let mut sums = [_mm512_setzero_ps(); ROWS];
         macro_rules! scaled {
-            ($m:literal ($upper:ident $lower:ident $power:ident $step:ident)) => {
-                let upper = _mm512_load_si512($upper.add($m * PANEL).cast());
-                let lower = _mm512_load_si512($lower.add($m * PANEL).cast());
+            ($m:literal ($power:ident)) => {
+                let upper = _mm512_load_si512(upper.add($m * PANEL).cast());
+                let lower = _mm512_load_si512(lower.add($m * PANEL).cast());
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), $power);
-                let of = _mm512_set1_ps((*before.quants($m, $step)).scale);
-                sums[$m] = _mm512_fmadd_ps(sum, of, sums[$m]);
+                sums[$m] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), $power);
+                add!($m (sums before));
             };
         }
-        macro_rules! group {
-            ($group:literal) => {{
-                let at = |group: usize, lower: usize| ring.add((2 * group + lower) * ROWS * PANEL);
-                begin_bytes::<false, $group, { 4 * $group }, 0>(next);
-                store::<1>(at(1 - $group, 1));
-                next.prefetch($group * ROWS / 2..($group + 1) * ROWS / 2);
-                let (upper, lower, step) = (at($group, 0), at($group, 1), $group * GROUP_STEPS);
-                let power = _mm512_load_ps(before.weights.add($group).cast());
-                rows!(scaled(upper lower power step));
-                begin_bytes::<true, $group, { 4 * $group + 2 }, 1>(next);
-                store::<0>(upper);
-            }};
-        }
-        rows!(load(sums before));
-        group!(0);
-        group!(1);
-        rows!(save(sums before));
+        clear::<0>();
+        begin_bytes::<false, 0, 0, 0>(next);
+        begin_bytes::<false, 1, 2, 0>(next);
+        store::<1>(lower);
+        next.prefetch(0..ROWS);
+        let power = _mm512_load_ps(before.weights.cast());
+        rows!(scaled(power));
+        clear::<1>();
+        begin_bytes::<true, 0, 4, 1>(next);
+        begin_bytes::<true, 1, 6, 1>(next);
+        store::<0>(upper);
     }
 }
 
@@ -279,7 +288,24 @@ unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
     }
 }
 
-/// Begins the products of a group of bytes, signed or not, from tile `CODES` of the item on, in tile `C`.
+/// Begins sums.
+///
+/// # Safety
+/// The tiles are configured.
+#[inline(always)]
+unsafe fn clear<const C: usize>() {
+    // SAFETY: as the caller promised.
+    unsafe {
+        asm!(
+            "tilezero tmm{c}",
+            c = const C,
+            out("tmm0") _, out("tmm1") _,
+            options(nostack, preserves_flags, nomem)
+        );
+    }
+}
+
+/// Adds the products of a group of bytes, signed or not, from tile `CODES` of the item on, to tile `C`.
 ///
 /// # Safety
 /// As [`super::Kernel::run`]; the rows are loaded.
@@ -297,7 +323,6 @@ unsafe fn begin_bytes<
             asm!(
                 "tileloadd tmm2, [{codes} + {wide}*1]",
                 "tileloadd tmm3, [{codes} + {wide}*1 + 1024]",
-                "tilezero tmm{c}",
                 concat!($multiply, " tmm{c}, tmm{a}, tmm2"),
                 concat!($multiply, " tmm{c}, tmm{b}, tmm3"),
                 codes = in(reg) item.codes.add(CODES * TILE_BYTES), wide = in(reg) WIDE,

@@ -131,7 +131,8 @@ unsafe fn unpack_plain<U: Unpack, const SPAN: usize, const MIN: bool>(
     }
 }
 
-/// [`unpack`] for codes times whole numbers: for each group, two tiles of the upper bytes and two of the lower ones.
+/// [`unpack`] for codes times whole numbers: four tiles of the upper bytes, then those of the lower ones. Steps that the unit
+/// lacks stay what they were: activations are zero there.
 ///
 /// # Safety
 /// As [`unpack`].
@@ -142,37 +143,28 @@ unsafe fn unpack_aligned<U: Unpack>(
     codes: *mut u8,
     scales: *mut Scales,
 ) {
-    // SAFETY: as the caller promised; a unit has room for two groups.
+    // SAFETY: as the caller promised; there is room for both halves.
     unsafe {
         let low = _mm512_set1_epi16(0xff);
         let zero = _mm512_set1_epi16(8);
-        for group in 0..UNIT_STEPS / GROUP_STEPS {
-            let first = group * GROUP_STEPS;
-            let steps = first.min(unit.steps)..unit.steps.min(first + GROUP_STEPS);
-            let codes = codes.add(group * 4 * TILE_BYTES).cast::<__m512i>();
-            if steps.len() < GROUP_STEPS {
-                codes.write_bytes(0, 4 * TILE_BYTES / 64);
-            }
-            let (factors, power) = aligned::<Vnni>(unit, base, 0, steps.clone());
-            _mm512_store_ps((*scales.add(group)).scale.as_mut_ptr(), power);
-            for ((at, step), factor) in steps.enumerate().zip(factors) {
-                let factor = _mm512_or_si512(factor, _mm512_slli_epi32::<16>(factor));
-                let bytes =
-                    U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), Vnni::splat(0));
-                for (four, &bytes) in bytes.iter().enumerate() {
-                    let even = _mm512_sub_epi16(_mm512_and_si512(bytes, low), zero);
-                    let odd = _mm512_sub_epi16(_mm512_srli_epi16::<8>(bytes), zero);
-                    let even = _mm512_mullo_epi16(even, factor);
-                    let odd = _mm512_mullo_epi16(odd, factor);
-                    // `low ? a : b`.
-                    let upper =
-                        _mm512_ternarylogic_epi32::<0xca>(low, _mm512_srli_epi16::<8>(even), odd);
-                    let lower =
-                        _mm512_ternarylogic_epi32::<0xca>(low, even, _mm512_slli_epi16::<8>(odd));
-                    let to = codes.add(at * 8 + four);
-                    _mm512_store_si512(to, upper);
-                    _mm512_store_si512(to.add(2 * TILE_BYTES / 64), lower);
-                }
+        let (factors, power) = aligned::<Vnni>(unit, base, 0);
+        _mm512_store_ps((*scales).scale.as_mut_ptr(), power);
+        for (step, factor) in (0..unit.steps).zip(factors) {
+            let factor = _mm512_or_si512(factor, _mm512_slli_epi32::<16>(factor));
+            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), Vnni::splat(0));
+            for (four, &bytes) in bytes.iter().enumerate() {
+                let even = _mm512_sub_epi16(_mm512_and_si512(bytes, low), zero);
+                let odd = _mm512_sub_epi16(_mm512_srli_epi16::<8>(bytes), zero);
+                let even = _mm512_mullo_epi16(even, factor);
+                let odd = _mm512_mullo_epi16(odd, factor);
+                // `low ? a : b`.
+                let upper =
+                    _mm512_ternarylogic_epi32::<0xca>(low, _mm512_srli_epi16::<8>(even), odd);
+                let lower =
+                    _mm512_ternarylogic_epi32::<0xca>(low, even, _mm512_slli_epi16::<8>(odd));
+                let to = codes.add(step * TILE_BYTES / 2).cast::<__m512i>().add(four);
+                _mm512_store_si512(to, upper);
+                _mm512_store_si512(to.add(4 * TILE_BYTES / 64), lower);
             }
         }
     }
