@@ -1,5 +1,6 @@
 //! Rows of activations as 8-bit integers with a scale for each unit.
 
+use super::layout::{Layout, Min};
 use super::{GROUP_STEPS, STEP, UNIT, UNIT_STEPS};
 use crate::dispatch::Level;
 use crate::memory::{Buffer, Category, Memory};
@@ -22,9 +23,9 @@ pub struct Activations {
     quants: Buffer,
     /// `[blocks, steps, height]` of [`StepScales`].
     scales: Buffer,
-    /// The quants once more, as tiles take them, from when they are first asked for: as `bf16`, as bytes. Where there are
-    /// tiles, and rows enough for them.
-    tiles: Option<[OnceLock<Buffer>; 2]>,
+    /// The quants once more, as tiles take them, from when they are first asked for: as `bf16`, as bytes, their sums. Where
+    /// there are tiles, and rows enough for them.
+    tiles: Option<[OnceLock<Buffer>; 3]>,
     memory: Memory,
 }
 
@@ -41,6 +42,8 @@ pub(super) const TILE: usize = 2 * BLOCK;
 #[derive(Clone, Copy)]
 pub(super) struct Tiles<'a> {
     rows: &'a [TileRow],
+    /// Sums of half steps, `[units, blocks, 16, 16]`, each of two `bf16`; empty where no minimum needs them.
+    sums: &'a [TileRow],
     blocks: usize,
     /// Tiles of a unit.
     unit: usize,
@@ -55,6 +58,13 @@ impl Tiles<'_> {
     pub fn tile(&self, unit: usize, block: usize, tile: usize) -> *const u8 {
         let row = ((unit * self.blocks + block) * self.unit + tile) * TILE;
         self.rows.as_ptr().wrapping_add(row).cast()
+    }
+
+    /// The sums of the 16 rows of a unit in a block.
+    #[inline(always)]
+    pub fn sums(&self, unit: usize, block: usize) -> *const u8 {
+        let row = (unit * self.blocks + block) * TILE;
+        self.sums.as_ptr().wrapping_add(row).cast()
     }
 }
 
@@ -184,6 +194,40 @@ impl Activations {
             tiles: tiles.then(Default::default),
             memory: memory.clone(),
         }
+    }
+
+    /// The sums of the quants as tiles take them.
+    fn tiled_sums(&self, pool: &Pool) -> Buffer {
+        let blocks = self.quants.bytes() / (self.block() * STEP);
+        let size = blocks * self.steps / UNIT_STEPS * BLOCK * size_of::<TileRow>();
+        let mut tiles = self.memory.alloc(size, Category::Workspace);
+        #[cfg(target_arch = "x86_64")]
+        {
+            let view = SharedMut::new(&mut tiles.block_mut()[..size]);
+            let tasks = Tasks::rows(blocks, self.steps * BLOCK);
+            pool.run(tasks.count(), |task, _| {
+                for block in tasks.part(task) {
+                    let scales = &self.scales()[block * self.block()..][..self.block()];
+                    for (unit, scales) in scales.chunks(UNIT_STEPS * BLOCK).enumerate() {
+                        let row = (unit * (blocks / 2) + block / 2) * TILE + block % 2 * BLOCK;
+                        for m in 0..BLOCK {
+                            let part =
+                                |half: usize| scales[half / 2 * BLOCK + m].sum(half % 2) as i32;
+                            // SAFETY: a task writes the rows of its own blocks, which are aligned.
+                            unsafe {
+                                let at = (row + m) * size_of::<TileRow>();
+                                let to = view.slice(at, size_of::<TileRow>()).as_mut_ptr();
+                                let sums = std::array::from_fn(part);
+                                super::amx::sum_row(&sums, &mut *to.cast());
+                            }
+                        }
+                    }
+                }
+            });
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = pool;
+        tiles
     }
 
     /// The quants as tiles take them.
@@ -340,15 +384,30 @@ impl Activations {
         height == 1 || rows.start.is_multiple_of(start) && height <= self.height
     }
 
-    /// All rows as tiles take them, if these are to be multiplied by tiles.
-    pub(super) fn tiles(&self, pool: &Pool, rows: &Range<usize>, bytes: bool) -> Option<Tiles<'_>> {
-        let [words, octets] = self.tiles.as_ref().filter(|_| rows.len() >= TILE_ROWS)?;
+    /// All rows as tiles take them for a layout, if these are to be multiplied by tiles.
+    pub(super) fn tiles(
+        &self,
+        pool: &Pool,
+        rows: &Range<usize>,
+        layout: &Layout,
+    ) -> Option<Tiles<'_>> {
+        let [words, octets, sums] = self.tiles.as_ref().filter(|_| rows.len() >= TILE_ROWS)?;
+        let bytes = layout.byte_tiles();
         let tiles = if bytes { octets } else { words };
-        let tiles = tiles.get_or_init(|| self.tiled(pool, bytes));
-        let (rows, _) = tiles.block()[..tiles.bytes()].as_chunks();
+        fn tile_rows(tiles: &Buffer) -> &[TileRow] {
+            tiles.block()[..tiles.bytes()].as_chunks().0
+        }
+        let tiles = tile_rows(tiles.get_or_init(|| self.tiled(pool, bytes)));
         let unit = if bytes { UNIT_STEPS / 2 } else { UNIT_STEPS };
-        let blocks = rows.len() / (self.steps / UNIT_STEPS * unit * TILE);
-        Some(Tiles { rows, blocks, unit })
+        Some(Tiles {
+            rows: tiles,
+            sums: match layout.min {
+                Min::Super => tile_rows(sums.get_or_init(|| self.tiled_sums(pool))),
+                _ => &[],
+            },
+            blocks: tiles.len() / (self.steps / UNIT_STEPS * unit * TILE),
+            unit,
+        })
     }
 
     /// The quants of all rows: step `s` of row `r` is at `cell(r, s) * 32`.

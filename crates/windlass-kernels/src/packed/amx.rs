@@ -7,12 +7,14 @@
 //! occupies one of the two.
 //!
 //! What a product of 16 rows, a panel and 32 columns takes: 16 cycles of the tiles, 16 stores, 16 multiplications with the
-//! weights' scales, and an eighth of as many loads, multiplications and stores for the scales of the activations. To
+//! weights' scales, and a quarter of as many loads, multiplications and stores for the scales of the activations. To
 //! have all of it side by side, the products of an [`Item`] begin while those of the one before are scaled ([`overlap`]):
 //! sums are stored two products after they were begun, and read two later.
 //!
 //! Where weights have a scale for 128 columns, tiles are of bytes: 128 columns are two products and one sum. Where scales are
-//! aligned, a code times its whole number is two bytes, each in a tile: 256 columns are eight products and two sums.
+//! whole numbers times one for 256 columns, a code times its whole number is two bytes, each in a tile: these columns are eight
+//! products and two sums. Their sub-minimums are multiplied with the sums of the quants: whole numbers too, of two digits,
+//! for which one product of `bf16` is enough.
 //!
 //! The operations on numbers and their order are those of the vector kernel, so every bit of the results is, too.
 
@@ -28,10 +30,10 @@ use self::overlap::{Item, load_rows, overlap};
 use self::unpack::unpack;
 use super::activations::{BLOCK, StepScales, TILE, Tiles};
 use super::kernel::body;
-use super::layout::{ALIGNED, Codes, Layout, Min};
+use super::layout::{ALIGNED, Codes, Layout, Min, WHOLE_16, WHOLE_32, sum_steps};
 use super::matrix::PackedMatrix;
 use super::planes::{Names, Planes, Unpack};
-use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, PANEL, STEP, UNIT, UNIT_STEPS};
 use crate::stream::prefetch;
 use crate::tiles::Config;
 
@@ -56,12 +58,12 @@ static ZEROS: Sums = Sums([[0.0; PANEL]; ROWS]);
 pub(super) struct Space {
     /// Codes as tiles take them: of 16 rows, two columns of `bf16` or four of bytes, 16 times.
     codes: [[u8; TILE_BYTES]; CODES],
+    /// Sub-minimums of 16 columns of panels, twice: times 256 and as they are.
+    mins: [[u8; TILE_BYTES]; CODES / UNIT_STEPS],
     /// Of the parts of all panels.
-    scales: [Scales; 4 * 2 * UNIT_STEPS],
-    /// Sums of the parts of half a unit.
-    ring: [Sums; 2 * GROUP_STEPS],
-    /// Sums of the first half of the units of panels.
-    carry: [Sums; CODES / UNIT_STEPS],
+    scales: [Scales; 4 * UNIT_STEPS],
+    /// Sums of the parts of an item.
+    ring: [Sums; GROUP_STEPS],
     /// Where the first item ends one that never was.
     nowhere: Sums,
 }
@@ -71,26 +73,24 @@ const fn bytes(span: usize) -> bool {
     span > STEP
 }
 
+/// Whether scales are whole numbers times one for a unit.
+const fn whole(span: usize) -> bool {
+    span >= UNIT
+}
+
 /// Tiles of a unit of a panel.
 const fn unit_tiles(span: usize) -> usize {
-    if bytes(span) && span != ALIGNED {
+    if bytes(span) && !whole(span) {
         UNIT_STEPS / 2
     } else {
         UNIT_STEPS
     }
 }
 
-/// Steps of an item, for which four tiles of rows are in registers.
-const fn item_steps(span: usize) -> usize {
-    if bytes(span) { UNIT_STEPS } else { GROUP_STEPS }
-}
-
 /// Parts of a unit.
 const fn unit_parts(span: usize) -> usize {
-    if span == ALIGNED {
+    if whole(span) {
         1
-    } else if bytes(span) {
-        UNIT_STEPS / GROUP_STEPS
     } else {
         UNIT_STEPS * STEP / span
     }
@@ -126,43 +126,30 @@ pub(super) struct Work<'a> {
     pub sums: *mut f32,
 }
 
-/// A function and the tiles it works with.
-pub(super) struct Kernel {
-    /// Must be entered before.
-    pub config: &'static Config,
-    /// # Safety
-    /// The CPU has AMX with `bf16` products and AVX-512 with VNNI; the tiles are configured; pointers are valid for the
-    /// panels and blocks of the layout, for the scratch memory (initialized) and for the result.
-    pub run: unsafe fn(&Work<'_>),
-}
+/// # Safety
+/// The CPU has AMX with `bf16` products and AVX-512 with VNNI; the tiles are configured ([`TILES`]); pointers are valid for the
+/// panels and blocks of the layout, for the scratch memory (initialized) and for the result.
+pub(super) type Kernel = unsafe fn(&Work<'_>);
 
 /// Tiles 0 and 1 are sums, 2 and 3 codes of a panel, 4 to 7 rows of activations.
-const fn config(columns: usize) -> Config {
-    let sums = (ROWS as u8, WIDE as u16);
-    let codes = (columns as u8 / 2, WIDE as u16);
-    let rows = (ROWS as u8, 2 * columns as u16);
-    Config::new([sums, sums, codes, codes, rows, rows, rows, rows])
-}
-static STEPS: Config = config(STEP);
-static HALF_STEPS: Config = config(STEP / 2);
+pub(super) static TILES: Config = Config::new([(ROWS as u8, WIDE as u16); 8]);
 
-impl Kernel {
-    /// The kernel for a layout.
-    pub fn choose(layout: &Layout) -> Kernel {
-        let span = layout.kind();
-        Kernel {
-            config: if span < STEP { &HALF_STEPS } else { &STEPS },
-            // Codes that count from zero may be too large for signed bytes.
-            run: match layout.min == Min::Without && layout.zero() > 0 {
-                true => body!(layout.codes, span, run, false),
-                false => body!(layout.codes, span, run, true),
-            },
-        }
+/// The kernel for a layout.
+pub(super) fn choose(layout: &Layout) -> Kernel {
+    let span = layout.kind();
+    // Codes that count from zero may be too large for signed bytes.
+    let min = match whole(span) {
+        true => layout.min == Min::Super,
+        false => layout.min != Min::Without || layout.zero() == 0,
+    };
+    match min {
+        true => body!(layout.codes, span, run, true),
+        false => body!(layout.codes, span, run, false),
     }
 }
 
 /// # Safety
-/// As [`Kernel::run`].
+/// As [`Kernel`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
     let units = work.matrix.units();
@@ -177,7 +164,7 @@ unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
                     let base = work.matrix.panel(panel).as_ptr().add(start);
                     unpack::<U, SPAN, MIN>(work, p, &unit, base);
                 }
-                let items = unit.steps.div_ceil(item_steps(SPAN));
+                let items = unit.steps.div_ceil(sum_steps(SPAN));
                 let ahead = match panels.end < work.panels.end {
                     true => (panels.end, start),
                     false => (work.panels.start, start + unit.bytes),
@@ -192,7 +179,7 @@ unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
 /// that are unpacked next, from a panel on and from a byte of each.
 ///
 /// # Safety
-/// As [`Kernel::run`].
+/// As [`Kernel`].
 #[inline(always)]
 unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     work: &Work<'_>,
@@ -205,12 +192,12 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
     unsafe {
         let space = work.space;
         let ring = (&raw mut (*space).ring).cast::<f32>();
-        let carry = (&raw mut (*space).carry).cast::<Sums>();
+        let mins = (&raw const (*space).mins).cast::<[u8; TILE_BYTES]>();
         let codes = (&raw const (*space).codes).cast::<u8>();
         let weights = (&raw const (*space).scales).cast::<Scales>();
         let unit = unit_tiles(SPAN);
         // Of an item.
-        let parts = unit_parts(SPAN) * item_steps(SPAN) / UNIT_STEPS;
+        let parts = unit_parts(SPAN) * sum_steps(SPAN) / UNIT_STEPS;
         let rows = |block: usize, tile: usize| work.tiles.tile(index, work.first + block, tile);
         let item = |block: usize, at: usize, p: usize| {
             let step = index * UNIT_STEPS + at * GROUP_STEPS;
@@ -222,29 +209,22 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
             let sums = work
                 .sums
                 .add((block * work.panels.len() + panel) * ROWS * PANEL);
-            let carry = carry.add(p % 4).cast::<f32>();
             let (after, first) = match at + 1 < items {
                 true => (block, 4 * (at + 1)),
                 false => (block + 1, 0),
             };
             Item {
                 ahead: rows(after, first + p % 4),
-                rows: rows(block, 4 * at),
                 codes: codes.add((p * unit + 4 * at) * TILE_BYTES),
                 weights: weights.add(p * unit_parts(SPAN) + at * parts),
                 scales: [scales(0), scales(1)],
-                part: if at == 0 {
-                    ZEROS.0.as_ptr().cast()
-                } else {
-                    carry
-                },
-                carry: (at + 1 < items).then_some(carry),
-                from: if index == 0 {
-                    ZEROS.0.as_ptr().cast()
-                } else {
-                    sums
+                from: match index + at {
+                    0 => ZEROS.0.as_ptr().cast(),
+                    _ => sums,
                 },
                 sums,
+                offsets: work.tiles.sums(index, work.first + block),
+                mins: mins.add(p),
             }
         };
         let mut last = Item {
@@ -260,9 +240,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 }
             }
             for at in 0..items {
-                if SPAN >= STEP {
-                    load_rows(rows(block, 4 * at));
-                }
+                load_rows(rows(block, 4 * at));
                 for p in 0..panels.len() {
                     let next = item(block, at, p);
                     overlap::<SPAN, MIN>(&next, &last, ring);
@@ -305,5 +283,13 @@ pub(super) unsafe fn tile_rows(quants: &[[i8; STEP]], to: &mut [[u16; STEP]; BLO
             _mm256_storeu_si256(to, numbers(_mm256_castsi256_si128(bytes)));
             _mm256_storeu_si256(to.add(1), numbers(_mm256_extracti128_si256::<1>(bytes)));
         }
+    }
+}
+
+/// The sums of half steps of a row: the two digits of each to the base of 256, as `bf16`.
+pub(super) fn sum_row(sums: &[i32; 2 * UNIT_STEPS], to: &mut [[u16; 2]; 2 * UNIT_STEPS]) {
+    let number = |whole: i32| ((whole as f32).to_bits() >> 16) as u16;
+    for (to, &sum) in to.iter_mut().zip(sums) {
+        *to = [number(sum >> 8), number(sum & 0xff)];
     }
 }

@@ -4,12 +4,16 @@
 
 mod sums;
 
-use self::sums::{add_products, begin, cell, multiply, scale, scale_whole};
+use self::sums::{
+    add_products, add_wide_products, begin, cell, multiply, scale, scale_whole, subtract_mins,
+};
 use super::activations::{BLOCK, BOTH, GROUP, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
-use super::layout::{ALIGNED, Codes, Layout, Min, Scale, Unit, Units};
+use super::layout::{
+    ALIGNED, Codes, Layout, Min, Scale, Unit, Units, WHOLE_16, WHOLE_32, sum_steps,
+};
 use super::planes::{Names, Planes, Unpack};
-use super::{GROUP_STEPS, PANEL, STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, PANEL, STEP, UNIT, UNIT_STEPS};
 use crate::dispatch::Level;
 use std::ops::Range;
 
@@ -120,7 +124,7 @@ pub(super) fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni")
 }
 
-/// Scale and minimum of the lanes for a part that begins in step `step`.
+/// Scale and minimum of the lanes for a part that begins in step `step`, of a layout without sub-scales.
 ///
 /// # Safety
 /// `base` is the unit's first byte; `lane` the first row.
@@ -131,35 +135,22 @@ pub(super) unsafe fn scales<L: Lanes>(
     base: *const u8,
     lane: usize,
     step: usize,
-    part: usize,
 ) -> (L::F, L::F) {
     // SAFETY: offsets are those of the layout.
     unsafe {
         let head = step >> unit.group_shift;
-        let sub = match part {
-            BOTH | GROUP => step,
-            half => 2 * step + half,
-        };
         let halves = |at: usize| L::halves(base.add(at + 2 * (head * PANEL + lane)));
         let scale = match layout.scale {
-            Scale::Half { .. } => halves(0),
             Scale::Exponent => L::exponents(base.add(head * PANEL + lane)),
-            Scale::Super { .. } => L::mul(
-                halves(0),
-                L::signed(base.add(unit.sub_scales + sub * PANEL + lane)),
-            ),
+            _ => halves(0),
         };
         let none = L::zero();
         let min = match layout.min {
-            Min::Without => none,
+            Min::Without | Min::Super => none,
             Min::Half => halves(unit.mins),
             Min::Zero => {
                 let code = L::unsigned(base.add(unit.mins + head * PANEL + lane));
                 L::fnma(scale, code, none)
-            }
-            Min::Super => {
-                let sub = L::unsigned(base.add(unit.sub_mins + sub * PANEL + lane));
-                L::fnma(halves(unit.mins), sub, none)
             }
         };
         (scale, min)
@@ -217,18 +208,22 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                     true => start + unit.bytes,
                     false => work.ahead,
                 };
-                for p in 0..P {
-                    let panel = *work.panels.get_unchecked(p);
-                    // Few rows wait for memory, many find the panel in a cache.
-                    let ahead = (P > 1 && lane == 0).then(|| panel.wrapping_add(next));
-                    let at = index * UNIT_STEPS;
-                    let base = (panel.add(start), ahead);
-                    let sums = sum::<L, U, SPAN, M>(work, &unit, base, (table, lane), at);
-                    let a = work.scales.add(at * work.height);
-                    for (m, sum) in sums.iter().enumerate() {
-                        let out = work.out.add((p * M + m) * PANEL + lane);
-                        let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
-                        L::store(L::fma(*sum, scale, L::load(out)), out);
+                for first in (0..unit.steps).step_by(sum_steps(SPAN)) {
+                    let steps = first..unit.steps.min(first + sum_steps(SPAN));
+                    for p in 0..P {
+                        let panel = *work.panels.get_unchecked(p);
+                        // Few rows wait for memory, many find the panel in a cache.
+                        let ahead = (P > 1 && lane == 0).then(|| panel.wrapping_add(next));
+                        let (base, at) = ((panel.add(start), ahead), index * UNIT_STEPS);
+                        let vectors = (table, lane);
+                        let sums =
+                            sum::<L, U, SPAN, M>(work, &unit, base, vectors, at, steps.clone());
+                        let a = work.scales.add((at + first) * work.height);
+                        for (m, sum) in sums.iter().enumerate() {
+                            let out = work.out.add((p * M + m) * PANEL + lane);
+                            let scale = L::broadcast(&(*a.add(cell(work, m))).scale);
+                            L::store(L::fma(*sum, scale, L::load(out)), out);
+                        }
                     }
                 }
             }
@@ -236,7 +231,7 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
     }
 }
 
-/// The sums of a unit, which begins at step `at`; they lack the scale of the activations.
+/// The sums of some steps of a unit, which begins at step `at`; they lack the scale of the activations.
 ///
 /// # Safety
 /// As [`Kernel::run`]; `base` is the unit's first byte. What it is asked `ahead` for need not exist.
@@ -247,6 +242,7 @@ unsafe fn sum<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
     (base, ahead): (*const u8, Option<*const u8>),
     (table, lane): (L::I, usize),
     at: usize,
+    steps: Range<usize>,
 ) -> [L::F; M] {
     // SAFETY: the features are the caller's promise.
     let (mut sums, mut whole) = unsafe { ([L::zero(); M], [L::splat(0); M]) };
@@ -264,18 +260,24 @@ unsafe fn sum<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
     }
     macro_rules! add {
         ($part:expr, $step:expr, $products:expr) => {{
-            let weights = scales::<L>(work.layout, unit, base, lane, $step, $part);
+            let weights = scales::<L>(work.layout, unit, base, lane, $step);
             scale::<L, $part, M>(work, at + $step, &$products, weights, &mut sums);
+        }};
+    }
+    macro_rules! add_whole {
+        ($sub:expr, $products:expr) => {{
+            let factor = L::signed(base.add(unit.sub_scales + $sub * PANEL + lane));
+            add_wide_products::<L, M>(&$products, factor, &mut whole);
         }};
     }
     // SAFETY: as the caller promised.
     unsafe {
         let (factors, power) = match SPAN {
             ALIGNED => aligned::<L>(unit, base, lane),
-            _ => ([L::splat(0); UNIT_STEPS], L::zero()),
+            _ => ([L::splat(0); UNIT_STEPS], L::halves(base.add(2 * lane))),
         };
-        for first in (0..unit.steps).step_by(GROUP_STEPS) {
-            let steps = first..unit.steps.min(first + GROUP_STEPS);
+        for first in steps.clone().step_by(GROUP_STEPS) {
+            let steps = first..steps.end.min(first + GROUP_STEPS);
             if let Some(ahead) = ahead {
                 let part = unit.bytes / unit.steps;
                 prefetch(ahead.wrapping_add(first * part), steps.len() * part);
@@ -290,19 +292,25 @@ unsafe fn sum<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
             }
             for step in steps {
                 let codes = codes!(step);
-                if SPAN == ALIGNED {
-                    let factor = *factors.get_unchecked(step);
-                    add_products::<L, M>(&products!(BOTH, step, &codes), factor, &mut whole);
-                } else if SPAN == STEP {
-                    add!(BOTH, step, products!(BOTH, step, &codes));
-                } else {
-                    add!(0, step, products!(0, step, &codes));
-                    add!(1, step, products!(1, step, &codes));
+                match SPAN {
+                    ALIGNED => {
+                        let factor = *factors.get_unchecked(step);
+                        add_products::<L, M>(&products!(BOTH, step, &codes), factor, &mut whole);
+                    }
+                    WHOLE_32 => add_whole!(step, products!(BOTH, step, &codes)),
+                    WHOLE_16 => {
+                        add_whole!(2 * step, products!(0, step, &codes));
+                        add_whole!(2 * step + 1, products!(1, step, &codes));
+                    }
+                    _ => add!(BOTH, step, products!(BOTH, step, &codes)),
                 }
             }
         }
-        if SPAN == ALIGNED {
+        if SPAN >= UNIT {
             scale_whole::<L, M>(&whole, power, &mut sums);
+        }
+        if SPAN > UNIT && work.layout.min != Min::Without {
+            subtract_mins::<L, SPAN, M>(work, unit, (base, lane), at, &mut sums);
         }
         sums
     }
@@ -322,18 +330,21 @@ fn prefetch(from: *const u8, bytes: usize) {
 macro_rules! body {
     ($codes:expr, $span:expr, $run:ident $(, $more:tt)*) => {
         match ($codes, $span) {
-            (Codes::U2, 16) => $run::<Planes<2, 0>, 16 $(, $more)*>,
+            (Codes::U2, WHOLE_16) => $run::<Planes<2, 0>, WHOLE_16 $(, $more)*>,
             (Codes::U2, 32) => $run::<Planes<2, 0>, 32 $(, $more)*>,
             (Codes::U2, _) => $run::<Planes<2, 0>, 128 $(, $more)*>,
-            (Codes::U3, 16) => $run::<Planes<2, 1>, 16 $(, $more)*>,
+            (Codes::U3, WHOLE_16) => $run::<Planes<2, 1>, WHOLE_16 $(, $more)*>,
             (Codes::U3, 32) => $run::<Planes<2, 1>, 32 $(, $more)*>,
             (Codes::U3, _) => $run::<Planes<2, 1>, 128 $(, $more)*>,
             (Codes::U4, 32) => $run::<Planes<4, 0>, 32 $(, $more)*>,
             (Codes::U4, 128) => $run::<Planes<4, 0>, 128 $(, $more)*>,
             (Codes::U4, ALIGNED) => $run::<Planes<4, 0>, ALIGNED $(, $more)*>,
+            (Codes::U4, WHOLE_32) => $run::<Planes<4, 0>, WHOLE_32 $(, $more)*>,
+            (Codes::U5, WHOLE_32) => $run::<Planes<4, 1>, WHOLE_32 $(, $more)*>,
+            (Codes::Table(_), WHOLE_32) => $run::<Names, WHOLE_32 $(, $more)*>,
             (Codes::U5, 32) => $run::<Planes<4, 1>, 32 $(, $more)*>,
             (Codes::U5, 128) => $run::<Planes<4, 1>, 128 $(, $more)*>,
-            (Codes::U6, 16) => $run::<Planes<4, 2>, 16 $(, $more)*>,
+            (Codes::U6, _) => $run::<Planes<4, 2>, WHOLE_16 $(, $more)*>,
             (Codes::U8, 32) => $run::<Planes<8, 0>, 32 $(, $more)*>,
             (Codes::U8, 128) => $run::<Planes<8, 0>, 128 $(, $more)*>,
             (Codes::Table(_), 32) => $run::<Names, 32 $(, $more)*>,

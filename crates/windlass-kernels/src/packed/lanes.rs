@@ -39,6 +39,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn dot_wide(sum: Self::I, codes: Self::I, activations: *const i8) -> Self::I;
     /// Adds `a b`, the lower halves of which are integers of 16 bits; the upper ones of `b` are zero.
     unsafe fn add_product(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    /// Adds `a b`.
+    unsafe fn add_wide_product(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// Integers as numbers.
     unsafe fn number(v: Self::I) -> Self::F;
     /// The lower 16 bits of the nearest integers.
@@ -55,8 +57,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self::F;
     /// Reads `N` numbers in 16 bits.
     unsafe fn halves(from: *const u8) -> Self::F;
-    /// Reads `N` signed bytes as numbers.
-    unsafe fn signed(from: *const u8) -> Self::F;
+    /// Reads `N` signed bytes.
+    unsafe fn signed(from: *const u8) -> Self::I;
     /// Reads `N` unsigned bytes as numbers.
     unsafe fn unsigned(from: *const u8) -> Self::F;
     /// Reads `N` exponents: `2^(e - 128)`, zero below the normal numbers.
@@ -143,6 +145,10 @@ impl Lanes for Avx2 {
         unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
     }
     #[inline(always)]
+    unsafe fn add_wide_product(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sum, _mm256_mullo_epi32(a, b)) }
+    }
+    #[inline(always)]
     unsafe fn nearest(v: __m256) -> __m256i {
         unsafe { _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_set1_epi32(0xffff)) }
     }
@@ -189,8 +195,8 @@ impl Lanes for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn signed(from: *const u8) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    unsafe fn signed(from: *const u8) -> __m256i {
+        unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())) }
     }
     #[inline(always)]
     unsafe fn unsigned(from: *const u8) -> __m256 {
@@ -282,6 +288,10 @@ impl Lanes for Vnni {
         unsafe { _mm512_dpwssd_epi32(sum, a, b) }
     }
     #[inline(always)]
+    unsafe fn add_wide_product(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b)) }
+    }
+    #[inline(always)]
     unsafe fn nearest(v: __m512) -> __m512i {
         unsafe { _mm512_and_si512(_mm512_cvtps_epi32(v), _mm512_set1_epi32(0xffff)) }
     }
@@ -328,8 +338,8 @@ impl Lanes for Vnni {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn signed(from: *const u8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    unsafe fn signed(from: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
     unsafe fn unsigned(from: *const u8) -> __m512 {

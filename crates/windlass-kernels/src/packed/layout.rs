@@ -79,8 +79,21 @@ pub enum Min {
 /// are told apart.
 pub const LAYOUT_VERSION: u32 = 1;
 
-/// In the place of the columns of a sum: those of a group, in which a step's sum is multiplied by a whole number.
-pub(super) const ALIGNED: usize = usize::MAX;
+/// In the place of the columns of a sum: a unit, in which the sum of a step is multiplied by a whole number that its scale
+/// [becomes](super::reference::align).
+pub(super) const ALIGNED: usize = UNIT;
+/// The same, where sums of 32 columns have whole numbers of their own.
+pub(super) const WHOLE_32: usize = UNIT + 32;
+/// The same of 16 columns.
+pub(super) const WHOLE_16: usize = UNIT + 16;
+
+/// Steps after which a sum is multiplied by the scale of the activations: a group where its parts are steps, else a unit.
+pub(super) const fn sum_steps(kind: usize) -> usize {
+    match kind {
+        STEP => GROUP_STEPS,
+        _ => UNIT_STEPS,
+    }
+}
 
 /// How a matrix is stored: `w = scale * (code - offset) + min`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -151,7 +164,7 @@ impl Layout {
         }
     }
 
-    /// Whether the scales of a group of steps are whole numbers times a power of two, so that integers are summed over all of
+    /// Whether the scales of a unit are taken as whole numbers times a power of two, so that integers are summed over all of
     /// it: 4 bits with scales for fewer columns, where no sum of a step leaves 16 bits.
     pub(super) const fn aligned(&self) -> bool {
         let four = matches!(self.codes, Codes::U4) && self.offset == 8;
@@ -159,9 +172,14 @@ impl Layout {
         four && fine && matches!(self.min, Min::Without)
     }
 
-    /// What kernels are made for: [`ALIGNED`] or the columns of a sum.
+    /// What kernels are made for: [`ALIGNED`], [`WHOLE_32`], [`WHOLE_16`] or the columns of a sum.
     pub(super) const fn kind(&self) -> usize {
-        if self.aligned() { ALIGNED } else { self.span() }
+        match self.scale {
+            Scale::Super { sub: 16 } => WHOLE_16,
+            Scale::Super { .. } => WHOLE_32,
+            _ if self.aligned() => ALIGNED,
+            _ => self.span(),
+        }
     }
 
     /// Whether tiles of bytes multiply it, which are two steps deep.
@@ -210,6 +228,13 @@ impl Layout {
             Scale::Super { sub: 16 } if !matches!(codes, Codes::U2 | Codes::U3 | Codes::U6) => {
                 Some(format!(
                     "{codes:?} have no kernel for a scale of 16 columns"
+                ))
+            }
+            Scale::Super { sub: 32 }
+                if !matches!(codes, Codes::U4 | Codes::U5 | Codes::Table(_)) =>
+            {
+                Some(format!(
+                    "{codes:?} have no kernel for a sub-scale of 32 columns"
                 ))
             }
             Scale::Half { group } if ![32, 64, 128, 256].contains(&group) => Some(format!(

@@ -137,7 +137,7 @@ impl PackedMatrix {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
         &self.bytes()[panel * self.units.bytes()..][..self.units.bytes()]
     }

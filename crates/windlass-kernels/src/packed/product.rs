@@ -148,7 +148,7 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             x.rows()
         );
         let (n, k) = (product.matrix.rows(), product.matrix.cols());
-        let tiles = x.tiles(pool, &rows, product.matrix.layout().byte_tiles());
+        let tiles = x.tiles(pool, &rows, product.matrix.layout());
         let cut = match tiles {
             Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
             None => VECTORS,
@@ -298,9 +298,9 @@ fn run_amx<E: Element>(
     panels: Range<usize>,
     rows: Range<usize>,
 ) {
-    use super::amx::{Kernel, ROWS, Space, Work};
+    use super::amx::{ROWS, Space, TILES, Work};
     let (matrix, finish) = (job.matrix, finisher::<E>(level));
-    let kernel = Kernel::choose(matrix.layout());
+    let kernel = super::amx::choose(matrix.layout());
     let blocks = rows.len().div_ceil(ROWS);
     let len = blocks * panels.len() * ROWS * PANEL;
     let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, len);
@@ -318,8 +318,8 @@ fn run_amx<E: Element>(
     // SAFETY: `uses_tiles` saw the features; panels and rows are as long as the layout says (activations are padded to whole
     // units and tiles), `space` and `sums` have the sizes that the kernel asks for.
     unsafe {
-        kernel.config.enter();
-        (kernel.run)(&work);
+        TILES.enter();
+        kernel(&work);
         crate::tiles::leave();
         let sums = sums.as_chunks::<PANEL>().0.chunks(panels.len() * ROWS);
         for (sums, first) in sums.zip(rows.clone().step_by(ROWS)) {

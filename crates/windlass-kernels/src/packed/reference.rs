@@ -1,70 +1,104 @@
 //! The specification of a packed product, in plain code.
 
-use super::activations::{Activations, BOTH, GROUP};
-use super::layout::{Codes, Layout, Min, Scale};
+use super::activations::{Activations, GROUP};
+use super::layout::{Codes, Layout, Min, Scale, sum_steps};
 use super::matrix::PackedMatrix;
 use super::unit::{RowUnit, exponent};
-use super::{GROUP_STEPS, STEP, UNIT_STEPS};
+use super::{GROUP_STEPS, STEP, UNIT, UNIT_STEPS};
 use half::f16;
+use std::ops::Range;
 
 /// One element of a product: row `n` of the matrix times row `row` of activations.
 ///
-/// Of an aligned layout: the scales of the steps of a unit become [whole numbers times a power of two](align); the integer
-/// sum of each step is multiplied by its whole number, the sum of these by the power of two. Of another layout:
-/// for each part of a unit in order (16 columns, 32 or 128, as the scales of the weights allow): the integer sum of
-/// codes, less the layout's zero, times activations is multiplied by the scale of the weights and added to the sum of its
-/// unit, rounded once; then the minimum times the sum of the activations. For each unit in order: its sum is multiplied by
-/// the scale of the activations and added, rounded once.
+/// For each sum in order: it is multiplied by the scale of the activations and added, rounded once. Where scales are whole
+/// numbers times one for a unit (sub-scales, or what [`align`] makes of the scales of an aligned layout) it is one of a unit:
+/// the integer sum of codes, less the layout's zero, times whole numbers times activations, times that scale; less the
+/// unit's minimum times the integer sum of sub-minimums times activations, rounded once. Of another layout it is one of
+/// [`sum_steps`]: for each part in order (32 columns or 128, as the scales of the weights allow) the integer sum of codes,
+/// less the zero, times activations is multiplied by the scale of the weights and added, rounded once; then the minimum
+/// times the sum of the activations.
 pub(super) fn dot(matrix: &PackedMatrix, n: usize, x: &Activations, row: usize) -> f32 {
     let layout = matrix.layout();
     let mut unit = RowUnit::ZERO;
-    let (mut total, mut sum, mut products) = (0f32, 0f32, 0i32);
-    let (mut factors, mut power, mut whole) = ([0; UNIT_STEPS], 0f32, 0i32);
-    for step in 0..matrix.steps() {
-        if step % UNIT_STEPS == 0 {
-            matrix.row_unit(n, step / UNIT_STEPS, &mut unit);
-        }
+    let mut total = 0f32;
+    for first in (0..matrix.steps()).step_by(sum_steps(layout.kind())) {
+        matrix.row_unit(n, first / UNIT_STEPS, &mut unit);
+        let steps = first..matrix.steps().min(first + sum_steps(layout.kind()));
+        let sum = match layout.kind() {
+            UNIT.. => whole_sum(layout, &unit, x, row, steps),
+            _ => sum(layout, &unit, x, row, steps),
+        };
+        total = sum.mul_add(x.step(row, first).1.scale, total);
+    }
+    total
+}
+
+/// The products of some columns of a step.
+fn products(layout: &Layout, codes: &[u8], quants: &[i8]) -> i32 {
+    let products = codes.iter().zip(quants);
+    products
+        .map(|(&code, &quant)| value(layout, code) * i32::from(quant))
+        .sum()
+}
+
+/// The sum of parts.
+fn sum(layout: &Layout, unit: &RowUnit, x: &Activations, row: usize, steps: Range<usize>) -> f32 {
+    let (mut sum, mut whole) = (0f32, 0i32);
+    for step in steps {
         let at = step % UNIT_STEPS;
         let (quants, a) = x.step(row, step);
+        whole += products(layout, &unit.codes[at * STEP..], quants);
         for part in layout.parts() {
-            let columns = match part {
-                BOTH | GROUP => 0..STEP,
-                half => half * 16..half * 16 + 16,
-            };
-            for k in columns.clone() {
-                products += value(layout, unit.codes[at * STEP + k]) * i32::from(quants[k]);
-            }
             if part == GROUP && (step + 1) % GROUP_STEPS != 0 {
                 continue;
             }
-            if layout.aligned() {
-                if at == 0 {
-                    let mut some = [0f32; UNIT_STEPS];
-                    let steps = UNIT_STEPS.min(matrix.steps() - step);
-                    for (at, scale) in some[..steps].iter_mut().enumerate() {
-                        *scale = scales(layout, &unit, at * STEP).0;
-                    }
-                    (factors, power) = align(some);
-                    whole = 0;
-                }
-                whole += factors[at] * products;
-                sum = whole as f32 * power;
-                products = 0;
-                continue;
-            }
-            let (scale, min) = scales(layout, &unit, at * STEP + columns.start);
-            sum = (products as f32).mul_add(scale, sum);
+            let (scale, min) = scales(layout, unit, at * STEP);
+            sum = (whole as f32).mul_add(scale, sum);
             if let Some(min) = min {
                 sum = min.mul_add(a.sum(part), sum);
             }
-            products = 0;
-        }
-        if at + 1 == UNIT_STEPS || step + 1 == matrix.steps() {
-            total = sum.mul_add(a.scale, total);
-            sum = 0.0;
+            whole = 0;
         }
     }
-    total
+    sum
+}
+
+/// The sum of a unit whose scales are whole numbers times one.
+fn whole_sum(
+    layout: &Layout,
+    unit: &RowUnit,
+    x: &Activations,
+    row: usize,
+    steps: Range<usize>,
+) -> f32 {
+    let half = |bits| f16::from_bits(bits).to_f32();
+    let columns = layout.sub().min(STEP);
+    let (factors, scale) = if layout.aligned() {
+        let some = (0..steps.len()).map(|at| scales(layout, unit, at * STEP).0);
+        let mut all = [0f32; UNIT_STEPS];
+        all.iter_mut().zip(some).for_each(|(to, scale)| *to = scale);
+        let (factors, power) = align(all);
+        (factors.to_vec(), power)
+    } else {
+        let factors = unit.sub_scales.map(i32::from);
+        (factors.to_vec(), half(unit.scales[0]))
+    };
+    let (mut whole, mut offset) = (0i32, 0i32);
+    for (at, step) in steps.enumerate() {
+        let (quants, _) = x.step(row, step);
+        let codes = unit.codes[at * STEP..][..STEP].chunks(columns);
+        for (part, (codes, quants)) in codes.zip(quants.chunks(columns)).enumerate() {
+            let sub = at * STEP / columns + part;
+            whole += factors[sub] * products(layout, codes, quants);
+            let quants: i32 = quants.iter().map(|&quant| i32::from(quant)).sum();
+            offset += i32::from(unit.sub_mins[sub]) * quants;
+        }
+    }
+    let sum = whole as f32 * scale;
+    match layout.min {
+        Min::Super => (-half(unit.mins[0])).mul_add(offset as f32, sum),
+        _ => sum,
+    }
 }
 
 /// Scales as whole numbers below 2^12 times the same power of two. An `f16` has eleven bits: the largest scale and those of half
@@ -94,20 +128,18 @@ fn value(layout: &Layout, code: u8) -> i32 {
     }
 }
 
-/// Scale, and minimum where there is one, at column `k` of a unit.
+/// Scale, and minimum where there is one, at column `k` of a unit without sub-scales.
 fn scales(layout: &Layout, unit: &RowUnit, k: usize) -> (f32, Option<f32>) {
     let half = |bits| f16::from_bits(bits).to_f32();
-    let (head, sub) = (k / layout.block(), k / layout.sub());
+    let head = k / layout.block();
     let scale = match layout.scale {
-        Scale::Half { .. } => half(unit.scales[head]),
         Scale::Exponent => exponent(unit.scales[head] as u8),
-        Scale::Super { .. } => half(unit.scales[head]) * f32::from(unit.sub_scales[sub]),
+        _ => half(unit.scales[head]),
     };
     let min = match layout.min {
-        Min::Without => None,
+        Min::Without | Min::Super => None,
         Min::Half => Some(half(unit.mins[head])),
         Min::Zero => Some(-scale * f32::from(unit.mins[head])),
-        Min::Super => Some(-half(unit.mins[head]) * f32::from(unit.sub_mins[sub])),
     };
     (scale, min)
 }

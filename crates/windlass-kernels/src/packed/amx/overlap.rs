@@ -5,16 +5,13 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::activations::{BLOCK, BOTH, GROUP, StepScales};
-use super::super::layout::ALIGNED;
-use super::super::{GROUP_STEPS, PANEL, STEP};
-use super::{ROWS, Scales, TILE_BYTES, WIDE, bytes};
+use super::super::{GROUP_STEPS, PANEL};
+use super::{ROWS, Scales, TILE_BYTES, WIDE, bytes, whole};
 use crate::stream::prefetch;
 
-/// What four tiles of a panel and four of a block of rows make: half a unit or, of bytes, all of it.
+/// What is summed before the scale of the activations counts: half a unit or, of bytes, all of it, so four tiles of rows.
 #[derive(Clone, Copy)]
 pub(super) struct Item {
-    /// Quants of the rows.
-    pub rows: *const u8,
     /// Codes.
     pub codes: *const u8,
     /// Scales of the first part.
@@ -23,14 +20,13 @@ pub(super) struct Item {
     pub ahead: *const u8,
     /// Scales of the first step of the first eight rows and of the others.
     pub scales: [*const StepScales; 2],
-    /// The sums of the unit's parts so far, which lack the scale of the activations.
-    pub part: *const f32,
-    /// Where they go, unless this ends the unit.
-    pub carry: Option<*mut f32>,
-    /// The sums of all units so far.
+    /// The sums of all items before.
     pub from: *const f32,
     /// Where they go.
     pub sums: *mut f32,
+    /// Sums of quants, and the sub-minimums they are multiplied with.
+    pub offsets: *const u8,
+    pub mins: *const [u8; TILE_BYTES],
 }
 
 impl Item {
@@ -76,7 +72,7 @@ macro_rules! rows {
     ($do:ident $with:tt $($m:literal)*) => {$( $do!($m $with); )*};
 }
 
-/// Adds the sums of a row's unit, times the scale of the activations, to those of all units.
+/// Adds the sums of a row, times the scale of the activations, to those before.
 macro_rules! add {
     ($m:literal ($sums:ident $item:ident)) => {
         let scale = _mm512_set1_ps((*$item.quants($m, 0)).scale);
@@ -91,7 +87,7 @@ macro_rules! add {
 /// Begins the products of an item while those of the one before are scaled and added to its sums.
 ///
 /// # Safety
-/// As [`super::Kernel::run`]; `before` was begun by the last call with this ring, or its sums are not used.
+/// As [`super::Kernel`]; `before` was begun by the last call with this ring, or its sums are not used.
 #[inline(always)]
 pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
     next: &Item,
@@ -100,12 +96,12 @@ pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
 ) {
     // SAFETY: as the caller promised.
     unsafe {
-        if SPAN == ALIGNED {
-            overlap_aligned(next, before, ring);
+        if whole(SPAN) {
+            overlap_whole::<MIN>(next, before, ring);
         } else if bytes(SPAN) {
             overlap_groups::<MIN>(next, before, ring);
         } else {
-            overlap_parts::<SPAN, MIN>(next, before, ring);
+            overlap_parts::<MIN>(next, before, ring);
         }
     }
 }
@@ -115,71 +111,39 @@ pub(super) unsafe fn overlap<const SPAN: usize, const MIN: bool>(
 /// # Safety
 /// As [`overlap`].
 #[inline(always)]
-unsafe fn overlap_parts<const SPAN: usize, const MIN: bool>(
-    next: &Item,
-    before: &Item,
-    ring: *mut f32,
-) {
+unsafe fn overlap_parts<const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
     // SAFETY: as the caller promised; the sums of a part lie in the ring at its place.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); ROWS];
-        macro_rules! load {
-            ($m:literal ()) => {
-                sums[$m] = _mm512_load_ps(before.part.add($m * PANEL))
-            };
-        }
-        macro_rules! save {
-            ($m:literal ($to:ident)) => {
-                _mm512_store_ps($to.add($m * PANEL), sums[$m])
-            };
-        }
         macro_rules! scaled {
             ($m:literal ($from:ident $scale:ident)) => {
                 sums[$m] = _mm512_fmadd_ps(_mm512_load_ps($from.add($m * PANEL)), $scale, sums[$m])
             };
         }
         macro_rules! offset {
-            ($m:literal ($step:ident $part:ident $min:ident)) => {
-                let of = _mm512_set1_ps((*before.quants($m, $step)).sum($part));
+            ($m:literal ($part:ident $min:ident)) => {
+                let of = _mm512_set1_ps((*before.quants($m, $part)).sum(BOTH));
                 sums[$m] = _mm512_fmadd_ps($min, of, sums[$m])
             };
         }
-        macro_rules! part {
-            ($part:literal of $parts:literal) => {{
+        macro_rules! parts {
+            ($($part:literal)*) => {$({
                 // What was begun two parts ago is done.
-                store::<{ $part % 2 }>(ring.add(($part + $parts - 2) % $parts * ROWS * PANEL));
-                begin::<SPAN, $part>(next);
-                next.prefetch($part * ROWS / $parts..($part + 1) * ROWS / $parts);
-                let (step, part) = match $parts {
-                    8 => ($part / 2, $part % 2),
-                    _ => ($part, BOTH),
-                };
-                let from = ring.add($part * ROWS * PANEL);
+                store::<{ $part % 2 }>(ring.add(($part + 2) % GROUP_STEPS * ROWS * PANEL));
+                begin::<$part>(next);
+                next.prefetch($part * ROWS / GROUP_STEPS..($part + 1) * ROWS / GROUP_STEPS);
+                let (from, part) = (ring.add($part * ROWS * PANEL), $part);
                 let weights = before.weights.add($part).cast::<f32>();
                 let scale = _mm512_load_ps(weights);
                 rows!(scaled(from scale));
                 if MIN {
                     let min = _mm512_load_ps(weights.add(PANEL));
-                    rows!(offset(step part min));
+                    rows!(offset(part min));
                 }
-            }};
+            })*};
         }
-        macro_rules! parts {
-            ($parts:literal: $($part:literal)*) => {{$( part!($part of $parts); )*}};
-        }
-        rows!(load());
-        match SPAN < STEP {
-            true => parts!(8: 0 1 2 3 4 5 6 7),
-            false => parts!(4: 0 1 2 3),
-        }
-        match before.carry {
-            Some(to) => {
-                rows!(save(to));
-            }
-            None => {
-                rows!(add(sums before));
-            }
-        }
+        parts!(0 1 2 3);
+        rows!(add(sums before));
     }
 }
 
@@ -221,22 +185,27 @@ unsafe fn overlap_groups<const MIN: bool>(next: &Item, before: &Item, ring: *mut
     }
 }
 
-/// [`overlap`] for a unit that is one part, of which the ring has the sums of upper bytes and those of lower ones.
+/// [`overlap`] for a unit that is one part, of which the ring has the sums of upper bytes, those of lower ones and what
+/// sub-minimums make.
 ///
 /// # Safety
 /// As [`overlap`].
 #[inline(always)]
-unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
+unsafe fn overlap_whole<const MIN: bool>(next: &Item, before: &Item, ring: *mut f32) {
     // SAFETY: as the caller promised.
     unsafe {
-        let (upper, lower) = (ring, ring.add(ROWS * PANEL));
+        let [upper, lower, offsets] = [0, 1, 2].map(|at| ring.add(at * ROWS * PANEL));
         let mut sums = [_mm512_setzero_ps(); ROWS];
         macro_rules! scaled {
-            ($m:literal ($power:ident)) => {
+            ($m:literal ($scale:ident $min:ident)) => {
                 let upper = _mm512_load_si512(upper.add($m * PANEL).cast());
                 let lower = _mm512_load_si512(lower.add($m * PANEL).cast());
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                sums[$m] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), $power);
+                sums[$m] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), $scale);
+                if MIN {
+                    let offset = _mm512_load_ps(offsets.add($m * PANEL));
+                    sums[$m] = _mm512_fnmadd_ps($min, offset, sums[$m]);
+                }
                 add!($m (sums before));
             };
         }
@@ -245,46 +214,45 @@ unsafe fn overlap_aligned(next: &Item, before: &Item, ring: *mut f32) {
         begin_bytes::<false, 1, 2, 0>(next);
         store::<1>(lower);
         next.prefetch(0..ROWS);
-        let power = _mm512_load_ps(before.weights.cast());
-        rows!(scaled(power));
+        let weights = before.weights.cast::<f32>();
+        let (scale, min) = (_mm512_load_ps(weights), _mm512_load_ps(weights.add(PANEL)));
+        rows!(scaled(scale min));
         clear::<1>();
         begin_bytes::<true, 0, 4, 1>(next);
         begin_bytes::<true, 1, 6, 1>(next);
         store::<0>(upper);
+        if MIN {
+            asm!(
+                "tileloadd tmm2, [{offsets} + {wide}*1]",
+                "tileloadd tmm3, [{mins} + {wide}*1]",
+                "tilezero tmm0",
+                "tdpbf16ps tmm0, tmm2, tmm3",
+                offsets = in(reg) next.offsets, mins = in(reg) next.mins, wide = in(reg) WIDE,
+                out("tmm0") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, preserves_flags, readonly)
+            );
+            store::<0>(offsets);
+        }
     }
 }
 
 /// Begins the product of a part, in one of two tiles in turn.
 ///
 /// # Safety
-/// As [`super::Kernel::run`]; the rows of whole steps are loaded.
+/// As [`super::Kernel`]; the rows are loaded.
 #[inline(always)]
-unsafe fn begin<const SPAN: usize, const PART: usize>(item: &Item) {
+unsafe fn begin<const PART: usize>(item: &Item) {
     // SAFETY: as the caller promised.
     unsafe {
-        if SPAN < STEP {
-            asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tileloadd tmm{a}, [{rows} + {wide}*1]",
-                "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * TILE_BYTES / 2),
-                rows = in(reg) item.rows.add(PART / 2 * TILE_BYTES + PART % 2 * WIDE / 2), wide = in(reg) WIDE,
-                a = const 4 + PART % 2, b = const 2 + PART % 2, c = const PART % 2,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
-                options(nostack, preserves_flags, readonly)
-            );
-        } else {
-            asm!(
-                "tileloadd tmm{b}, [{codes} + {wide}*1]",
-                "tilezero tmm{c}",
-                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
-                codes = in(reg) item.codes.add(PART * TILE_BYTES), wide = in(reg) WIDE,
-                a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                options(nostack, preserves_flags, readonly)
-            );
-        }
+        asm!(
+            "tileloadd tmm{b}, [{codes} + {wide}*1]",
+            "tilezero tmm{c}",
+            "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+            codes = in(reg) item.codes.add(PART * TILE_BYTES), wide = in(reg) WIDE,
+            a = const 4 + PART, b = const 2 + PART % 2, c = const PART % 2,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            options(nostack, preserves_flags, readonly)
+        );
     }
 }
 
@@ -308,7 +276,7 @@ unsafe fn clear<const C: usize>() {
 /// Adds the products of a group of bytes, signed or not, from tile `CODES` of the item on, to tile `C`.
 ///
 /// # Safety
-/// As [`super::Kernel::run`]; the rows are loaded.
+/// As [`super::Kernel`]; the rows are loaded.
 #[inline(always)]
 unsafe fn begin_bytes<
     const UNSIGNED: bool,

@@ -2,13 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::{BOTH, GROUP};
+use super::super::activations::GROUP;
 use super::super::kernel::{aligned, scales};
 use super::super::lanes::{Lanes, Vnni};
-use super::super::layout::{ALIGNED, Codes, Layout, Unit};
+use super::super::layout::{ALIGNED, Codes, Layout, Unit, WHOLE_32, sum_steps};
 use super::super::planes::Unpack;
 use super::super::{GROUP_STEPS, PANEL, UNIT_STEPS};
-use super::{Scales, TILE_BYTES, Work, item_steps, unit_parts, unit_tiles};
+use super::{Scales, TILE_BYTES, Work, unit_parts, unit_tiles, whole};
 
 /// `i - zero` for each code below 32, as `bf16`.
 fn numbers(layout: &Layout) -> [u16; 32] {
@@ -36,7 +36,7 @@ unsafe fn numbered(words: __m512i, zero: __m512) -> __m512i {
 /// Unpacks a unit of a panel, and zeros up to a whole item.
 ///
 /// # Safety
-/// As [`super::Kernel::run`]; `base` is the unit's first byte.
+/// As [`super::Kernel`]; `base` is the unit's first byte.
 #[inline(always)]
 pub(super) unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
     work: &Work<'_>,
@@ -52,9 +52,14 @@ pub(super) unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
         let parts = unit_parts(SPAN);
         let to = (&raw mut (*work.space).scales).cast::<Scales>();
         let to = to.add(panel * parts);
-        match SPAN {
-            ALIGNED => unpack_aligned::<U>(unit, base, codes, to),
-            _ => unpack_plain::<U, SPAN, MIN>(layout, unit, base, codes, to),
+        if whole(SPAN) {
+            unpack_whole::<U, SPAN>(layout, unit, base, codes, to);
+            if MIN {
+                let mins = (&raw mut (*work.space).mins).cast::<[u8; TILE_BYTES]>();
+                unpack_mins::<SPAN>(unit, base, mins.add(panel).cast(), to);
+            }
+        } else {
+            unpack_plain::<U, SPAN, MIN>(layout, unit, base, codes, to);
         }
     }
 }
@@ -111,16 +116,15 @@ unsafe fn unpack_plain<U: Unpack, const SPAN: usize, const MIN: bool>(
             for part in layout.parts() {
                 let at = match part {
                     GROUP => step / GROUP_STEPS,
-                    BOTH => step,
-                    half => 2 * step + half,
+                    _ => step,
                 };
-                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step, part);
+                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step);
                 let to = to.add(at).cast::<f32>();
                 _mm512_store_ps(to, scale);
                 _mm512_store_ps(to.add(PANEL), min);
             }
         }
-        let end = unit.steps.next_multiple_of(item_steps(SPAN));
+        let end = unit.steps.next_multiple_of(sum_steps(SPAN));
         let lacking = end - unit.steps;
         let codes = codes.add(unit.steps * step_bytes);
         codes.write_bytes(0, lacking * step_bytes);
@@ -137,7 +141,8 @@ unsafe fn unpack_plain<U: Unpack, const SPAN: usize, const MIN: bool>(
 /// # Safety
 /// As [`unpack`].
 #[inline(always)]
-unsafe fn unpack_aligned<U: Unpack>(
+unsafe fn unpack_whole<U: Unpack, const SPAN: usize>(
+    layout: &Layout,
     unit: &Unit,
     base: *const u8,
     codes: *mut u8,
@@ -145,14 +150,33 @@ unsafe fn unpack_aligned<U: Unpack>(
 ) {
     // SAFETY: as the caller promised; there is room for both halves.
     unsafe {
+        let table = match layout.codes {
+            Codes::Table(table) => Vnni::table(table),
+            _ => Vnni::splat(0),
+        };
         let low = _mm512_set1_epi16(0xff);
-        let zero = _mm512_set1_epi16(8);
-        let (factors, power) = aligned::<Vnni>(unit, base, 0);
-        _mm512_store_ps((*scales).scale.as_mut_ptr(), power);
+        let zero = _mm512_set1_epi16(layout.zero() as i16);
+        let (factors, scale) = match SPAN {
+            ALIGNED => aligned::<Vnni>(unit, base, 0),
+            _ => ([Vnni::splat(0); UNIT_STEPS], Vnni::halves(base)),
+        };
+        let sub = |sub: usize| Vnni::signed(base.add(unit.sub_scales + sub * PANEL));
+        _mm512_store_ps((*scales).scale.as_mut_ptr(), scale);
         for (step, factor) in (0..unit.steps).zip(factors) {
-            let factor = _mm512_or_si512(factor, _mm512_slli_epi32::<16>(factor));
-            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), Vnni::splat(0));
+            // Of the first half of the step, and of the second.
+            let factors = match SPAN {
+                ALIGNED => [factor; 2],
+                WHOLE_32 => [sub(step); 2],
+                _ => [sub(2 * step), sub(2 * step + 1)],
+            };
+            // In both halves of each lane.
+            let factors = factors.map(|f| {
+                let low = _mm512_and_si512(f, _mm512_set1_epi32(0xffff));
+                _mm512_or_si512(low, _mm512_slli_epi32::<16>(f))
+            });
+            let bytes = U::unpack::<Vnni>(base.add(unit.planes + step * U::BYTES), table);
             for (four, &bytes) in bytes.iter().enumerate() {
+                let factor = factors[four / 4];
                 let even = _mm512_sub_epi16(_mm512_and_si512(bytes, low), zero);
                 let odd = _mm512_sub_epi16(_mm512_srli_epi16::<8>(bytes), zero);
                 let even = _mm512_mullo_epi16(even, factor);
@@ -166,6 +190,33 @@ unsafe fn unpack_aligned<U: Unpack>(
                 _mm512_store_si512(to, upper);
                 _mm512_store_si512(to.add(4 * TILE_BYTES / 64), lower);
             }
+        }
+    }
+}
+
+/// The minimum of a unit, and its sub-minimums for each 16 columns as `bf16`, times 256 beside as they are.
+///
+/// # Safety
+/// As [`unpack`]; there is room for a tile.
+#[inline(always)]
+unsafe fn unpack_mins<const SPAN: usize>(
+    unit: &Unit,
+    base: *const u8,
+    to: *mut u8,
+    scales: *mut Scales,
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let min = Vnni::halves(base.add(unit.mins));
+        _mm512_store_ps((*scales).min.as_mut_ptr(), min);
+        for half in 0..2 * UNIT_STEPS {
+            let sub = if SPAN == WHOLE_32 { half / 2 } else { half };
+            let min = Vnni::unsigned(base.add(unit.sub_mins + sub * PANEL));
+            let digit = _mm512_castps_si512(_mm512_mul_ps(min, _mm512_set1_ps(256.0)));
+            // Whole numbers of eight bits: the lower half of each is zero.
+            let min = _mm512_castps_si512(min);
+            let both = _mm512_or_si512(_mm512_srli_epi32::<16>(digit), min);
+            _mm512_store_si512(to.cast::<__m512i>().add(half), both);
         }
     }
 }

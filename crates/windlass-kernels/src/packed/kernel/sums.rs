@@ -2,9 +2,9 @@
 
 use super::super::activations::{BLOCK, BOTH, GROUP};
 use super::super::lanes::Lanes;
-use super::super::layout::Min;
+use super::super::layout::{Min, Unit, WHOLE_32};
 use super::super::planes::Unpack;
-use super::super::{GROUP_STEPS, STEP};
+use super::super::{GROUP_STEPS, PANEL, STEP};
 use super::Tile;
 
 /// Where row `m` of a tile lies from its first one, in rows.
@@ -101,7 +101,7 @@ pub(super) unsafe fn multiply<L: Lanes, U: Unpack, const PART: usize, const M: u
     }
 }
 
-/// Adds a part to the sums of all rows, which lack the scale of the activations.
+/// Adds a part of a step or more to the sums of all rows, which lack the scale of the activations.
 ///
 /// # Safety
 /// As [`super::Kernel::run`].
@@ -167,5 +167,67 @@ pub(super) unsafe fn scale_whole<L: Lanes, const M: usize>(
     // SAFETY: as the caller promised.
     unsafe {
         rows!(scaled);
+    }
+}
+
+/// As [`add_products`], for sums and numbers of any size.
+///
+/// # Safety
+/// As [`super::Kernel::run`].
+#[inline(always)]
+pub(super) unsafe fn add_wide_products<L: Lanes, const M: usize>(
+    products: &[L::I; M],
+    factor: L::I,
+    whole: &mut [L::I; M],
+) {
+    #[rustfmt::skip]
+    macro_rules! add { ($m:literal) => { whole[$m] = L::add_wide_product(whole[$m], products[$m], factor) } }
+    // SAFETY: as the caller promised.
+    unsafe {
+        rows!(add);
+    }
+}
+
+/// Subtracts the minimum of the unit that begins at step `at` times the sum of sub-minimums times quants, a whole number below
+/// 2^24.
+///
+/// # Safety
+/// As [`super::Kernel::run`]; `base` is the unit's first byte, and it has sub-minimums.
+#[inline(always)]
+pub(super) unsafe fn subtract_mins<L: Lanes, const SPAN: usize, const M: usize>(
+    work: &Tile<'_>,
+    unit: &Unit,
+    (base, lane): (*const u8, usize),
+    at: usize,
+    sums: &mut [L::F; M],
+) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        let mut offsets = [L::zero(); M];
+        macro_rules! add {
+            ($sub:expr, $step:expr, $part:expr) => {{
+                let min = L::unsigned(base.add(unit.sub_mins + $sub * PANEL + lane));
+                let a = work.scales.add((at + $step) * work.height);
+                macro_rules! offset {
+                    ($m:literal) => {{
+                        let sum = (*a.add(cell(work, $m))).sum($part);
+                        offsets[$m] = L::fma(min, L::broadcast(&sum), offsets[$m])
+                    }};
+                }
+                rows!(offset);
+            }};
+        }
+        for step in 0..unit.steps {
+            if SPAN == WHOLE_32 {
+                add!(step, step, BOTH);
+            } else {
+                add!(2 * step, step, 0);
+                add!(2 * step + 1, step, 1);
+            }
+        }
+        let min = L::halves(base.add(unit.mins + 2 * lane));
+        #[rustfmt::skip]
+        macro_rules! subtract { ($m:literal) => { sums[$m] = L::fnma(min, offsets[$m], sums[$m]) } }
+        rows!(subtract);
     }
 }
