@@ -5,13 +5,13 @@
 //! neighboring columns of each of the 16 rows: what `vpdpbusd` multiplies. A *unit* of up to eight steps starts with the
 //! scales of its steps.
 //!
-//! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each *group* of 128
-//! columns. A product sums integers inside a step (a half one, where the format has a scale for 16 columns; a group, where
-//! it has one for as many, or where the scales of its steps are taken as whole numbers times a power of two), adds these
-//! parts of a group in order in `f32`, multiplied by the scales of the weights, and then the groups, multiplied by those of
-//! the activations: a row's result has the same bits for any number of rows, threads and neighbors, and at every
-//! [`crate::dispatch::Level`]. (The scales of weights mostly change every 32 columns, and what is done for each of these
-//! on top of the integers is the limit of a product with many rows: the scale of the activations is left out of it.)
+//! Activations are quantized once for each row: symmetric 8-bit integers with an `f32` scale for each unit of 256 columns.
+//! A product sums integers over a unit, where scales are whole numbers times one for it (the sub-scales of K-quants; those of
+//! symmetric 4-bit formats are taken as such). Elsewhere it sums them over a step, or over a *group* of 128 columns that have
+//! one scale, and adds these parts in order in `f32`, multiplied by the scales of the weights. Then it adds what it summed in
+//! order, multiplied by the scales of the activations: a row's result has the same bits for any number of rows, threads and
+//! neighbors, and at every [`crate::dispatch::Level`]. (The scales of weights mostly change every 32 columns, and what is done
+//! for each of these on top of the integers is the limit of a product with many rows.)
 //!
 //! This module knows nothing of file formats; a [`RowUnit`] is what their blocks are taken apart into.
 
@@ -43,9 +43,9 @@ pub(crate) use unpack::{ROOM, Unpack};
 pub const PANEL: usize = 16;
 /// Columns of a step.
 pub const STEP: usize = 32;
-/// Steps of a group: activations share a scale.
+/// Steps of a group: the most that weights with an `f16` of their own are summed over.
 pub const GROUP_STEPS: usize = 4;
-/// Steps of a whole unit.
+/// Steps of a whole unit: activations share a scale.
 pub const UNIT_STEPS: usize = 8;
 /// Columns of a whole unit.
 pub const UNIT: usize = STEP * UNIT_STEPS;
