@@ -80,6 +80,8 @@ pub trait Simd:
     unsafe fn load_u8(from: *const u8) -> Self;
     /// Writes whole numbers of 0 to 255 as bytes.
     unsafe fn store_u8(self, to: *mut u8);
+    /// Writes whole numbers of -128 to 127 as bytes.
+    unsafe fn store_i8(self, to: *mut i8);
     /// Reads `LANES` numbers kept as `bf16` and an exact remainder (see [`crate::split::join`]).
     unsafe fn load_split(hi: *const bf16, lo: *const i16) -> Self;
     /// Writes `LANES` numbers as `bf16` and an exact remainder (see [`crate::split::split`]).

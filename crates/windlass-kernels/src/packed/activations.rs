@@ -1,8 +1,10 @@
 //! Rows of activations as 8-bit integers with a scale for each unit.
 
+mod rounding;
+
+use self::rounding::rounder;
 use super::layout::{Layout, Min};
-use super::{GROUP_STEPS, STEP, UNIT, UNIT_STEPS};
-use crate::dispatch::Level;
+use super::{STEP, UNIT, UNIT_STEPS};
 use crate::memory::{Buffer, Category, Memory};
 use crate::pool::{Pool, SharedMut};
 use crate::{Element, tasks::Tasks};
@@ -97,22 +99,6 @@ impl StepScales {
     }
 }
 
-/// Writes a row as floats, in another order where there is one.
-fn gather<E: Element>(x: &[E], order: Option<&[u32]>, out: &mut [f32]) {
-    match order {
-        None => {
-            for (to, from) in out.iter_mut().zip(x) {
-                *to = E::to_f64(*from) as f32;
-            }
-        }
-        Some(order) => {
-            for (to, &from) in out.iter_mut().zip(order) {
-                *to = E::to_f64(x[from as usize]) as f32;
-            }
-        }
-    }
-}
-
 impl Activations {
     /// Quantizes `x [rows, cols]`, padded with zeros to whole units.
     ///
@@ -157,29 +143,45 @@ impl Activations {
         let mut quants = memory.alloc(blocks * cells * STEP, Category::Workspace);
         let bytes = cells * size_of::<StepScales>();
         let mut scales = memory.alloc(blocks * bytes, Category::Workspace);
-        let quantize = quantize_row(pool.level());
+        let round = rounder::<E>(pool.level());
         {
             let q = SharedMut::new(quants.block_mut());
             let s = SharedMut::new(scales.block_mut());
             let tasks = Tasks::rows(blocks, cols * height);
-            pool.run(tasks.count(), |task, worker| {
+            pool.run(tasks.count(), |task, _| {
                 for block in tasks.part(task) {
-                    let floats = worker.scratch::<f32>(steps * STEP);
                     // SAFETY: a task writes its own blocks; that of scales is aligned and every bit pattern is valid.
                     let (q, s) = unsafe {
                         let s = s.slice(block * bytes, bytes).as_mut_ptr();
                         (
                             q.slice(block * cells * STEP, cells * STEP),
-                            std::slice::from_raw_parts_mut(s.cast(), cells),
+                            std::slice::from_raw_parts_mut(s.cast::<StepScales>(), cells),
                         )
                     };
+                    let q = q.as_chunks_mut::<STEP>().0;
                     for m in 0..height {
                         // The rows that a last block lacks are its last one again.
                         let row = (block * height + m).min(rows - 1);
-                        gather(&x[row * cols..][..cols], order, floats);
-                        floats[cols..].fill(0.0);
-                        // SAFETY: the pool's level is supported.
-                        unsafe { quantize(floats, q, s, m, height) };
+                        let row = &x[row * cols..][..cols];
+                        let q = q.chunks_mut(UNIT_STEPS * height);
+                        let units = q.zip(s.chunks_mut(UNIT_STEPS * height));
+                        for (unit, (q, s)) in units.enumerate() {
+                            let columns = unit * UNIT..cols.min((unit + 1) * UNIT);
+                            let mut ordered;
+                            let x = match order {
+                                None => &row[columns],
+                                Some(order) => {
+                                    let order = &order[columns];
+                                    ordered = [E::from_f64(0.0); UNIT];
+                                    for (to, &from) in ordered.iter_mut().zip(order) {
+                                        *to = row[from as usize];
+                                    }
+                                    &ordered[..order.len()]
+                                }
+                            };
+                            // SAFETY: the pool's level is supported.
+                            unsafe { round(x, q, s, m, height) };
+                        }
                     }
                 }
             });
@@ -444,77 +446,4 @@ impl Activations {
 /// Whether so many rows are kept for tiles too.
 fn with_tiles(pool: &Pool, rows: usize) -> bool {
     super::uses_tiles(pool.level()) && rows >= TILE_ROWS
-}
-
-/// Of `(x, quants, scales, m, height)`: row `m` of a block.
-type QuantizeRow = unsafe fn(&[f32], &mut [u8], &mut [StepScales], usize, usize);
-
-/// The same code compiled for each level: every operation is exact or rounded once, so all levels give the same bits.
-fn quantize_row(level: Level) -> QuantizeRow {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
-            quantize_steps(x, q, s, m, height);
-        }
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-        unsafe fn avx512(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
-            quantize_steps(x, q, s, m, height);
-        }
-        match level {
-            Level::Scalar => quantize_steps,
-            Level::Avx2 => avx2,
-            Level::Avx512 | Level::Amx => avx512,
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = level;
-        quantize_steps
-    }
-}
-
-#[inline(always)]
-fn quantize_steps(x: &[f32], q: &mut [u8], s: &mut [StepScales], m: usize, height: usize) {
-    let units = x.as_chunks::<UNIT>().0.iter();
-    let q = q.as_chunks_mut::<STEP>().0.chunks_mut(UNIT_STEPS * height);
-    let s = s.chunks_mut(UNIT_STEPS * height);
-    for ((x, q), s) in units.zip(q).zip(s) {
-        let mut largest = 0u32;
-        for x in x {
-            // Magnitudes of floats are ordered like their bits; NaN is above infinity.
-            largest = largest.max(x.to_bits() & 0x7fff_ffff);
-        }
-        let largest = f32::from_bits(largest);
-        let finite = largest < f32::INFINITY;
-        let scale = if finite { largest / 127.0 } else { f32::NAN };
-        // A scale below the normal numbers has no inverse: such a unit counts as zero.
-        let normal = finite && scale >= f32::MIN_POSITIVE;
-        let inverse = if normal { 127.0 / largest } else { 0.0 };
-        let scale = if finite && !normal { 0.0 } else { scale };
-        let steps = x.as_chunks::<STEP>().0.iter();
-        let q = q.iter_mut().skip(m).step_by(height);
-        for ((x, q), s) in steps.zip(q).zip(s.iter_mut().skip(m).step_by(height)) {
-            let mut ints = [0i32; STEP];
-            for (int, x) in ints.iter_mut().zip(x) {
-                let rounded = (x * inverse).round_ties_even();
-                // SAFETY: at most 127 in magnitude, or NaN times zero, which is masked to zero before the cast.
-                *int = unsafe { (if normal { rounded } else { 0.0 }).to_int_unchecked::<i32>() };
-            }
-            for (q, int) in q.iter_mut().zip(ints) {
-                *q = int as i8 as u8;
-            }
-            let (first, second) = ints.split_at(STEP / 2);
-            let first = first.iter().sum::<i32>();
-            let both = first + second.iter().sum::<i32>();
-            let sums = [first as f32, both as f32, 0.0];
-            *s = StepScales { scale, sums };
-        }
-        for s in s.chunks_mut(GROUP_STEPS * height) {
-            let group = s.iter().skip(m).step_by(height).map(|s| s.sums[1]).sum();
-            for s in s.iter_mut().skip(m).step_by(height) {
-                s.sums[2] = group;
-            }
-        }
-    }
 }

@@ -392,6 +392,7 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
                 let n = (columns - column).min(S::LANES);
                 prefetch(out.wrapping_add(AHEAD * job.matrix.rows() + column).cast());
                 let sums = sums.add(column / PANEL * pitch).cast::<f32>();
+                prefetch(sums.wrapping_add(AHEAD * PANEL).cast());
                 let mut sum = S::load(sums.add(column % PANEL));
                 if let Some(bias) = job.bias {
                     sum = sum + load::<S, E>(bias.as_ptr().add(first + column), n);

@@ -175,6 +175,13 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        unsafe {
+            let halves = low_halves(_mm256_cvtps_epi32(self.0));
+            _mm_storel_epi64(to.cast(), _mm_packs_epi16(halves, halves))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_split(hi: *const bf16, lo: *const i16) -> Self {
         unsafe {
             let hi = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(hi.cast())));

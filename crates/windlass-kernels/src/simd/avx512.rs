@@ -135,6 +135,13 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        unsafe {
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0));
+            _mm_storeu_si128(to.cast(), bytes)
+        }
+    }
+    #[inline(always)]
     unsafe fn load_split(hi: *const bf16, lo: *const i16) -> Self {
         unsafe {
             let hi = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(hi.cast())));
