@@ -58,6 +58,11 @@ pub trait Simd:
     unsafe fn store(self, to: *mut f32);
     /// Writes the first `n` lanes.
     unsafe fn store_partial(self, to: *mut f32, n: usize);
+    /// Writes `LANES` numbers past the caches, to an address that is a multiple of their size. Other threads may read them
+    /// after a [`Simd::fence`].
+    unsafe fn stream(self, to: *mut f32);
+    /// What was streamed is seen before what is written from here on.
+    fn fence();
     /// Reads `LANES` `bf16` numbers, widened exactly.
     unsafe fn load_bf16(from: *const bf16) -> Self;
     /// Reads the first `n` `bf16` numbers; the other lanes are zero.

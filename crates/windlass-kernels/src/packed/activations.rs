@@ -2,7 +2,7 @@
 
 mod rounding;
 
-use self::rounding::rounder;
+use self::rounding::round_row;
 use super::layout::{Layout, Min};
 use super::{STEP, UNIT, UNIT_STEPS};
 use crate::memory::{Buffer, Category, Memory};
@@ -143,7 +143,7 @@ impl Activations {
         let mut quants = memory.alloc(blocks * cells * STEP, Category::Workspace);
         let bytes = cells * size_of::<StepScales>();
         let mut scales = memory.alloc(blocks * bytes, Category::Workspace);
-        let round = rounder::<E>(pool.level());
+        let level = pool.level();
         {
             let q = SharedMut::new(quants.block_mut());
             let s = SharedMut::new(scales.block_mut());
@@ -163,25 +163,8 @@ impl Activations {
                         // The rows that a last block lacks are its last one again.
                         let row = (block * height + m).min(rows - 1);
                         let row = &x[row * cols..][..cols];
-                        let q = q.chunks_mut(UNIT_STEPS * height);
-                        let units = q.zip(s.chunks_mut(UNIT_STEPS * height));
-                        for (unit, (q, s)) in units.enumerate() {
-                            let columns = unit * UNIT..cols.min((unit + 1) * UNIT);
-                            let mut ordered;
-                            let x = match order {
-                                None => &row[columns],
-                                Some(order) => {
-                                    let order = &order[columns];
-                                    ordered = [E::from_f64(0.0); UNIT];
-                                    for (to, &from) in ordered.iter_mut().zip(order) {
-                                        *to = row[from as usize];
-                                    }
-                                    &ordered[..order.len()]
-                                }
-                            };
-                            // SAFETY: the pool's level is supported.
-                            unsafe { round(x, q, s, m, height) };
-                        }
+                        // SAFETY: the pool's level is supported.
+                        unsafe { round_row(level, row, order, q, s, (m, height)) };
                     }
                 }
             });

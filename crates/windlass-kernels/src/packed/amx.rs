@@ -206,9 +206,8 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 work.scales.add(block + step * BLOCK)
             };
             let panel = panels.start - work.panels.start + p;
-            let sums = work
-                .sums
-                .add((block * work.panels.len() + panel) * ROWS * PANEL);
+            let tile = block * work.panels.len() + panel;
+            let sums = work.sums.add(tile * ROWS * PANEL);
             let (after, first) = match at + 1 < items {
                 true => (block, 4 * (at + 1)),
                 false => (block + 1, 0),

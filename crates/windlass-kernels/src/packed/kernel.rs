@@ -214,10 +214,20 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                         let panel = *work.panels.get_unchecked(p);
                         // Few rows wait for memory, many find the panel in a cache.
                         let ahead = (P > 1 && lane == 0).then(|| panel.wrapping_add(next));
-                        let (base, at) = ((panel.add(start), ahead), index * UNIT_STEPS);
-                        let vectors = (table, lane);
-                        let sums =
-                            sum::<L, U, SPAN, M>(work, &unit, base, vectors, at, steps.clone());
+                        let at = index * UNIT_STEPS;
+                        let part = Part::<L> {
+                            work,
+                            unit: &unit,
+                            base: panel.add(start),
+                            ahead,
+                            table,
+                            lane,
+                            at,
+                        };
+                        let sums = match SPAN >= UNIT {
+                            true => part.whole_sum::<U, SPAN, M>(),
+                            false => part.sum::<U, SPAN, M>(steps.clone()),
+                        };
                         let a = work.scales.add((at + first) * work.height);
                         for (m, sum) in sums.iter().enumerate() {
                             let out = work.out.add((p * M + m) * PANEL + lane);
@@ -231,88 +241,148 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
     }
 }
 
-/// The sums of some steps of a unit, which begins at step `at`; they lack the scale of the activations.
-///
-/// # Safety
-/// As [`Kernel::run`]; `base` is the unit's first byte. What it is asked `ahead` for need not exist.
-#[inline(always)]
-unsafe fn sum<L: Lanes, U: Unpack, const SPAN: usize, const M: usize>(
-    work: &Tile<'_>,
-    unit: &Unit,
-    (base, ahead): (*const u8, Option<*const u8>),
-    (table, lane): (L::I, usize),
+/// What the sums of a tile's rows over steps of a unit take.
+struct Part<'a, L: Lanes> {
+    work: &'a Tile<'a>,
+    unit: &'a Unit,
+    /// The unit's first byte.
+    base: *const u8,
+    /// That of the unit which is asked for meanwhile, if one is; it need not exist.
+    ahead: Option<*const u8>,
+    table: L::I,
+    /// The first row of the panel.
+    lane: usize,
+    /// Where the unit begins, in steps.
     at: usize,
-    steps: Range<usize>,
-) -> [L::F; M] {
-    // SAFETY: the features are the caller's promise.
-    let (mut sums, mut whole) = unsafe { ([L::zero(); M], [L::splat(0); M]) };
-    macro_rules! codes {
-        ($step:expr) => {
-            U::unpack::<L>(base.add(unit.planes + $step * U::BYTES + 4 * lane), table)
-        };
+}
+
+impl<L: Lanes> Part<'_, L> {
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[inline(always)]
+    unsafe fn codes<U: Unpack>(&self, step: usize) -> [L::I; 8] {
+        // SAFETY: as the caller promised.
+        unsafe {
+            let at = self.unit.planes + step * U::BYTES + 4 * self.lane;
+            U::unpack::<L>(self.base.add(at), self.table)
+        }
     }
-    macro_rules! products {
-        ($part:expr, $step:expr, $codes:expr) => {{
-            let mut products = begin::<L, $part, M>(work, at + $step);
-            multiply::<L, U, $part, M>(work, at + $step, $codes, &mut products);
+
+    /// The products of a step, or of half of one.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[inline(always)]
+    unsafe fn products<U: Unpack, const PART: usize, const M: usize>(
+        &self,
+        step: usize,
+        codes: &[L::I; 8],
+    ) -> [L::I; M] {
+        // SAFETY: as the caller promised.
+        unsafe {
+            let mut products = begin::<L, PART, M>(self.work, self.at + step);
+            multiply::<L, U, PART, M>(self.work, self.at + step, codes, &mut products);
             products
-        }};
+        }
     }
-    macro_rules! add {
-        ($part:expr, $step:expr, $products:expr) => {{
-            let weights = scales::<L>(work.layout, unit, base, lane, $step);
-            scale::<L, $part, M>(work, at + $step, &$products, weights, &mut sums);
-        }};
+
+    /// Asks for as much as some steps take.
+    #[inline(always)]
+    fn prefetch(&self, steps: &Range<usize>) {
+        if let Some(ahead) = self.ahead {
+            let step = self.unit.bytes / self.unit.steps;
+            prefetch(ahead.wrapping_add(steps.start * step), steps.len() * step);
+        }
     }
-    macro_rules! add_whole {
-        ($sub:expr, $products:expr) => {{
-            let factor = L::signed(base.add(unit.sub_scales + $sub * PANEL + lane));
-            add_wide_products::<L, M>(&$products, factor, &mut whole);
-        }};
-    }
-    // SAFETY: as the caller promised.
-    unsafe {
-        let (factors, power) = match SPAN {
-            ALIGNED => aligned::<L>(unit, base, lane),
-            _ => ([L::splat(0); UNIT_STEPS], L::halves(base.add(2 * lane))),
-        };
-        for first in steps.clone().step_by(GROUP_STEPS) {
-            let steps = first..steps.end.min(first + GROUP_STEPS);
-            if let Some(ahead) = ahead {
-                let part = unit.bytes / unit.steps;
-                prefetch(ahead.wrapping_add(first * part), steps.len() * part);
-            }
-            if SPAN == GROUP_STEPS * STEP {
+
+    /// The sums of some steps of a unit, part by part; they lack the scale of the activations.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[inline(always)]
+    unsafe fn sum<U: Unpack, const SPAN: usize, const M: usize>(
+        &self,
+        steps: Range<usize>,
+    ) -> [L::F; M] {
+        let Part { work, unit, at, .. } = *self;
+        // SAFETY: the features are the caller's promise.
+        let mut sums = unsafe { [L::zero(); M] };
+        macro_rules! add {
+            ($part:expr, $step:expr, $products:expr) => {{
+                let weights = scales::<L>(work.layout, unit, self.base, self.lane, $step);
+                scale::<L, $part, M>(work, at + $step, &$products, weights, &mut sums);
+            }};
+        }
+        // SAFETY: as the caller promised.
+        unsafe {
+            for first in steps.clone().step_by(GROUP_STEPS) {
+                let steps = first..steps.end.min(first + GROUP_STEPS);
+                self.prefetch(&steps);
+                if SPAN == STEP {
+                    for step in steps {
+                        let codes = self.codes::<U>(step);
+                        add!(BOTH, step, self.products::<U, BOTH, M>(step, &codes));
+                    }
+                    continue;
+                }
                 let mut products = begin::<L, GROUP, M>(work, at + first);
                 for step in steps {
-                    multiply::<L, U, GROUP, M>(work, at + step, &codes!(step), &mut products);
+                    let codes = self.codes::<U>(step);
+                    multiply::<L, U, GROUP, M>(work, at + step, &codes, &mut products);
                 }
                 add!(GROUP, first, products);
-                continue;
             }
-            for step in steps {
-                let codes = codes!(step);
-                match SPAN {
-                    ALIGNED => {
+            sums
+        }
+    }
+
+    /// The sums of a unit whose scales are whole numbers times one; they lack the scale of the activations.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[inline(always)]
+    unsafe fn whole_sum<U: Unpack, const SPAN: usize, const M: usize>(&self) -> [L::F; M] {
+        let Part {
+            unit, base, lane, ..
+        } = *self;
+        // SAFETY: as the caller promised.
+        unsafe {
+            let (mut sums, mut whole) = ([L::zero(); M], [L::splat(0); M]);
+            macro_rules! add {
+                ($sub:expr, $products:expr) => {{
+                    let factor = L::signed(base.add(unit.sub_scales + $sub * PANEL + lane));
+                    add_wide_products::<L, M>(&$products, factor, &mut whole);
+                }};
+            }
+            let (factors, power) = match SPAN {
+                ALIGNED => aligned::<L>(unit, base, lane),
+                _ => ([L::splat(0); UNIT_STEPS], L::halves(base.add(2 * lane))),
+            };
+            for first in (0..unit.steps).step_by(GROUP_STEPS) {
+                let steps = first..unit.steps.min(first + GROUP_STEPS);
+                self.prefetch(&steps);
+                for step in steps {
+                    let codes = self.codes::<U>(step);
+                    if SPAN == WHOLE_16 {
+                        add!(2 * step, self.products::<U, 0, M>(step, &codes));
+                        add!(2 * step + 1, self.products::<U, 1, M>(step, &codes));
+                        continue;
+                    }
+                    let products = self.products::<U, BOTH, M>(step, &codes);
+                    if SPAN == WHOLE_32 {
+                        add!(step, products);
+                    } else {
                         let factor = *factors.get_unchecked(step);
-                        add_products::<L, M>(&products!(BOTH, step, &codes), factor, &mut whole);
+                        add_products::<L, M>(&products, factor, &mut whole);
                     }
-                    WHOLE_32 => add_whole!(step, products!(BOTH, step, &codes)),
-                    WHOLE_16 => {
-                        add_whole!(2 * step, products!(0, step, &codes));
-                        add_whole!(2 * step + 1, products!(1, step, &codes));
-                    }
-                    _ => add!(BOTH, step, products!(BOTH, step, &codes)),
                 }
             }
-        }
-        if SPAN >= UNIT {
             scale_whole::<L, M>(&whole, power, &mut sums);
+            if SPAN > UNIT && self.work.layout.min != Min::Without {
+                subtract_mins::<L, SPAN, M>(self.work, unit, (base, lane), self.at, &mut sums);
+            }
+            sums
         }
-        if SPAN > UNIT && work.layout.min != Min::Without {
-            subtract_mins::<L, SPAN, M>(work, unit, (base, lane), at, &mut sums);
-        }
-        sums
     }
 }
 

@@ -3,11 +3,11 @@
 use super::activations::{Activations, Tiles};
 use super::matrix::PackedMatrix;
 use super::{PANEL, STEP, reference};
-use crate::Element;
 use crate::dispatch::{Level, kernels};
 use crate::pool::{Pool, SharedMut, Worker};
 use crate::simd::{Simd, SimdElement};
 use crate::stream::prefetch;
+use crate::{DType, Element};
 use std::ops::Range;
 
 /// One product of several that share their activations.
@@ -365,8 +365,11 @@ fn finish<E: Element>(
     }
 }
 
-/// Rows before which the result is asked for: stores wait for lines that other cores or the memory have.
+/// Rows before which the sums are asked for, and the result: stores wait for lines that other cores or the memory have.
 const AHEAD: usize = 2;
+/// Rows from which no line of a result is still in a near cache when it is read again: it is written past them, for which no
+/// line is read before.
+const STREAMED: usize = 64;
 
 /// # Safety
 /// The CPU has the features of `S`.
@@ -381,6 +384,13 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
     let first = panels.start * PANEL;
     let columns = job.matrix.rows().min(panels.end * PANEL) - first;
     assert!(sums.len() >= (panels.len() - 1) * pitch + rows.len());
+    let aligned = |bytes: usize| bytes.is_multiple_of(S::LANES * size_of::<f32>());
+    // SAFETY: a task has its own rows and panels.
+    let start = unsafe { job.out.slice(job.at(rows.start, panels.start), columns) };
+    let streamed = job.rows.len() >= STREAMED
+        && E::DTYPE == DType::F32
+        && aligned(start.as_ptr().addr())
+        && aligned(job.matrix.rows() * size_of::<f32>());
     for (m, row) in rows.enumerate() {
         let at = job.at(row, panels.start);
         // SAFETY: a task has its own rows and panels; bias and residual have the shapes of the result, and the sums were counted.
@@ -390,7 +400,6 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
             let mut column = 0;
             while column < columns {
                 let n = (columns - column).min(S::LANES);
-                prefetch(out.wrapping_add(AHEAD * job.matrix.rows() + column).cast());
                 let sums = sums.add(column / PANEL * pitch).cast::<f32>();
                 prefetch(sums.wrapping_add(AHEAD * PANEL).cast());
                 let mut sum = S::load(sums.add(column % PANEL));
@@ -400,13 +409,23 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
                 if let Some(residual) = job.residual {
                     sum = sum + load::<S, E>(residual.as_ptr().add(at + column), n);
                 }
-                match n == S::LANES {
-                    true => E::store_vector(out.add(column), sum),
-                    false => E::store_vector_partial(out.add(column), sum, n),
+                let to = out.add(column);
+                if streamed {
+                    // There is no partial one: the matrix has a multiple of rows.
+                    sum.stream(to.cast());
+                } else {
+                    prefetch(out.wrapping_add(AHEAD * job.matrix.rows() + column).cast());
+                    match n == S::LANES {
+                        true => E::store_vector(to, sum),
+                        false => E::store_vector_partial(to, sum, n),
+                    }
                 }
                 column += S::LANES;
             }
         }
+    }
+    if streamed {
+        S::fence();
     }
 }
 

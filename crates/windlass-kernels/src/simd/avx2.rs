@@ -98,6 +98,14 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(to, self.0) }
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        unsafe { _mm256_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn store_partial(self, to: *mut f32, n: usize) {
         unsafe { _mm256_maskstore_ps(to, first(n), self.0) }
     }

@@ -73,6 +73,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to, self.0) }
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        unsafe { _mm512_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn store_partial(self, to: *mut f32, n: usize) {
         unsafe { _mm512_mask_storeu_ps(to, first(n), self.0) }
     }

@@ -1,15 +1,50 @@
-//! A unit of a row as 8-bit integers.
+//! A row as 8-bit integers.
 
 use super::super::{GROUP_STEPS, STEP, UNIT, UNIT_STEPS};
 use super::StepScales;
 use crate::Element;
-use crate::dispatch::kernels;
+use crate::dispatch::{Level, kernels};
 use crate::simd::{Simd, SimdElement};
+
+/// Rounds a row, its columns in another order where there is one, to row `m` of a block: quants `[steps, height, 32]` of `i8`,
+/// scales `[steps, height]`. Columns that the last unit lacks are zero.
+///
+/// # Safety
+/// The level is supported.
+pub(super) unsafe fn round_row<E: Element>(
+    level: Level,
+    row: &[E],
+    order: Option<&[u32]>,
+    q: &mut [[u8; STEP]],
+    s: &mut [StepScales],
+    (m, height): (usize, usize),
+) {
+    let round = rounder::<E>(level);
+    let q = q.chunks_mut(UNIT_STEPS * height);
+    let units = q.zip(s.chunks_mut(UNIT_STEPS * height));
+    for (unit, (q, s)) in units.enumerate() {
+        let columns = unit * UNIT..row.len().min((unit + 1) * UNIT);
+        let mut ordered;
+        let x = match order {
+            None => &row[columns],
+            Some(order) => {
+                let order = &order[columns];
+                ordered = [E::from_f64(0.0); UNIT];
+                for (to, &from) in ordered.iter_mut().zip(order) {
+                    *to = row[from as usize];
+                }
+                &ordered[..order.len()]
+            }
+        };
+        // SAFETY: the caller's promise.
+        unsafe { round(x, q, s, m, height) };
+    }
+}
 
 kernels! {
     /// Rounds a unit of a row, or the columns that there are of it, to row `m` of a block: quants `[8, height, 32]` of `i8`, scales
     /// `[8, height]`. Every operation is exact or rounded once, so all levels give the same bits.
-    pub(super) fn rounder<E>(
+    fn rounder<E>(
         x: &[E], q: &mut [[u8; STEP]], s: &mut [StepScales], m: usize, height: usize,
     ) -> () {
         scalar: round, simd: round_simd
