@@ -53,7 +53,7 @@ struct Sums([[f32; PANEL]; ROWS]);
 /// What sums start from.
 static ZEROS: Sums = Sums([[0.0; PANEL]; ROWS]);
 
-/// What is unpacked and on its way. Parts are what has a scale of its own: half a step, a step or a group of them.
+/// What is unpacked and on its way. Parts are what has a scale of its own: a step, a group of them or a unit.
 #[repr(C, align(64))]
 pub(super) struct Space {
     /// Codes as tiles take them: of 16 rows, two columns of `bf16` or four of bytes, 16 times.
@@ -223,7 +223,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 },
                 sums,
                 offsets: work.tiles.sums(index, work.first + block),
-                mins: mins.add(p),
+                mins: mins.wrapping_add(p),
             }
         };
         let mut last = Item {
