@@ -370,6 +370,8 @@ const AHEAD: usize = 2;
 /// Rows from which no line of a result is still in a near cache when it is read again: it is written past them, for which no
 /// line is read before.
 const STREAMED: usize = 64;
+/// Panels from which the fence that this takes costs less than it gains.
+const FENCED: usize = 4;
 
 /// # Safety
 /// The CPU has the features of `S`.
@@ -388,6 +390,7 @@ unsafe fn finish_simd<S: Simd, E: SimdElement>(
     // SAFETY: a task has its own rows and panels.
     let start = unsafe { job.out.slice(job.at(rows.start, panels.start), columns) };
     let streamed = job.rows.len() >= STREAMED
+        && panels.len() >= FENCED
         && E::DTYPE == DType::F32
         && aligned(start.as_ptr().addr())
         && aligned(job.matrix.rows() * size_of::<f32>());

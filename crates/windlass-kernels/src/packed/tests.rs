@@ -205,8 +205,9 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
         unpacked_as_needed::<bf16>(&what, pool, &matrix);
     }
     let memory = Memory::new();
-    for m in [1, 2, 3, 5, 9, 17, 300] {
-        if m == 300 && n > 40 {
+    for m in [1, 2, 3, 5, 9, 17, 70, 300] {
+        // Results of 64 rows and more of four panels are streamed where they begin at a line.
+        if m == 70 && n != 64 || m == 300 && n > 40 {
             continue;
         }
         let mut next = random(m as u64);
@@ -219,7 +220,6 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
             .collect();
         for pool in &pools {
             let quantized = Activations::quantize(pool, &memory, &x, k);
-            // Where large results begin at a line they are streamed.
             let mut room = vec![0f32; m * n + 16];
             let skip = room.as_ptr().align_offset(64);
             let got = &mut room[skip..][..m * n];
@@ -253,7 +253,7 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
 #[test]
 fn all_levels_give_the_bits_of_the_specification() {
     for (name, layout) in layouts() {
-        for shape in [[1, 256], [32, 512], [37, 768], [130, 256]] {
+        for shape in [[1, 256], [16, 512], [37, 768], [64, 256], [130, 256]] {
             check(name, layout, shape);
         }
         // Columns that fill no unit, no group, no step.
