@@ -4,9 +4,7 @@
 
 mod sums;
 
-use self::sums::{
-    add_products, add_wide_products, begin, cell, multiply, scale, scale_whole, subtract_mins,
-};
+use self::sums::{add_products, begin, cell, multiply, scale, scale_whole, subtract_mins};
 use super::activations::{BLOCK, BOTH, GROUP, StepScales};
 use super::lanes::{Avx2, Lanes, Vnni};
 use super::layout::{
@@ -215,7 +213,7 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                         // Few rows wait for memory, many find the panel in a cache.
                         let ahead = (P > 1 && lane == 0).then(|| panel.wrapping_add(next));
                         let at = index * UNIT_STEPS;
-                        let part = Part::<L> {
+                        let source = Source::<L> {
                             work,
                             unit: &unit,
                             base: panel.add(start),
@@ -225,8 +223,8 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
                             at,
                         };
                         let sums = match SPAN >= UNIT {
-                            true => part.whole_sum::<U, SPAN, M>(),
-                            false => part.sum::<U, SPAN, M>(steps.clone()),
+                            true => source.whole_sum::<U, SPAN, M>(),
+                            false => source.sum::<U, SPAN, M>(steps.clone()),
                         };
                         let a = work.scales.add((at + first) * work.height);
                         for (m, sum) in sums.iter().enumerate() {
@@ -241,8 +239,8 @@ unsafe fn tile<L: Lanes, U: Unpack, const SPAN: usize, const P: usize, const M: 
     }
 }
 
-/// What the sums of a tile's rows over steps of a unit take.
-struct Part<'a, L: Lanes> {
+/// Where the sums of a tile's rows over steps of a unit come from.
+struct Source<'a, L: Lanes> {
     work: &'a Tile<'a>,
     unit: &'a Unit,
     /// The unit's first byte.
@@ -256,7 +254,7 @@ struct Part<'a, L: Lanes> {
     at: usize,
 }
 
-impl<L: Lanes> Part<'_, L> {
+impl<L: Lanes> Source<'_, L> {
     /// # Safety
     /// As [`Kernel::run`].
     #[inline(always)]
@@ -304,7 +302,7 @@ impl<L: Lanes> Part<'_, L> {
         &self,
         steps: Range<usize>,
     ) -> [L::F; M] {
-        let Part { work, unit, at, .. } = *self;
+        let Source { work, unit, at, .. } = *self;
         // SAFETY: the features are the caller's promise.
         let mut sums = unsafe { [L::zero(); M] };
         macro_rules! add {
@@ -342,7 +340,7 @@ impl<L: Lanes> Part<'_, L> {
     /// As [`Kernel::run`].
     #[inline(always)]
     unsafe fn whole_sum<U: Unpack, const SPAN: usize, const M: usize>(&self) -> [L::F; M] {
-        let Part {
+        let Source {
             unit, base, lane, ..
         } = *self;
         // SAFETY: as the caller promised.
@@ -351,10 +349,10 @@ impl<L: Lanes> Part<'_, L> {
             macro_rules! add {
                 ($sub:expr, $products:expr) => {{
                     let factor = L::signed(base.add(unit.sub_scales + $sub * PANEL + lane));
-                    add_wide_products::<L, M>(&$products, factor, &mut whole);
+                    add_products::<L, true, M>(&$products, factor, &mut whole);
                 }};
             }
-            let (factors, power) = match SPAN {
+            let (factors, scale) = match SPAN {
                 ALIGNED => aligned::<L>(unit, base, lane),
                 _ => ([L::splat(0); UNIT_STEPS], L::halves(base.add(2 * lane))),
             };
@@ -373,11 +371,11 @@ impl<L: Lanes> Part<'_, L> {
                         add!(step, products);
                     } else {
                         let factor = *factors.get_unchecked(step);
-                        add_products::<L, M>(&products, factor, &mut whole);
+                        add_products::<L, false, M>(&products, factor, &mut whole);
                     }
                 }
             }
-            scale_whole::<L, M>(&whole, power, &mut sums);
+            scale_whole::<L, M>(&whole, scale, &mut sums);
             if SPAN > UNIT && self.work.layout.min != Min::Without {
                 subtract_mins::<L, SPAN, M>(self.work, unit, (base, lane), self.at, &mut sums);
             }

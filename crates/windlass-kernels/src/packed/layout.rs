@@ -225,16 +225,15 @@ impl Layout {
             Scale::Super { sub } if sub != 16 && sub != 32 => {
                 Some(format!("a sub-scale for {sub} columns, not 16 or 32"))
             }
-            Scale::Super { sub: 16 } if !matches!(codes, Codes::U2 | Codes::U3 | Codes::U6) => {
-                Some(format!(
-                    "{codes:?} have no kernel for a scale of 16 columns"
-                ))
-            }
-            Scale::Super { sub: 32 }
-                if !matches!(codes, Codes::U4 | Codes::U5 | Codes::Table(_)) =>
+            Scale::Super { sub }
+                if !matches!(
+                    (sub, codes),
+                    (16, Codes::U2 | Codes::U3 | Codes::U6)
+                        | (32, Codes::U4 | Codes::U5 | Codes::Table(_))
+                ) =>
             {
                 Some(format!(
-                    "{codes:?} have no kernel for a sub-scale of 32 columns"
+                    "{codes:?} have no kernel for a scale of {sub} columns"
                 ))
             }
             Scale::Half { group } if ![32, 64, 128, 256].contains(&group) => Some(format!(

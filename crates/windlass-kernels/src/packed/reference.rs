@@ -44,21 +44,20 @@ fn products(layout: &Layout, codes: &[u8], quants: &[i8]) -> i32 {
 /// The sum of parts.
 fn sum(layout: &Layout, unit: &RowUnit, x: &Activations, row: usize, steps: Range<usize>) -> f32 {
     let (mut sum, mut whole) = (0f32, 0i32);
+    let part = layout.parts().start;
     for step in steps {
         let at = step % UNIT_STEPS;
         let (quants, a) = x.step(row, step);
         whole += products(layout, &unit.codes[at * STEP..], quants);
-        for part in layout.parts() {
-            if part == GROUP && (step + 1) % GROUP_STEPS != 0 {
-                continue;
-            }
-            let (scale, min) = scales(layout, unit, at * STEP);
-            sum = (whole as f32).mul_add(scale, sum);
-            if let Some(min) = min {
-                sum = min.mul_add(a.sum(part), sum);
-            }
-            whole = 0;
+        if part == GROUP && (step + 1) % GROUP_STEPS != 0 {
+            continue;
         }
+        let (scale, min) = scales(layout, unit, at * STEP);
+        sum = (whole as f32).mul_add(scale, sum);
+        if let Some(min) = min {
+            sum = min.mul_add(a.sum(part), sum);
+        }
+        whole = 0;
     }
     sum
 }

@@ -133,7 +133,7 @@ unsafe fn round_simd<S: Simd, E: SimdElement>(
     sum_groups(s, m, height);
 }
 
-/// Sets what belongs to a step: the sums of its first half and of all of it, and for now no sum of its group.
+/// Sets what belongs to a step: the sums of its first half and of all of it. That of its group follows from those of all its steps.
 #[inline(always)]
 fn set(s: &mut StepScales, scale: f32, [first, both]: [f32; 2]) {
     let sums = [first, both, 0.0];

@@ -2,12 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::GROUP;
 use super::super::kernel::{aligned, scales};
 use super::super::lanes::{Lanes, Vnni};
 use super::super::layout::{ALIGNED, Codes, Layout, Unit, WHOLE_32, sum_steps};
 use super::super::planes::Unpack;
-use super::super::{GROUP_STEPS, PANEL, UNIT_STEPS};
+use super::super::{PANEL, STEP, UNIT_STEPS};
 use super::{Scales, TILE_BYTES, Work, unit_parts, unit_tiles, whole};
 
 /// `i - zero` for each code below 32, as `bf16`.
@@ -113,16 +112,10 @@ unsafe fn unpack_plain<U: Unpack, const SPAN: usize, const MIN: bool>(
                 _mm512_store_si512(to, even);
                 _mm512_store_si512(to.add(1), odd);
             }
-            for part in layout.parts() {
-                let at = match part {
-                    GROUP => step / GROUP_STEPS,
-                    _ => step,
-                };
-                let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step);
-                let to = to.add(at).cast::<f32>();
-                _mm512_store_ps(to, scale);
-                _mm512_store_ps(to.add(PANEL), min);
-            }
+            let (scale, min) = scales::<Vnni>(layout, unit, base, 0, step);
+            let to = to.add(step * STEP / SPAN).cast::<f32>();
+            _mm512_store_ps(to, scale);
+            _mm512_store_ps(to.add(PANEL), min);
         }
         let end = unit.steps.next_multiple_of(sum_steps(SPAN));
         let lacking = end - unit.steps;

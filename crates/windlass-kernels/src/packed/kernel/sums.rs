@@ -134,57 +134,45 @@ pub(super) unsafe fn scale<L: Lanes, const PART: usize, const M: usize>(
     }
 }
 
-/// Adds the sums of a step, each times the whole number of its lane.
+/// Adds the sums of a step or of half of one, each times the whole number of its lane: `WIDE`, where they may not have 16 bits.
 ///
 /// # Safety
 /// As [`super::Kernel::run`].
 #[inline(always)]
-pub(super) unsafe fn add_products<L: Lanes, const M: usize>(
+pub(super) unsafe fn add_products<L: Lanes, const WIDE: bool, const M: usize>(
     products: &[L::I; M],
     factor: L::I,
     whole: &mut [L::I; M],
 ) {
-    #[rustfmt::skip]
-    macro_rules! add { ($m:literal) => { whole[$m] = L::add_product(whole[$m], products[$m], factor) } }
+    macro_rules! add {
+        ($m:literal) => {
+            whole[$m] = match WIDE {
+                true => L::add_wide_product(whole[$m], products[$m], factor),
+                false => L::add_product(whole[$m], products[$m], factor),
+            }
+        };
+    }
     // SAFETY: as the caller promised.
     unsafe {
         rows!(add);
     }
 }
 
-/// Whole numbers times the powers of two of their lanes.
+/// Whole numbers times the scales of their lanes.
 ///
 /// # Safety
 /// As [`super::Kernel::run`].
 #[inline(always)]
 pub(super) unsafe fn scale_whole<L: Lanes, const M: usize>(
     whole: &[L::I; M],
-    power: L::F,
+    scale: L::F,
     sums: &mut [L::F; M],
 ) {
     #[rustfmt::skip]
-    macro_rules! scaled { ($m:literal) => { sums[$m] = L::mul(L::number(whole[$m]), power) } }
+    macro_rules! scaled { ($m:literal) => { sums[$m] = L::mul(L::number(whole[$m]), scale) } }
     // SAFETY: as the caller promised.
     unsafe {
         rows!(scaled);
-    }
-}
-
-/// As [`add_products`], for sums and numbers of any size.
-///
-/// # Safety
-/// As [`super::Kernel::run`].
-#[inline(always)]
-pub(super) unsafe fn add_wide_products<L: Lanes, const M: usize>(
-    products: &[L::I; M],
-    factor: L::I,
-    whole: &mut [L::I; M],
-) {
-    #[rustfmt::skip]
-    macro_rules! add { ($m:literal) => { whole[$m] = L::add_wide_product(whole[$m], products[$m], factor) } }
-    // SAFETY: as the caller promised.
-    unsafe {
-        rows!(add);
     }
 }
 
