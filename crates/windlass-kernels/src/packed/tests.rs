@@ -487,6 +487,35 @@ fn activations_round_to_nearest_and_pass_on_what_is_not_finite() {
 }
 
 #[test]
+fn layouts_without_a_kernel_are_refused_by_name() {
+    let two = |codes, sub| Layout {
+        scale: Scale::Super { sub },
+        ..Layout {
+            codes,
+            ..Layout::q8()
+        }
+    };
+    for (layout, said) in [
+        (
+            two(Codes::U8, 32),
+            "U8 have no kernel for a scale of 32 columns",
+        ),
+        (
+            two(Codes::U4, 16),
+            "U4 have no kernel for a scale of 16 columns",
+        ),
+        (two(Codes::U4, 64), "a sub-scale for 64 columns"),
+        (Layout::q4(48), "a scale for 48 columns"),
+    ] {
+        let problem = layout.problem().expect("a layout without a kernel");
+        assert!(problem.contains(said), "{problem}");
+    }
+    for (name, layout) in layouts() {
+        assert_eq!(layout.problem(), None, "{name}");
+    }
+}
+
+#[test]
 fn sizes_are_those_of_the_formats() {
     let unit = |layout: Layout| layout.bits_per_weight();
     assert_eq!(unit(Layout::q4(32)), 4.5);
