@@ -204,8 +204,8 @@ impl Reader<'_> {
         let info = self.file.tensor(&place.tensor)?;
         check(self.path, info, &place, &shape)?;
         let bytes = self.file.bytes(&place.tensor)?;
-        self.check_blocks(info, bytes)?;
         if vector {
+            self.check_blocks(info, bytes)?;
             return Ok((self.vector(info, bytes, &place, shape), place.tensor));
         }
         let row = |n: usize| place.row(n, rows);
@@ -220,6 +220,7 @@ impl Reader<'_> {
                     bytes,
                     row,
                 );
+                let packed = packed.map_err(|block| self.bad_block(info, block))?;
                 return Ok((Weight::Packed(Packed::from(packed)), place.tensor));
             }
             (LoadIn::Packed(layout), _) => Some(layout),
@@ -234,6 +235,7 @@ impl Reader<'_> {
                 }
             },
         };
+        self.check_blocks(info, bytes)?;
         let dense = self.dense(
             info,
             bytes,
@@ -251,18 +253,22 @@ impl Reader<'_> {
     /// Checks that the scales of the blocks are numbers.
     fn check_blocks(&self, info: &TensorInfo, bytes: &[u8]) -> Result<(), InferError> {
         match first_bad_block_of_all(&self.cpu.pool, info.block_type, bytes) {
-            Some(block) => Err(InferError::NoModel {
-                path: self.path.to_owned(),
-                problem: match info.block_type.elements() {
-                    1 => format!("tensor {}: weight {block} is no finite number", info.name),
-                    _ => format!(
-                        "tensor {}: block {block} has a scale that is no finite number",
-                        info.name
-                    ),
-                },
-                hint: "the file is damaged: download it again".into(),
-            }),
+            Some(block) => Err(self.bad_block(info, block)),
             None => Ok(()),
+        }
+    }
+
+    fn bad_block(&self, info: &TensorInfo, block: usize) -> InferError {
+        InferError::NoModel {
+            path: self.path.to_owned(),
+            problem: match info.block_type.elements() {
+                1 => format!("tensor {}: weight {block} is no finite number", info.name),
+                _ => format!(
+                    "tensor {}: block {block} has a scale that is no finite number",
+                    info.name
+                ),
+            },
+            hint: "the file is damaged: download it again".into(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! Memory that is not returned to the system between steps.
 //!
 //! Page faults cost more than arithmetic on a CPU, so blocks go back to a free list when their [`Buffer`] drops and
-//! the next request of about that size takes them again. Large blocks are anonymous mappings with `MADV_HUGEPAGE`.
+//! the next request of about that size takes them again. Large blocks are anonymous mappings with `MADV_HUGEPAGE`; those
+//! that stay lie side by side, so that pages of 2 MiB span them.
 //! In a pool that is [tight](Memory::tighten), free large blocks of other sizes go back to the system before it is asked for
 //! more, as far as the pool would otherwise hold more than was ever in use at once.
 //! Every block is accounted under a [`Category`], in use and at the moment of the highest use.
@@ -87,6 +88,16 @@ struct State {
     /// The most that was ever in use at once.
     high: usize,
     tight: bool,
+    /// Where blocks that stay come from.
+    span: Span,
+}
+
+/// Addresses that nobody uses yet, from which blocks are cut: a page of 2 MiB holds the end of one and the beginning of the next,
+/// where mappings of their own would have small pages at both.
+#[derive(Default)]
+struct Span {
+    start: usize,
+    len: usize,
 }
 
 struct Inner {
@@ -105,8 +116,14 @@ pub struct Memory(Arc<Inner>);
 /// What a disk asks of memory that it reads or fills by itself (`O_DIRECT`): blocks that long start on such a boundary.
 pub const PAGE: usize = 4096;
 
-/// Blocks from this size on are mapped on their own, on pages of 2 MiB where the system has them.
+/// Blocks from this size on are mapped, on pages of 2 MiB where the system has them.
 const MAPPED_FROM: usize = 1 << 16;
+
+/// A large page.
+const LARGE_PAGE: usize = 1 << 21;
+
+/// Addresses asked for at once. They take no memory before they are used.
+const SPAN: usize = 1 << 26;
 
 /// Gradients from this size on go back to the system.
 const RETURNED_FROM: usize = 1 << 20;
@@ -130,13 +147,12 @@ impl Memory {
     /// # Panics
     /// When the system has no memory left.
     pub fn alloc(&self, bytes: usize, category: Category) -> Buffer {
+        let stays =
+            bytes >= MAPPED_FROM && matches!(category, Category::Weights | Category::Optimizer);
+        // What stays has its own size, what comes and goes one that fits others too.
         let capacity = match category {
-            // What stays has its own size, what comes and goes one that fits others too.
-            Category::Weights | Category::Optimizer | Category::Gradients
-                if bytes >= MAPPED_FROM =>
-            {
-                bytes.next_multiple_of(PAGE)
-            }
+            Category::Gradients if bytes >= MAPPED_FROM => bytes.next_multiple_of(PAGE),
+            _ if stays => bytes.next_multiple_of(PAGE),
             _ => size_class(bytes),
         };
         let mut state = self.0.state.lock().expect("memory pool");
@@ -149,10 +165,14 @@ impl Memory {
                     state.make_room(capacity);
                 }
                 state.now.reserved += capacity;
-                Block {
-                    ptr: system_alloc(capacity),
-                    capacity,
-                }
+                let ptr = match stays {
+                    true => state.span.cut(capacity),
+                    false => system_alloc(capacity),
+                };
+                let ptr = ptr.unwrap_or_else(|| {
+                    panic!("the system has no memory left for a block of {capacity} bytes")
+                });
+                Block { ptr, capacity }
             }
         };
         state.now.by_category[category as usize] += block.capacity;
@@ -241,6 +261,32 @@ impl State {
     }
 }
 
+impl Span {
+    /// The next `capacity` bytes, whole pages; `None` when the system has no more.
+    fn cut(&mut self, capacity: usize) -> Option<NonNull<u8>> {
+        if capacity > self.len {
+            let len = capacity.next_multiple_of(SPAN);
+            let start = map(len + LARGE_PAGE)?.addr().get();
+            self.release();
+            let skipped = start.next_multiple_of(LARGE_PAGE) - start;
+            // SAFETY: just mapped.
+            unsafe { unmap(start, skipped) };
+            (self.start, self.len) = (start + skipped, len + LARGE_PAGE - skipped);
+        }
+        let ptr = NonNull::new(self.start as *mut u8);
+        self.start += capacity;
+        self.len -= capacity;
+        ptr
+    }
+
+    /// Gives back what was not used.
+    fn release(&mut self) {
+        // SAFETY: nobody has these addresses.
+        unsafe { unmap(self.start, self.len) };
+        *self = Span::default();
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().expect("memory pool");
@@ -248,6 +294,7 @@ impl Drop for Inner {
             // SAFETY: buffers hold the pool alive, so only free blocks remain here.
             unsafe { system_free(block) };
         }
+        state.span.release();
     }
 }
 
@@ -377,43 +424,53 @@ fn size_class(bytes: usize) -> usize {
     }
 }
 
-fn system_alloc(capacity: usize) -> NonNull<u8> {
-    let ptr = if capacity >= MAPPED_FROM {
-        // SAFETY: a fresh anonymous mapping; the result is checked.
-        unsafe {
-            let ptr = libc::mmap(
-                std::ptr::null_mut(),
-                capacity,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            );
-            if ptr == libc::MAP_FAILED {
-                std::ptr::null_mut()
-            } else {
-                #[cfg(target_os = "linux")]
-                libc::madvise(ptr, capacity, libc::MADV_HUGEPAGE);
-                ptr.cast()
-            }
-        }
-    } else {
-        // SAFETY: the layout has a non-zero size.
-        unsafe { std::alloc::alloc_zeroed(layout(capacity)) }
-    };
-    NonNull::new(ptr)
-        .unwrap_or_else(|| panic!("the system has no memory left for a block of {capacity} bytes"))
+fn system_alloc(capacity: usize) -> Option<NonNull<u8>> {
+    if capacity >= MAPPED_FROM {
+        return map(capacity);
+    }
+    // SAFETY: the layout has a non-zero size.
+    NonNull::new(unsafe { std::alloc::alloc_zeroed(layout(capacity)) })
 }
 
 /// # Safety
-/// `block` must come from [`system_alloc`] and have no other owner.
+/// `block` must come from [`system_alloc`] or a [`Span`] and have no other owner.
 unsafe fn system_free(block: Block) {
     if block.capacity >= MAPPED_FROM {
-        // SAFETY: the mapping was made with this address and length.
-        unsafe { libc::munmap(block.ptr.as_ptr().cast(), block.capacity) };
+        // SAFETY: the bytes were mapped; a part of a mapping may be given back.
+        unsafe { unmap(block.ptr.addr().get(), block.capacity) };
     } else {
         // SAFETY: allocated with the same layout.
         unsafe { std::alloc::dealloc(block.ptr.as_ptr(), layout(block.capacity)) };
+    }
+}
+
+/// New zeros, on pages of 2 MiB where the system has them.
+fn map(len: usize) -> Option<NonNull<u8>> {
+    // SAFETY: a fresh anonymous mapping; the result is checked.
+    unsafe {
+        let ptr = libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        if ptr == libc::MAP_FAILED {
+            return None;
+        }
+        #[cfg(target_os = "linux")]
+        libc::madvise(ptr, len, libc::MADV_HUGEPAGE);
+        NonNull::new(ptr.cast())
+    }
+}
+
+/// # Safety
+/// Whole pages that came from [`map`] and that nobody uses any more.
+unsafe fn unmap(start: usize, len: usize) {
+    if len > 0 {
+        // SAFETY: the caller's promise.
+        unsafe { libc::munmap(start as *mut libc::c_void, len) };
     }
 }
 
@@ -476,6 +533,31 @@ mod tests {
         memory.trim();
         assert_eq!(memory.now(), Usage::default());
         assert!(memory.peak().in_use() >= 9_999_999);
+    }
+
+    #[test]
+    fn blocks_that_stay_share_large_pages() {
+        let memory = Memory::new();
+        let sizes = [MAPPED_FROM, 3_000_000, SPAN + 1, 5_000_000, SPAN / 2];
+        let mut blocks = sizes.map(|bytes| memory.alloc(bytes, Category::Weights));
+        let ends = |block: &Buffer| {
+            let bytes = block.block().as_ptr_range();
+            (bytes.start.addr(), bytes.end.addr())
+        };
+        assert_eq!(ends(&blocks[0]).0 % LARGE_PAGE, 0);
+        assert_eq!(ends(&blocks[0]).1, ends(&blocks[1]).0);
+        assert_eq!(ends(&blocks[2]).0 % LARGE_PAGE, 0, "more than was left");
+        assert_eq!(ends(&blocks[2]).1, ends(&blocks[3]).0);
+        for (value, block) in (1..).zip(&mut blocks) {
+            assert!(block.block().iter().all(|&byte| byte == 0));
+            block.block_mut().fill(value);
+        }
+        // One of several in a mapping goes back, and the others stay.
+        let [first, _, third, fourth, last] = blocks;
+        memory.trim();
+        for (value, block) in [(1, first), (3, third), (4, fourth), (5, last)] {
+            assert!(block.block().iter().all(|&byte| byte == value));
+        }
     }
 
     #[test]

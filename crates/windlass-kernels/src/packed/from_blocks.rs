@@ -1,13 +1,14 @@
 //! Packed matrices from the blocks of a file: the same codes and scales, in other places.
 
-use super::layout::{Codes, Layout, Min, Scale};
+use super::layout::{Codes, Layout, Min, Scale, Units};
 use super::matrix::PackedMatrix;
 use super::unit::{RowUnit, UnitMut};
-use super::{STEP, UNIT};
+use super::{PANEL, STEP, UNIT, UNIT_STEPS};
 use crate::blocks::{self, BlockType, Levels};
 use crate::memory::Memory;
 use crate::pool::Pool;
 use half::f16;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 impl Layout {
     /// The layout that holds a type's blocks without a change of a number; `None` for plain numbers, codebooks, and scales
@@ -51,6 +52,10 @@ impl Layout {
 impl PackedMatrix {
     /// Packs a matrix of blocks: row `n` of the result is row `row(n)` of `bytes`.
     ///
+    /// # Errors
+    /// The first block of `bytes` with a scale that is infinite or no number, of those rows, as
+    /// [`blocks::first_bad_block`] has it.
+    ///
     /// # Panics
     /// When [`Layout::of`] knows no layout, or the blocks do not fill rows of `cols` elements.
     #[track_caller]
@@ -61,75 +66,124 @@ impl PackedMatrix {
         [rows, cols]: [usize; 2],
         bytes: &[u8],
         row: impl Fn(usize) -> usize + Sync,
-    ) -> PackedMatrix {
+    ) -> Result<PackedMatrix, usize> {
         let Some(layout) = Layout::of(block_type) else {
             panic!("{block_type} has no packed form");
         };
-        let (elements, size) = (block_type.elements(), block_type.bytes());
+        let elements = block_type.elements();
         assert!(
             cols.is_multiple_of(elements),
             "rows of {cols} elements in blocks of {elements}"
         );
-        let row_bytes = cols / elements * size;
-        let per_unit = UNIT / elements;
-        PackedMatrix::pack(pool, memory, layout, [rows, cols], |n, unit, out| {
-            let bytes = &bytes[row(n) * row_bytes..][..row_bytes];
-            let from = unit * per_unit * size;
-            let bytes = &bytes[from..row_bytes.min(from + per_unit * size)];
-            match block_type {
-                // The file has the codes as a plane has them.
-                BlockType::Q4_0 | BlockType::Q4_1 | BlockType::IQ4_NL | BlockType::MXFP4 => {
-                    bytes
-                        .chunks_exact(size)
-                        .enumerate()
-                        .for_each(|(b, block)| nibbles(b, block, out));
+        let blocks = cols / elements;
+        let row_bytes = blocks * block_type.bytes();
+        let nothing = vec![0; row_bytes];
+        let fill = fill(block_type);
+        let first_bad = AtomicUsize::new(usize::MAX);
+        let packed = Self::pack_panels(pool, memory, layout, [rows, cols], |panel, units, out| {
+            let rows: [&[u8]; PANEL] = std::array::from_fn(|lane| {
+                let n = panel * PANEL + lane;
+                if n >= rows {
+                    return &nothing[..];
                 }
-                BlockType::Q8_0 => {
-                    bytes
-                        .chunks_exact(size)
-                        .enumerate()
-                        .for_each(|(b, block)| bytes_8(b, block, out));
+                let n = row(n);
+                let bytes = &bytes[n * row_bytes..][..row_bytes];
+                // Here, where they are in the caches when they are packed next.
+                if let Some(bad) = blocks::first_bad_block(block_type, bytes) {
+                    first_bad.fetch_min(n * blocks + bad, Ordering::Relaxed);
                 }
-                _ => {
-                    let mut unit = RowUnit::ZERO;
-                    let mut block = blocks::Codes::new(block_type);
-                    for (index, bytes) in bytes.chunks_exact(size).enumerate() {
-                        block.decode(block_type, bytes);
-                        unit_part(block_type, &layout, &block, index * elements, &mut unit);
-                    }
-                    out.write(&unit);
+                bytes
+            });
+            fill(block_type, &layout, units, &rows, out);
+        });
+        match first_bad.into_inner() {
+            usize::MAX => Ok(packed),
+            bad => Err(bad),
+        }
+    }
+}
+
+/// Writes a panel of the blocks of its rows.
+type Fill = fn(BlockType, &Layout, &Units, &[&[u8]; PANEL], &mut [u8]);
+
+fn fill(block_type: BlockType) -> Fill {
+    use BlockType::*;
+    match block_type {
+        // The file has the codes as a plane has them.
+        Q4_0 | IQ4_NL => copied::<18, 4>,
+        Q4_1 => copied::<20, 4>,
+        MXFP4 => copied::<17, 4>,
+        Q8_0 => copied::<34, 8>,
+        _ => decoded,
+    }
+}
+
+/// [`Fill`] for blocks of a step: `SIZE` bytes, a head and `WORDS` words of four columns.
+fn copied<const SIZE: usize, const WORDS: usize>(
+    _: BlockType,
+    layout: &Layout,
+    units: &Units,
+    rows: &[&[u8]; PANEL],
+    out: &mut [u8],
+) {
+    let head = SIZE - 4 * WORDS;
+    let rows = rows.map(|row| row.as_chunks::<SIZE>().0);
+    // Signed bytes in a file are unsigned in a plane.
+    let flipped = match layout.codes {
+        Codes::U8 => 0x8080_8080,
+        _ => 0,
+    };
+    for index in 0..units.len() {
+        let (unit, start) = units.at(index);
+        let out = &mut out[start..][..unit.bytes];
+        let rows = rows.map(|row| &row[index * UNIT_STEPS..][..unit.steps]);
+        let (words, _) = out[unit.planes..].as_chunks_mut::<4>();
+        let (planes, _) = words.as_chunks_mut::<PANEL>();
+        for (step, planes) in planes.as_chunks_mut::<WORDS>().0.iter_mut().enumerate() {
+            for (lane, row) in rows.iter().enumerate() {
+                let (words, _) = row[step][head..].as_chunks::<4>();
+                for (plane, word) in planes.iter_mut().zip(words) {
+                    plane[lane] = (u32::from_le_bytes(*word) ^ flipped).to_le_bytes();
                 }
             }
-        })
+        }
+        for (lane, row) in rows.iter().enumerate() {
+            let mut out = UnitMut::new(layout, unit, out, lane);
+            for (step, block) in row.iter().enumerate() {
+                let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+                match head {
+                    1 => out.head(step, u16::from(block[0]), 0),
+                    2 => out.head(step, half(0), 0),
+                    _ => out.head(step, half(0), half(2)),
+                }
+            }
+        }
     }
 }
 
-fn half_bits(block: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([block[at], block[at + 1]])
-}
-
-/// A block of 32 codes of 4 bits behind its scale (and minimum).
-#[inline(always)]
-fn nibbles(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
-    let (head, codes) = block.split_at(block.len() - STEP / 2);
-    match head.len() {
-        1 => out.head(index, u16::from(head[0]), 0),
-        2 => out.head(index, half_bits(head, 0), 0),
-        _ => out.head(index, half_bits(head, 0), half_bits(head, 2)),
+/// [`Fill`] for all others.
+fn decoded(
+    block_type: BlockType,
+    layout: &Layout,
+    units: &Units,
+    rows: &[&[u8]; PANEL],
+    out: &mut [u8],
+) {
+    let (elements, size) = (block_type.elements(), block_type.bytes());
+    let mut block = blocks::Codes::new(block_type);
+    for index in 0..units.len() {
+        let (unit, start) = units.at(index);
+        for (lane, row) in rows.iter().enumerate() {
+            let from = index * UNIT / elements * size;
+            let row = &row[from..row.len().min(from + UNIT / elements * size)];
+            let mut codes = RowUnit::ZERO;
+            for (b, bytes) in row.chunks_exact(size).enumerate() {
+                block.decode(block_type, bytes);
+                unit_part(block_type, layout, &block, b * elements, &mut codes);
+            }
+            UnitMut::new(layout, unit, &mut out[start..][..unit.bytes], lane).write(&codes);
+        }
     }
-    let word = |i: usize| u32::from_le_bytes(codes[4 * i..][..4].try_into().expect("a word"));
-    out.words(index, [word(0), word(1), word(2), word(3)]);
-}
-
-/// A block of 32 signed bytes behind its scale.
-#[inline(always)]
-fn bytes_8(index: usize, block: &[u8], out: &mut UnitMut<'_>) {
-    out.head(index, half_bits(block, 0), 0);
-    let word = |i: usize| {
-        let word = u32::from_le_bytes(block[2 + 4 * i..][..4].try_into().expect("a word"));
-        word ^ 0x8080_8080
-    };
-    out.words(index, std::array::from_fn::<u32, 8, _>(word));
 }
 
 /// Puts a block at column `at` of a unit.

@@ -47,13 +47,7 @@ impl PackedMatrix {
         [rows, cols]: [usize; 2],
         read: impl Fn(usize, usize, &mut UnitMut<'_>) + Sync,
     ) -> PackedMatrix {
-        let units = Units::new(&layout, cols);
-        let panels = rows.div_ceil(PANEL);
-        let mut data = memory.alloc(panels * units.bytes(), Category::Weights);
-        let view = SharedMut::new(&mut data.block_mut()[..panels * units.bytes()]);
-        pool.run(panels, |panel, _| {
-            // SAFETY: a task has its own panel.
-            let bytes = unsafe { view.slice(panel * units.bytes(), units.bytes()) };
+        Self::pack_panels(pool, memory, layout, [rows, cols], |panel, units, bytes| {
             for index in 0..units.len() {
                 let (unit, start) = units.at(index);
                 for lane in 0..PANEL {
@@ -65,6 +59,29 @@ impl PackedMatrix {
                     }
                 }
             }
+        })
+    }
+
+    /// Packs a matrix panel by panel: `fill(panel, units, bytes)` writes all bytes of a panel, on all threads.
+    ///
+    /// # Panics
+    /// On a layout with an impossible group.
+    #[track_caller]
+    pub(super) fn pack_panels(
+        pool: &Pool,
+        memory: &Memory,
+        layout: Layout,
+        [rows, cols]: [usize; 2],
+        fill: impl Fn(usize, &Units, &mut [u8]) + Sync,
+    ) -> PackedMatrix {
+        let units = Units::new(&layout, cols);
+        let panels = rows.div_ceil(PANEL);
+        let mut data = memory.alloc(panels * units.bytes(), Category::Weights);
+        let view = SharedMut::new(&mut data.block_mut()[..panels * units.bytes()]);
+        pool.run(panels, |panel, _| {
+            // SAFETY: a task has its own panel.
+            let bytes = unsafe { view.slice(panel * units.bytes(), units.bytes()) };
+            fill(panel, &units, bytes);
         });
         PackedMatrix {
             layout,

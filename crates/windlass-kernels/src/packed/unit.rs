@@ -131,14 +131,6 @@ impl<'a> UnitMut<'a> {
         }
     }
 
-    /// The codes of a step that are its only plane already, in words of four columns: with 8 bits, one for each, with 4
-    /// bits, columns `4 i..` in the lower halves of the bytes of word `i` and columns `16 + 4 i..` in the upper ones.
-    #[inline]
-    pub fn words<const N: usize>(&mut self, step: usize, words: [u32; N]) {
-        debug_assert_eq!(N, self.layout.codes.bits());
-        self.step::<N>(step, &words);
-    }
-
     /// The codes of a step.
     #[inline]
     pub fn codes(&mut self, step: usize, codes: &[u8; STEP]) {
