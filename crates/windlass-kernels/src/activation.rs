@@ -7,6 +7,8 @@ use crate::{Element, reference};
 
 mod vector;
 
+pub(crate) use vector::activated;
+
 kernels! {
     fn activation_chunk<E>(kind: Activation, x: &[E], y: &mut [E]) -> () { scalar: reference::activation, simd: vector::activation }
     fn activation_backward_chunk<E>(kind: Activation, x: &[E], dy: &[E], dx: &mut [E]) -> () { scalar: reference::activation_backward, simd: vector::activation_backward }

@@ -454,10 +454,8 @@ fn packed_product(pool: &Pool, matrix: &PackedMatrix, x: &[f32]) -> Vec<f32> {
     let bias: Vec<f32> = (0..matrix.rows()).map(|i| i as f32 / 64.0).collect();
     let mut out = vec![0f32; x.rows() * matrix.rows()];
     let product = Product {
-        matrix,
         bias: Some(&bias),
-        residual: None,
-        out: &mut out,
+        ..Product::of(matrix, &mut out)
     };
     multiply(pool, &x, &mut [product]);
     out

@@ -85,6 +85,17 @@ macro_rules! with_curve {
     };
 }
 
+/// `act(x)`.
+#[inline(always)]
+pub(crate) fn activated<S: Simd>(kind: Activation, x: S) -> S {
+    match kind {
+        Activation::Silu => Silu::of(x).0,
+        Activation::Gelu => Gelu::of(x).0,
+        Activation::GeluTanh => GeluTanh::of(x).0,
+        Activation::Relu => Relu::of(x).0,
+    }
+}
+
 /// `y = act(x)`, `y = act(x) up`, or `y = act'(x) up`.
 struct Apply<E, C, const DERIVATIVE: bool> {
     x: *const E,

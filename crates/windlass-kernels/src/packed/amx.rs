@@ -30,8 +30,7 @@ use self::overlap::{Item, load_rows, overlap};
 use self::unpack::unpack;
 use super::activations::{BLOCK, StepScales, TILE, Tiles};
 use super::kernel::body;
-use super::layout::{ALIGNED, Codes, Layout, Min, WHOLE_16, WHOLE_32, sum_steps};
-use super::matrix::PackedMatrix;
+use super::layout::{ALIGNED, Codes, Layout, Min, Units, WHOLE_16, WHOLE_32, sum_steps};
 use super::planes::{Names, Planes, Unpack};
 use super::{GROUP_STEPS, PANEL, STEP, UNIT, UNIT_STEPS};
 use crate::stream::prefetch;
@@ -111,8 +110,10 @@ struct Scales {
 
 /// Panels and blocks of 16 rows.
 pub(super) struct Work<'a> {
-    pub matrix: &'a PackedMatrix,
-    pub panels: Range<usize>,
+    pub layout: &'a Layout,
+    pub units: &'a Units,
+    /// Their bytes; of one matrix or of several.
+    pub panels: &'a [&'a [u8]],
     pub tiles: Tiles<'a>,
     /// The first block.
     pub first: usize,
@@ -152,22 +153,22 @@ pub(super) fn choose(layout: &Layout) -> Kernel {
 /// As [`Kernel`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn run<U: Unpack, const SPAN: usize, const MIN: bool>(work: &Work<'_>) {
-    let units = work.matrix.units();
+    let units = work.units;
     for index in 0..units.len() {
         let (unit, start) = units.at(index);
         let each = CODES / unit_tiles(SPAN);
-        for first in work.panels.clone().step_by(each) {
-            let panels = first..work.panels.end.min(first + each);
+        for first in (0..work.panels.len()).step_by(each) {
+            let panels = first..work.panels.len().min(first + each);
             // SAFETY: as the caller promised; units lie in the panels.
             unsafe {
-                for (p, panel) in panels.clone().enumerate() {
-                    let base = work.matrix.panel(panel).as_ptr().add(start);
+                for (p, panel) in work.panels[panels.clone()].iter().enumerate() {
+                    let base = panel.as_ptr().add(start);
                     unpack::<U, SPAN, MIN>(work, p, &unit, base);
                 }
                 let items = unit.steps.div_ceil(sum_steps(SPAN));
-                let ahead = match panels.end < work.panels.end {
+                let ahead = match panels.end < work.panels.len() {
                     true => (panels.end, start),
-                    false => (work.panels.start, start + unit.bytes),
+                    false => (0, start + unit.bytes),
                 };
                 multiply::<SPAN, MIN>(work, index, items, panels, ahead);
             }
@@ -205,8 +206,7 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
                 let block = (2 * block + half) * work.block;
                 work.scales.add(block + step * BLOCK)
             };
-            let panel = panels.start - work.panels.start + p;
-            let tile = block * work.panels.len() + panel;
+            let tile = block * work.panels.len() + panels.start + p;
             let sums = work.sums.add(tile * ROWS * PANEL);
             let (after, first) = match at + 1 < items {
                 true => (block, 4 * (at + 1)),
@@ -230,10 +230,10 @@ unsafe fn multiply<const SPAN: usize, const MIN: bool>(
             sums: (&raw mut (*space).nowhere).cast(),
             ..item(0, 0, 0)
         };
-        let lines = work.matrix.units().at(index).0.bytes.div_ceil(64);
+        let lines = work.units.at(index).0.bytes.div_ceil(64);
         for block in 0..work.blocks {
-            for panel in ahead..work.panels.end.min(ahead + panels.len()) {
-                let from = work.matrix.panel(panel).as_ptr().wrapping_add(start);
+            for panel in work.panels[ahead..].iter().take(panels.len()) {
+                let from = panel.as_ptr().wrapping_add(start);
                 for line in (block..lines).step_by(work.blocks) {
                     prefetch(from.wrapping_add(64 * line));
                 }

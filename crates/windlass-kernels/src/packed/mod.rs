@@ -17,6 +17,7 @@
 
 mod activations;
 mod amx;
+mod finish;
 mod from_blocks;
 mod kernel;
 mod lanes;
@@ -35,7 +36,7 @@ pub use activations::Activations;
 pub use layout::{Codes, LAYOUT_VERSION, Layout, Min, Scale};
 pub use matrix::PackedMatrix;
 pub(crate) use product::uses_tiles;
-pub use product::{Product, kernel_names, multiply, multiply_groups};
+pub use product::{Gate, Product, kernel_names, multiply, multiply_groups};
 pub use unit::{RowUnit, UnitMut};
 pub(crate) use unpack::{ROOM, Unpack};
 

@@ -1,13 +1,13 @@
 //! `y = x Wᵀ` for packed matrices and quantized activations.
 
 use super::activations::{Activations, Tiles};
+use super::finish::{Sums, finish, finisher};
 use super::matrix::PackedMatrix;
 use super::{PANEL, STEP, reference};
-use crate::dispatch::{Level, kernels};
+use crate::Element;
+use crate::activation::Activation;
+use crate::dispatch::Level;
 use crate::pool::{Pool, SharedMut, Worker};
-use crate::simd::{Simd, SimdElement};
-use crate::stream::prefetch;
-use crate::{DType, Element};
 use std::ops::Range;
 
 /// One product of several that share their activations.
@@ -18,8 +18,36 @@ pub struct Product<'a, E> {
     pub bias: Option<&'a [E]>,
     /// Added to the result, `[M, N]`.
     pub residual: Option<&'a [E]>,
+    /// What the result is multiplied with, in place of a residual.
+    pub gate: Option<Gate<'a, E>>,
     /// The result, `[M, N]`.
     pub out: &'a mut [E],
+}
+
+impl<'a, E> Product<'a, E> {
+    /// `x Wᵀ`.
+    pub fn of(matrix: &'a PackedMatrix, out: &'a mut [E]) -> Product<'a, E> {
+        Product {
+            matrix,
+            bias: None,
+            residual: None,
+            gate: None,
+            out,
+        }
+    }
+}
+
+/// A second product of the same activations, to which an activation function is applied.
+///
+/// The results of both are rounded to `E` before, so every bit is that of [`crate::activation::gated`] on two products.
+#[derive(Clone, Copy)]
+pub struct Gate<'a, E> {
+    /// The function.
+    pub activation: Activation,
+    /// The matrix, of the other's shape and layout.
+    pub matrix: &'a PackedMatrix,
+    /// Added to every row, `[N]`.
+    pub bias: Option<&'a [E]>,
 }
 
 /// What a task computes: panels and rows of activations. No result depends on it.
@@ -37,6 +65,14 @@ const VECTORS: Cut = Cut {
 };
 
 impl Cut {
+    /// Panels of `matrices` matrices in place of one.
+    fn among(self, matrices: usize) -> Cut {
+        Cut {
+            panels: self.panels / matrices,
+            ..self
+        }
+    }
+
     /// For tiles: a unit of a panel is unpacked once for all of a task's rows, and their tiles are read once for all of its
     /// panels, from a cache that other cores share. So tasks are as large as leaves some for each thread.
     fn tiles(rows: usize, panels: usize, threads: usize) -> Cut {
@@ -48,13 +84,6 @@ impl Cut {
         }
     }
 }
-
-/// Panels times rows of the largest tile.
-const TILE: usize = 16;
-
-/// The sums of a tile. Each is a line: one that crosses lines could not be read before it has been written to the cache.
-#[repr(align(64))]
-struct Sums([[f32; PANEL]; TILE]);
 
 /// Whether products of many rows run on AMX tiles.
 pub(crate) fn uses_tiles(level: Level) -> bool {
@@ -82,31 +111,37 @@ pub fn kernel_names(level: Level) -> &'static str {
     }
 }
 
-struct Job<'a, E> {
-    matrix: &'a PackedMatrix,
+pub(super) struct Job<'a, E> {
+    pub matrix: &'a PackedMatrix,
     /// The rows of activations that tiles multiply, where they do.
     tiles: Option<Tiles<'a>>,
-    bias: Option<&'a [E]>,
-    residual: Option<&'a [E]>,
-    out: SharedMut<'a, E>,
+    pub bias: Option<&'a [E]>,
+    pub residual: Option<&'a [E]>,
+    pub gate: Option<Gate<'a, E>>,
+    pub out: SharedMut<'a, E>,
     /// Rows of the activations, the first of which is the first of the result.
-    rows: Range<usize>,
+    pub rows: Range<usize>,
     cut: Cut,
     /// Number of the first task.
     first: usize,
 }
 
-impl<E: Element> Job<'_, E> {
+impl<'a, E: Element> Job<'a, E> {
     /// Where a panel's columns of a row begin in the result.
     #[inline(always)]
-    fn at(&self, row: usize, panel: usize) -> usize {
+    pub fn at(&self, row: usize, panel: usize) -> usize {
         (row - self.rows.start) * self.matrix.rows() + panel * PANEL
+    }
+
+    /// The matrices, that of the gate last.
+    fn matrices(&self) -> impl Iterator<Item = &'a PackedMatrix> {
+        std::iter::once(self.matrix).chain(self.gate.map(|gate| gate.matrix))
     }
 }
 
 /// Multiplies the same activations with several matrices in one run of the pool.
 ///
-/// Sums are rounded to `E` once, after bias and residual have been added.
+/// Sums are rounded to `E` once, after bias and residual have been added; where there is a [`Gate`], so is each factor.
 ///
 /// # Panics
 /// When shapes do not fit.
@@ -153,6 +188,7 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
             None => VECTORS,
         };
+        let cut = cut.among(1 + usize::from(product.gate.is_some()));
         assert_eq!(
             x.cols(),
             k,
@@ -171,11 +207,24 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             product.residual.is_none_or(|r| r.len() == m * n),
             "a residual against {m} rows and a matrix [{n}, {k}]"
         );
+        if let Some(Gate { matrix, bias, .. }) = &product.gate {
+            assert_eq!(
+                ([matrix.rows(), matrix.cols()], matrix.layout()),
+                ([n, k], product.matrix.layout()),
+                "a gate beside a matrix [{n}, {k}]"
+            );
+            assert!(
+                bias.is_none_or(|b| b.len() == n),
+                "a bias against a matrix [{n}, {k}]"
+            );
+            assert!(product.residual.is_none(), "a residual beside a gate");
+        }
         jobs.push(Job {
             matrix: product.matrix,
             tiles,
             bias: product.bias,
             residual: product.residual,
+            gate: product.gate,
             out: SharedMut::new(product.out),
             rows,
             cut,
@@ -219,17 +268,29 @@ fn run_task<E: Element>(
     let _ = (pool, worker);
     for panel in panels {
         for row in rows.clone() {
-            let mut sums = [0f32; PANEL];
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                let n = panel * PANEL + lane;
-                if n < job.matrix.rows() {
-                    *sum = reference::dot(job.matrix, n, x, row);
-                }
-            }
-            finish(job, panel..panel + 1, row..row + 1, &[sums], 1);
+            let sums = job.matrices().map(|matrix| {
+                std::array::from_fn(|lane| match panel * PANEL + lane {
+                    n if n < matrix.rows() => reference::dot(matrix, n, x, row),
+                    _ => 0.0,
+                })
+            });
+            let sums: Vec<[f32; PANEL]> = sums.collect();
+            finish(
+                job,
+                panel..panel + 1,
+                row..row + 1,
+                Sums::of(&sums, 1, job.gate.is_some()),
+            );
         }
     }
 }
+
+/// Panels times rows of the largest tile.
+const TILE: usize = 16;
+
+/// The sums of a tile. Each is a line: one that crosses lines could not be read before it has been written to the cache.
+#[repr(align(64))]
+struct Space([[f32; PANEL]; TILE]);
 
 #[cfg(target_arch = "x86_64")]
 fn run_tiles<E: Element>(
@@ -245,7 +306,7 @@ fn run_tiles<E: Element>(
     let (layout, units) = (job.matrix.layout(), job.matrix.units());
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let finish = finisher::<E>(level);
-    let mut sums = Sums([[0f32; PANEL]; TILE]);
+    let mut sums = [const { Space([[0f32; PANEL]; TILE]) }; 2];
     let starts = worker.scratch::<f32>(units.steps() * layout.parts().len() * TILE);
     // SAFETY: the same size and alignment; all bit patterns are valid.
     let starts = unsafe { &mut *(std::ptr::from_mut(starts) as *mut [i32]) };
@@ -259,31 +320,39 @@ fn run_tiles<E: Element>(
         let (quants, scales) = (&x.quants()[cell * STEP..], &x.scales()[cell..]);
         kernel.starts(layout, scales, (x.height(), x.block()), starts);
         for panel in panels.clone().step_by(kernel.panels) {
-            // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for both
-            // numbers are powers of two.
-            let mut at = [std::ptr::null(); TILE];
-            for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
-                *at = job.matrix.panel(last(&panels, panel + p)).as_ptr();
+            for (matrix, sums) in job.matrices().zip(&mut sums) {
+                // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for
+                // both numbers are powers of two.
+                let mut at = [std::ptr::null(); TILE];
+                for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
+                    *at = matrix.panel(last(&panels, panel + p)).as_ptr();
+                }
+                let tile = Tile {
+                    layout,
+                    units,
+                    panels: &at[..kernel.panels],
+                    ahead: kernel.panels * units.bytes(),
+                    quants: quants.as_ptr(),
+                    scales: scales.as_ptr(),
+                    height: x.height(),
+                    block: x.block(),
+                    starts: starts.as_ptr(),
+                    out: sums.0.as_mut_ptr().cast(),
+                };
+                // SAFETY: `choose` saw the features; panels and rows are as long as the layout says (activations are padded
+                // to whole units), and `starts` and `sums` hold the tile's.
+                unsafe { (kernel.run)(&tile) };
             }
-            let tile = Tile {
-                layout,
-                units,
-                panels: &at[..kernel.panels],
-                ahead: kernel.panels * units.bytes(),
-                quants: quants.as_ptr(),
-                scales: scales.as_ptr(),
-                height: x.height(),
-                block: x.block(),
-                starts: starts.as_ptr(),
-                out: sums.0.as_mut_ptr().cast(),
-            };
-            // SAFETY: `choose` saw the features; panels and rows are as long as the layout says (activations are padded to
-            // whole units), and `starts` and `sums` hold the tile's.
-            unsafe { (kernel.run)(&tile) };
             let tile_rows = row..rows.end.min(row + kernel.rows);
             let tile_panels = panel..panels.end.min(panel + kernel.panels);
+            let [sums, gates] = &sums;
+            let sums = Sums {
+                sums: &sums.0,
+                gates: &gates.0,
+                pitch: kernel.rows,
+            };
             // SAFETY: the level's features are there.
-            unsafe { finish(job, tile_panels, tile_rows, &sums.0, kernel.rows) };
+            unsafe { finish(job, tile_panels, tile_rows, sums) };
         }
         row += kernel.rows;
     }
@@ -299,14 +368,19 @@ fn run_amx<E: Element>(
     rows: Range<usize>,
 ) {
     use super::amx::{ROWS, Space, TILES, Work};
-    let (matrix, finish) = (job.matrix, finisher::<E>(level));
-    let kernel = super::amx::choose(matrix.layout());
+    let finish = finisher::<E>(level);
+    let kernel = super::amx::choose(job.matrix.layout());
     let blocks = rows.len().div_ceil(ROWS);
-    let len = blocks * panels.len() * ROWS * PANEL;
+    let work_panels: Vec<&[u8]> = job
+        .matrices()
+        .flat_map(|matrix| panels.clone().map(|panel| matrix.panel(panel)))
+        .collect();
+    let len = blocks * work_panels.len() * ROWS * PANEL;
     let (space, sums) = worker.scratch2::<f32, f32>(Space::LEN, len);
     let work = Work {
-        matrix,
-        panels: panels.clone(),
+        layout: job.matrix.layout(),
+        units: job.matrix.units(),
+        panels: &work_panels,
         tiles,
         first: rows.start / ROWS,
         blocks,
@@ -321,126 +395,15 @@ fn run_amx<E: Element>(
         TILES.enter();
         kernel(&work);
         crate::tiles::leave();
-        let sums = sums.as_chunks::<PANEL>().0.chunks(panels.len() * ROWS);
+        let sums = sums.as_chunks::<PANEL>().0.chunks(work_panels.len() * ROWS);
         for (sums, first) in sums.zip(rows.clone().step_by(ROWS)) {
             let rows = first..rows.end.min(first + ROWS);
-            finish(job, panels.clone(), rows, sums, ROWS);
-        }
-    }
-}
-
-kernels! {
-    /// Adds bias and residual to sums `[panels, pitch, 16]` and writes these rows of the result.
-    fn finisher<E>(
-        job: &Job<'_, E>, panels: Range<usize>, rows: Range<usize>, sums: &[[f32; PANEL]], pitch: usize,
-    ) -> () {
-        scalar: finish, simd: finish_simd
-    }
-}
-
-fn finish<E: Element>(
-    job: &Job<'_, E>,
-    panels: Range<usize>,
-    rows: Range<usize>,
-    sums: &[[f32; PANEL]],
-    pitch: usize,
-) {
-    for (m, row) in rows.enumerate() {
-        for (p, panel) in panels.clone().enumerate() {
-            let at = job.at(row, panel);
-            let len = PANEL.min(job.matrix.rows() - panel * PANEL);
-            // SAFETY: a task has its own rows and panels.
-            let out = unsafe { job.out.slice(at, len) };
-            for (column, out) in out.iter_mut().enumerate() {
-                let mut sum = sums[p * pitch + m][column];
-                if let Some(bias) = job.bias {
-                    sum += bias[panel * PANEL + column].to_f64() as f32;
-                }
-                if let Some(residual) = job.residual {
-                    sum += residual[at + column].to_f64() as f32;
-                }
-                *out = E::from_f64(f64::from(sum));
-            }
-        }
-    }
-}
-
-/// Rows before which the sums are asked for, and the result: stores wait for lines that other cores or the memory have.
-const AHEAD: usize = 2;
-/// Rows from which no line of a result is still in a near cache when it is read again: it is written past them, for which no
-/// line is read before.
-const STREAMED: usize = 64;
-/// Panels from which the fence that this takes costs less than it gains.
-const FENCED: usize = 4;
-
-/// # Safety
-/// The CPU has the features of `S`.
-#[inline(always)]
-unsafe fn finish_simd<S: Simd, E: SimdElement>(
-    job: &Job<'_, E>,
-    panels: Range<usize>,
-    rows: Range<usize>,
-    sums: &[[f32; PANEL]],
-    pitch: usize,
-) {
-    let first = panels.start * PANEL;
-    let columns = job.matrix.rows().min(panels.end * PANEL) - first;
-    assert!(sums.len() >= (panels.len() - 1) * pitch + rows.len());
-    let aligned = |bytes: usize| bytes.is_multiple_of(S::LANES * size_of::<f32>());
-    // SAFETY: a task has its own rows and panels.
-    let start = unsafe { job.out.slice(job.at(rows.start, panels.start), columns) };
-    let streamed = job.rows.len() >= STREAMED
-        && panels.len() >= FENCED
-        && E::DTYPE == DType::F32
-        && aligned(start.as_ptr().addr())
-        && aligned(job.matrix.rows() * size_of::<f32>());
-    for (m, row) in rows.enumerate() {
-        let at = job.at(row, panels.start);
-        // SAFETY: a task has its own rows and panels; bias and residual have the shapes of the result, and the sums were counted.
-        unsafe {
-            let out = job.out.slice(at, columns).as_mut_ptr();
-            let sums = sums.as_ptr().add(m);
-            let mut column = 0;
-            while column < columns {
-                let n = (columns - column).min(S::LANES);
-                let sums = sums.add(column / PANEL * pitch).cast::<f32>();
-                prefetch(sums.wrapping_add(AHEAD * PANEL).cast());
-                let mut sum = S::load(sums.add(column % PANEL));
-                if let Some(bias) = job.bias {
-                    sum = sum + load::<S, E>(bias.as_ptr().add(first + column), n);
-                }
-                if let Some(residual) = job.residual {
-                    sum = sum + load::<S, E>(residual.as_ptr().add(at + column), n);
-                }
-                let to = out.add(column);
-                if streamed {
-                    // There is no partial one: the matrix has a multiple of rows.
-                    sum.stream(to.cast());
-                } else {
-                    prefetch(out.wrapping_add(AHEAD * job.matrix.rows() + column).cast());
-                    match n == S::LANES {
-                        true => E::store_vector(to, sum),
-                        false => E::store_vector_partial(to, sum, n),
-                    }
-                }
-                column += S::LANES;
-            }
-        }
-    }
-    if streamed {
-        S::fence();
-    }
-}
-
-/// # Safety
-/// As [`finish_simd`]; there are `n` elements.
-#[inline(always)]
-unsafe fn load<S: Simd, E: SimdElement>(from: *const E, n: usize) -> S {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match n == S::LANES {
-            true => E::load_vector(from),
-            false => E::load_vector_partial(from, n),
+            finish(
+                job,
+                panels.clone(),
+                rows,
+                Sums::of(sums, ROWS, job.gate.is_some()),
+            );
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::activations::{BOTH, GROUP};
 use super::*;
 use crate::Element;
+use crate::activation::{Activation, gated};
 use crate::blocks::{self, BlockType, FLOAT4, UNEVEN};
 use crate::dispatch::Level;
 use crate::gemm::{self, Epilogue, Mat, gemm, gemm_packed};
@@ -223,12 +224,7 @@ fn check(name: &str, layout: Layout, [n, k]: [usize; 2]) {
             let mut room = vec![0f32; m * n + 16];
             let skip = room.as_ptr().align_offset(64);
             let got = &mut room[skip..][..m * n];
-            let product = Product {
-                matrix: &matrix,
-                bias: None,
-                residual: None,
-                out: got,
-            };
+            let product = Product::of(&matrix, got);
             multiply(pool, &quantized, &mut [product]);
             let what = format!("{name} [{n}, {k}], {m} rows, {}", pool.level());
             assert_bits(&what, &room[skip..][..m * n], &want);
@@ -306,12 +302,7 @@ fn scales_of_a_unit_share_a_power_of_two() {
         for m in [1, 5, 20] {
             let x = Activations::quantize(&pool, &memory, &x[..m * 256], 256);
             let mut out = vec![0f32; m * bits.len()];
-            let product = Product {
-                matrix: &matrix,
-                bias: None,
-                residual: None,
-                out: &mut out,
-            };
+            let product = Product::of(&matrix, &mut out);
             multiply(&pool, &x, &mut [product]);
             for (i, got) in out.into_iter().enumerate() {
                 let (row, n) = (i / bits.len(), i % bits.len());
@@ -370,17 +361,11 @@ fn several_products_share_a_run_with_bias_and_residual() {
         &x,
         &mut [
             Product {
-                matrix: &a,
                 bias: Some(&bias),
                 residual: Some(&residual),
-                out: &mut ya,
+                ..Product::of(&a, &mut ya)
             },
-            Product {
-                matrix: &b,
-                bias: None,
-                residual: None,
-                out: &mut yb,
-            },
+            Product::of(&b, &mut yb),
         ],
     );
     let want: Vec<f32> = plain(&a)
@@ -390,6 +375,71 @@ fn several_products_share_a_run_with_bias_and_residual() {
         .collect();
     assert_bits("with bias and residual", &ya, &want);
     assert_bits("the second product", &yb, &plain(&b));
+}
+
+fn biased<'a, E>(matrix: &'a PackedMatrix, bias: &'a [E], out: &'a mut [E]) -> Product<'a, E> {
+    Product {
+        bias: Some(bias),
+        ..Product::of(matrix, out)
+    }
+}
+
+/// Two products and what [`gated`] makes of them, beside one product with a gate.
+fn check_gate<E: Element>(pool: &Pool, layout: Layout, kind: Activation, [m, n, k]: [usize; 3]) {
+    let memory = Memory::new();
+    let (up, rows) = random_matrix(pool, layout, [n, k]);
+    let gate = PackedMatrix::pack(pool, &memory, layout, [n, k], |row, unit, out| {
+        out.write(&rows[n - 1 - row][unit]);
+    });
+    let mut next = random((m * n) as u64);
+    let mut numbers = |len: usize| -> Vec<E> {
+        let number = |_| E::from_f64((next() >> 40) as f64 / 8e6 - 1.0);
+        (0..len).map(number).collect()
+    };
+    let x = Activations::quantize(pool, &memory, &numbers(m * k), k);
+    let (bias, other) = (numbers(n), numbers(n));
+    let [mut ups, mut gates, mut want, mut got] = [const { Vec::new() }; 4];
+    for out in [&mut ups, &mut gates, &mut want, &mut got] {
+        out.resize(m * n, E::from_f64(0.0));
+    }
+    let two = &mut [
+        biased(&up, &bias, &mut ups),
+        biased(&gate, &other, &mut gates),
+    ];
+    multiply(pool, &x, two);
+    gated(pool, kind, &gates, &ups, &mut want);
+    let gate = Gate {
+        activation: kind,
+        matrix: &gate,
+        bias: Some(&other),
+    };
+    let one = Product {
+        gate: Some(gate),
+        ..biased(&up, &bias, &mut got)
+    };
+    multiply(pool, &x, &mut [one]);
+    let bits = |values: &[E]| -> Vec<u64> { values.iter().map(|v| v.to_f64().to_bits()).collect() };
+    let what = format!("{layout:?} {kind:?} {}: {m} x {n}", pool.level());
+    assert!(bits(&got) == bits(&want), "{what}");
+    assert!(ups.iter().any(|v| v.to_f64() != 0.0), "{what}: all zeros");
+}
+
+#[test]
+fn a_gate_gives_the_bits_of_two_products() {
+    use Activation::{Gelu, GeluTanh, Relu, Silu};
+    for &level in Level::supported() {
+        let pool = Pool::with_level(2, level);
+        for (m, n) in [(1, 50), (2, 64), (5, 33), (20, 70), (70, 128)] {
+            for (_, layout) in layouts() {
+                check_gate::<f32>(&pool, layout, Silu, [m, n, 256]);
+            }
+            for kind in [Silu, Gelu, GeluTanh, Relu] {
+                check_gate::<f32>(&pool, Layout::q4(32), kind, [m, n, 320]);
+                check_gate::<bf16>(&pool, Layout::q4(32), kind, [m, n, 320]);
+                check_gate::<f16>(&pool, Layout::q4_asymmetric(128), kind, [m, n, 384]);
+            }
+        }
+    }
 }
 
 #[test]
@@ -421,12 +471,7 @@ fn groups_of_rows_have_the_bits_of_all_rows() {
                 .iter()
                 .map(|matrix| {
                     let mut out = vec![0f32; rows * matrix.rows()];
-                    let product = Product {
-                        matrix,
-                        bias: None,
-                        residual: None,
-                        out: &mut out,
-                    };
+                    let product = Product::of(matrix, &mut out);
                     multiply(&pool, &all, &mut [product]);
                     out
                 })
@@ -437,12 +482,7 @@ fn groups_of_rows_have_the_bits_of_all_rows() {
                 .collect();
             let mut products: Vec<_> = (ranges.into_iter().zip(&matrices).zip(&mut outs))
                 .map(|((rows, matrix), out)| {
-                    let product = Product {
-                        matrix,
-                        bias: None,
-                        residual: None,
-                        out,
-                    };
+                    let product = Product::of(matrix, out);
                     (rows, product)
                 })
                 .collect();

@@ -41,10 +41,7 @@ impl Ffn {
 
     fn forward(&self, w: &Weights, h: &Var, residual: Option<&Var>, tape: &mut Tape) -> Var {
         let a = match &self.gate {
-            Some(gate) => {
-                let [gate, up] = Linear::forward_all([gate, &self.up], w, h, tape);
-                tape.gated(self.activation, &gate, &up)
-            }
+            Some(gate) => tape.gated_linears(self.activation, h, gate.params(w), self.up.params(w)),
             None => {
                 let up = self.up.forward(w, h, None, tape);
                 tape.activation(self.activation, &up)

@@ -268,7 +268,7 @@ impl<'a> Head<'a> {
                 }),
                 Matrix::Integers(_, packed) => {
                     let h = packed.activations(cpu, h);
-                    multiply(&cpu.pool, &h, &mut [Product { matrix: packed.matrix(), bias: None, residual: None, out }]);
+                    multiply(&cpu.pool, &h, &mut [Product::of(packed.matrix(), out)]);
                 }
             }
         });

@@ -5,13 +5,47 @@ use crate::{Activation, DType, Packed, Param, Tape, Tensor, Var, Weight, each_dt
 use std::ops::Range;
 use windlass_kernels::Element;
 use windlass_kernels::memory::Category;
-use windlass_kernels::packed::{Activations, Product, multiply_groups};
+use windlass_kernels::packed::{Activations, Gate, Product, multiply_groups};
 
 /// A weight and its bias.
 pub type Projection<'w> = (Param<'w>, Option<Param<'w>>);
 
-/// One weight of an expert and its bias.
-type PackedWeight<'w> = (&'w Packed, Option<&'w Tensor>);
+/// A packed weight and its bias, with nothing else between a tape and its product.
+#[derive(Clone, Copy)]
+pub(super) struct PackedWeight<'w> {
+    pub packed: &'w Packed,
+    bias: Option<&'w Tensor>,
+}
+
+impl<'w> PackedWeight<'w> {
+    /// `x Wᵀ + b`.
+    pub fn product<'a, E: Element>(&self, out: &'a mut [E]) -> Product<'a, E>
+    where
+        'w: 'a,
+    {
+        Product {
+            bias: self.bias.map(Tensor::as_slice::<E>),
+            ..Product::of(self.packed.matrix(), out)
+        }
+    }
+
+    /// Its product as the gate of another.
+    pub fn gate<E: Element>(&self, activation: Activation) -> Gate<'w, E> {
+        Gate {
+            activation,
+            matrix: self.packed.matrix(),
+            bias: self.bias.map(Tensor::as_slice::<E>),
+        }
+    }
+
+    /// Whether one product can have both: alike in shape, layout and the order of columns.
+    pub fn goes_beside(&self, other: &PackedWeight<'_>) -> bool {
+        let layout = |weight: &PackedWeight<'_>| *weight.packed.matrix().layout();
+        self.packed.shape() == other.packed.shape()
+            && layout(self) == layout(other)
+            && self.packed.order() == other.packed.order()
+    }
+}
 
 /// The projections of a feed-forward network.
 pub struct Expert<'w> {
@@ -44,41 +78,42 @@ impl Tape {
         routing: &Routing,
         experts: &[Expert<'_>],
     ) -> Option<Var> {
-        if !self.rounds() || self.watch.is_some() {
-            return None;
-        }
         let gates = match experts.first()?.gate {
-            Some(_) => Some(self.packed_weights(experts, |e| e.gate.as_ref())?),
+            Some(_) => Some(self.packed_weights(experts, |e| e.gate)?),
             None => None,
         };
-        let ups = self.packed_weights(experts, |e| Some(&e.up))?;
-        let downs = self.packed_weights(experts, |e| Some(&e.down))?;
+        let ups = self.packed_weights(experts, |e| Some(e.up))?;
+        let downs = self.packed_weights(experts, |e| Some(e.down))?;
         let groups: Vec<Vec<u32>> = routing
             .rows
             .iter()
             .map(|rows| rows.iter().map(|(row, _)| *row).collect())
             .collect();
         let dtype = h.tensor.dtype();
-        let shape = [h.tensor.rows(), downs.first()?.0.shape()[0]];
+        let shape = [h.tensor.rows(), downs.first()?.packed.shape()[0]];
         let mut y = Tensor::zeros(self.cpu(), shape, dtype, Category::Activations);
         if groups.iter().any(|group| !group.is_empty()) {
             let (x, ranges) = self.rounded(&h.tensor, &groups);
             let mut parts = Vec::new();
             for span in spans(&groups) {
                 let gates = gates.as_ref().map(|gates| &gates[span.clone()]);
-                let weights = [Some(&ups[span.clone()]), gates];
-                let [up, gate] = self.products(&x, &ranges[span.clone()], dtype, weights);
-                let up = self.record_opaque("a packed product", up?, &[]);
-                let a = match gate {
-                    Some(gate) => {
-                        let gate = self.record_opaque("a packed product", gate, &[]);
+                let (ups, ranges) = (&ups[span.clone()], &ranges[span.clone()]);
+                let a = match gates {
+                    Some(gates) if gates.iter().zip(ups).all(|(g, u)| g.goes_beside(u)) => {
+                        self.products(&x, ranges, dtype, ups, Some((kind, gates)))
+                    }
+                    Some(gates) => {
+                        let gate = self.products(&x, ranges, dtype, gates, None);
+                        let up = self.products(&x, ranges, dtype, ups, None);
                         self.gated(kind, &gate, &up)
                     }
-                    None => self.activation(kind, &up),
+                    None => {
+                        let up = self.products(&x, ranges, dtype, ups, None);
+                        self.activation(kind, &up)
+                    }
                 };
                 let (a, ranges) = self.rounded(&a.tensor, &in_order(&groups[span.clone()]));
-                let [part, _] = self.products(&a, &ranges, dtype, [Some(&downs[span]), None]);
-                parts.push(part?);
+                parts.push(self.products(&a, &ranges, dtype, &downs[span], None).tensor);
             }
             each_dtype!(dtype, E => {
                 // The spans' rows one after another are those of all experts.
@@ -98,65 +133,66 @@ impl Tape {
         })
     }
 
-    /// One weight of each expert with its bias, where all are packed and nothing else is asked for.
+    /// One weight of each expert, where all are packed with their columns in order and nothing else is asked for.
     fn packed_weights<'w>(
         &self,
-        experts: &'w [Expert<'w>],
-        which: impl Fn(&'w Expert<'w>) -> Option<&'w Projection<'w>>,
+        experts: &[Expert<'w>],
+        which: impl Fn(&Expert<'w>) -> Option<Projection<'w>>,
     ) -> Option<Vec<PackedWeight<'w>>> {
         let weight = |expert| {
-            let (weight, bias) = which(expert)?;
-            match weight.weight {
-                Weight::Packed(packed)
-                    if packed.order().is_none()
-                        && !(self.has_adapters() && weight.lora.is_some())
-                        && !self.is_overlaid(weight.slot) =>
-                {
-                    Some((packed, bias.as_ref().map(|bias| bias.weight.dense())))
-                }
-                _ => None,
-            }
+            let weight = self.packed_weight(which(expert)?)?;
+            weight.packed.order().is_none().then_some(weight)
         };
         experts.iter().map(weight).collect()
     }
 
-    /// Products of groups of rows with a weight each, or with two; the groups' results stand one after another.
+    /// A weight and its bias, where it is packed and the tape asks for nothing but its product.
+    pub(super) fn packed_weight<'w>(
+        &self,
+        (weight, bias): Projection<'w>,
+    ) -> Option<PackedWeight<'w>> {
+        match weight.weight {
+            Weight::Packed(packed)
+                if self.rounds()
+                    && self.watch.is_none()
+                    && !(self.has_adapters() && weight.lora.is_some())
+                    && !self.is_overlaid(weight.slot) =>
+            {
+                let bias = bias.map(|bias| bias.weight.dense());
+                Some(PackedWeight { packed, bias })
+            }
+            _ => None,
+        }
+    }
+
+    /// Products of groups of rows with a weight each, gated by those with another; the groups' results stand one after another.
     #[track_caller]
     fn products(
-        &self,
+        &mut self,
         x: &Activations,
         groups: &[Range<usize>],
         dtype: DType,
-        weights: [Option<&[PackedWeight<'_>]>; 2],
-    ) -> [Option<Tensor>; 2] {
-        let cpu = self.cpu();
+        weights: &[PackedWeight<'_>],
+        gates: Option<(Activation, &[PackedWeight<'_>])>,
+    ) -> Var {
+        let cpu = self.cpu().clone();
         let rows: usize = groups.iter().map(Range::len).sum();
-        let mut outputs = weights.map(|weights| {
-            let cols = weights?.first()?.0.shape()[0];
-            Some(Tensor::empty(
-                cpu,
-                [rows, cols],
-                dtype,
-                Category::Activations,
-            ))
-        });
+        let cols = weights.first().map_or(0, |weight| weight.packed.shape()[0]);
+        let mut y = Tensor::empty(&cpu, [rows, cols], dtype, Category::Activations);
         each_dtype!(dtype, E => {
             let mut products = Vec::new();
-            for (weights, output) in weights.iter().zip(&mut outputs) {
-                let (Some(weights), Some(output)) = (weights, output) else { continue };
-                let cols = output.cols();
-                let mut rest = output.as_mut_slice::<E>();
-                for (group, (packed, bias)) in groups.iter().zip(weights.iter()) {
-                    let (out, after) = rest.split_at_mut(group.len() * cols);
-                    rest = after;
-                    if !group.is_empty() {
-                        products.push((group.clone(), product::<E>(packed, *bias, out)));
-                    }
+            let mut rest = y.as_mut_slice::<E>();
+            for (i, (group, weight)) in groups.iter().zip(weights).enumerate() {
+                let (out, after) = rest.split_at_mut(group.len() * cols);
+                rest = after;
+                if !group.is_empty() {
+                    let gate = gates.map(|(kind, gates)| gates[i].gate(kind));
+                    products.push((group.clone(), Product { gate, ..weight.product(out) }));
                 }
             }
             multiply_groups(&cpu.pool, x, &mut products);
         });
-        outputs
+        self.record_opaque("a packed product", y, &[])
     }
 }
 
@@ -186,17 +222,4 @@ fn in_order(groups: &[Vec<u32>]) -> Vec<Vec<u32>> {
         (start..total).collect()
     };
     groups.iter().map(&mut next).collect()
-}
-
-fn product<'a, E: Element>(
-    packed: &'a Packed,
-    bias: Option<&'a Tensor>,
-    out: &'a mut [E],
-) -> Product<'a, E> {
-    Product {
-        matrix: packed.matrix(),
-        bias: bias.map(Tensor::as_slice::<E>),
-        residual: None,
-        out,
-    }
 }

@@ -1,8 +1,8 @@
 //! `y = x Wᵀ + b + r`: the one place that looks at a weight's representation.
 
-use super::Lora;
+use super::{Lora, Projection};
 use crate::tape::{Backprop, Backward, Kept};
-use crate::{Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
+use crate::{Activation, Cpu, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
 use std::ops::Range;
 use windlass_kernels::elementwise::sum_rows;
 use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_packed};
@@ -192,6 +192,43 @@ impl Tape {
         }
     }
 
+    /// `act(gate(x)) * up(x)`: [`Tape::gated`] of two [`Tape::linears`], with the same bits; in one run of the threads where
+    /// both weights are packed alike and no gradient is asked for.
+    ///
+    /// # Shapes
+    /// `x [.., K]`, weights `[N, K]`, `y [.., N]`.
+    ///
+    /// # Panics
+    /// When shapes or storage types do not fit.
+    #[track_caller]
+    pub fn gated_linears(
+        &mut self,
+        kind: Activation,
+        x: &Var,
+        gate: Projection<'_>,
+        up: Projection<'_>,
+    ) -> Var {
+        if let (Some(g), Some(u)) = (self.packed_weight(gate), self.packed_weight(up))
+            && g.goes_beside(&u)
+            && x.tensor.rows() > 0
+        {
+            let cpu = self.cpu().clone();
+            let shape = with_cols(x.shape(), u.packed.shape()[0]);
+            let mut y = Tensor::empty(&cpu, shape, x.tensor.dtype(), Category::Activations);
+            each_dtype!(x.tensor.dtype(), E => {
+                let x = u.packed.activations(&cpu, x.tensor.as_slice::<E>());
+                let product = Product {
+                    gate: Some(g.gate(kind)),
+                    ..u.product(y.as_mut_slice::<E>())
+                };
+                multiply(&cpu.pool, &x, &mut [product]);
+            });
+            return self.record_opaque("a packed product", y, &[]);
+        }
+        let both = self.linears(x, &[gate, up]);
+        self.gated(kind, &both[0], &both[1])
+    }
+
     /// Products of packed weights, as integers.
     #[track_caller]
     fn packed(
@@ -216,10 +253,9 @@ impl Tape {
                     let mut products: Vec<Product<'_, E>> = rest
                         .extract_if(.., |(weight, _)| weight.0.order() == first.order())
                         .map(|((packed, _, bias), out)| Product {
-                            matrix: packed.matrix(),
                             bias: bias.map(|bias| bias.weight.dense().as_slice::<E>()),
                             residual: residual.map(|r| r.tensor.as_slice::<E>()),
-                            out: out.as_mut_slice::<E>(),
+                            ..Product::of(packed.matrix(), out.as_mut_slice::<E>())
                         })
                         .collect();
                     multiply(&cpu.pool, &x, &mut products);

@@ -45,7 +45,7 @@ pub(super) unsafe fn unpack<U: Unpack, const SPAN: usize, const MIN: bool>(
 ) {
     // SAFETY: as the caller promised, and there is room for the steps of a unit.
     unsafe {
-        let layout = work.matrix.layout();
+        let layout = work.layout;
         let codes = (&raw mut (*work.space).codes).cast::<u8>();
         let codes = codes.add(panel * unit_tiles(SPAN) * TILE_BYTES);
         let parts = unit_parts(SPAN);
