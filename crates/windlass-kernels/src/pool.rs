@@ -1,7 +1,8 @@
 //! The thread pool every kernel runs on.
 //!
-//! [`Pool::run`] hands out task numbers from one atomic counter; the caller takes part. After a run workers spin for some
-//! microseconds, then offer their core to others until 200 µs have passed, then park: a chain of small kernels
+//! In [`Pool::run`] every thread has a share of the task numbers, one after another, so that what it reads goes on where its last
+//! task ended and what it asked for ahead is its own; who is done takes half of what another has left. The caller takes part.
+//! After a run workers spin for some microseconds, then offer their core to others until 200 µs have passed, then park: a chain of small kernels
 //! waits for no core to wake up (on a virtual machine that takes longer than a product of one token), and an idle pool
 //! costs nothing.
 //! A worker that wakes late is never waited for: a run ends when all its tasks are done.
@@ -11,8 +12,9 @@
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -89,7 +91,7 @@ impl Pool {
             threads > 0,
             "a pool needs at least one thread, got threads = 0"
         );
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(threads));
         let workers = (1..threads)
             .map(|index| {
                 let shared = Arc::clone(&shared);
@@ -277,8 +279,54 @@ type Task<'a> = &'a (dyn Fn(usize, &mut Worker) + Sync);
 /// The job being run: written by the caller while the job is closed, read by workers that joined it.
 struct Job {
     task: Task<'static>,
-    tasks: usize,
     caller: Thread,
+}
+
+/// Task numbers that a thread has not begun: the first in the lower 32 bits, the end in the upper ones. Nobody else's line.
+///
+/// No number comes back to a share that it has left, so what was read once and is still there is the same share.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, tasks: Range<usize>) {
+        self.0
+            .store((tasks.end as u64) << 32 | tasks.start as u64, Relaxed);
+    }
+
+    /// Takes what `part` says of the tasks that are left, from the beginning or up to the end.
+    fn take(
+        &self,
+        part: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>),
+    ) -> Option<Range<usize>> {
+        let mut share = self.0.load(Relaxed);
+        loop {
+            let left = (share & u64::from(u32::MAX)) as usize..(share >> 32) as usize;
+            if left.is_empty() {
+                return None;
+            }
+            let (taken, rest) = part(left);
+            let rest = (rest.end as u64) << 32 | rest.start as u64;
+            match self.0.compare_exchange_weak(share, rest, Relaxed, Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(now) => share = now,
+            }
+        }
+    }
+
+    fn first(&self) -> Option<usize> {
+        let first = self.take(|left| (left.start..left.start + 1, left.start + 1..left.end))?;
+        Some(first.start)
+    }
+
+    /// The second half, at least one.
+    fn half(&self) -> Option<Range<usize>> {
+        self.take(|left| {
+            let middle = left.start + left.len() / 2;
+            (middle..left.end, left.start..middle)
+        })
+    }
 }
 
 struct Sleeper {
@@ -287,10 +335,10 @@ struct Sleeper {
 }
 
 /// `state`: number of the job in the upper 32 bits, [`OPEN`] while it can be joined, workers inside it below.
-#[derive(Default)]
 struct Shared {
     state: AtomicU64,
-    next: AtomicUsize,
+    /// Of each thread.
+    shares: Box<[Share]>,
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: Mutex<Vec<Sleeper>>,
@@ -307,9 +355,25 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
+    fn new(threads: usize) -> Shared {
+        Shared {
+            state: AtomicU64::new(0),
+            shares: (0..threads).map(|_| Share::default()).collect(),
+            job: UnsafeCell::new(None),
+            panic: Mutex::default(),
+            sleepers: Mutex::default(),
+            stop: AtomicBool::new(false),
+        }
+    }
+
     /// Caller's side. Exclusive by the lock on `Pool::caller`.
     fn run(&self, tasks: usize, task: Task<'_>, worker: &mut Worker) {
-        self.next.store(0, Relaxed);
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks in one run");
+        let threads = self.shares.len();
+        // Nobody is inside who could see this.
+        for (index, share) in self.shares.iter().enumerate() {
+            share.set(tasks * index / threads..tasks * (index + 1) / threads);
+        }
         if tasks > 1 {
             // SAFETY: only the lifetime changes; no worker touches the task after `close` returned.
             let task = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
@@ -317,17 +381,16 @@ impl Shared {
             unsafe {
                 *self.job.get() = Some(Job {
                     task,
-                    tasks,
                     caller: std::thread::current(),
                 })
             };
             let number = (self.state.load(Relaxed) >> 32).wrapping_add(1);
             self.state.store(number << 32 | OPEN, SeqCst);
             self.wake(tasks - 1);
-            self.take_tasks(task, tasks, worker);
+            self.take_tasks(task, worker);
             self.close();
         } else {
-            self.take_tasks(task, tasks, worker);
+            self.take_tasks(task, worker);
         }
         let panic = lock(&self.panic).take();
         if let Some(payload) = panic {
@@ -348,22 +411,30 @@ impl Shared {
         }
     }
 
-    fn take_tasks(&self, task: Task<'_>, tasks: usize, worker: &mut Worker) {
+    fn take_tasks(&self, task: Task<'_>, worker: &mut Worker) {
         let before = RUNNING.replace(self);
         let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let number = self.next.fetch_add(1, Relaxed);
-                if number >= tasks {
-                    break;
-                }
+            while let Some(number) = self.next(worker.index) {
                 task(number, worker);
             }
         }));
         RUNNING.set(before);
         if let Err(payload) = result {
-            self.next.store(tasks, Relaxed);
+            self.shares.iter().for_each(|share| share.set(0..0));
             lock(&self.panic).get_or_insert(payload);
         }
+    }
+
+    /// The next task of a thread: of its own share, or else of what it takes from another.
+    fn next(&self, index: usize) -> Option<usize> {
+        let own = &self.shares[index];
+        own.first().or_else(|| {
+            let (before, after) = self.shares.split_at(index);
+            let taken = after[1..].iter().chain(before).find_map(Share::half)?;
+            // It was empty, so nobody else writes to it.
+            own.set(taken.start + 1..taken.end);
+            Some(taken.start)
+        })
     }
 
     /// Worker's side: joins every job it sees open, until the pool is dropped.
@@ -385,7 +456,7 @@ impl Shared {
             // SAFETY: this worker is inside an open job, so it was written and is not replaced until we leave.
             let job = unsafe { (*self.job.get()).as_ref() }.expect("an open job is set");
             let caller = job.caller.clone();
-            self.take_tasks(job.task, job.tasks, &mut worker);
+            self.take_tasks(job.task, &mut worker);
             let state = self.state.fetch_sub(1, SeqCst);
             if state & (OPEN | INSIDE) == 1 {
                 caller.unpark();
@@ -432,6 +503,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_task_runs_once() {

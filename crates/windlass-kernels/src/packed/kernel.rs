@@ -21,7 +21,7 @@ pub(super) struct Tile<'a> {
     pub units: &'a Units,
     /// First byte of each panel.
     pub panels: &'a [*const u8],
-    /// Bytes from a panel to the one that is read after it.
+    /// Bytes from a panel to the one that is read after it, wherever that is: a wrapped difference of addresses.
     pub ahead: usize,
     /// Quants of the first row and step.
     pub quants: *const i8,

@@ -159,6 +159,12 @@ impl PackedMatrix {
         &self.bytes()[panel * self.units.bytes()..][..self.units.bytes()]
     }
 
+    /// Where a panel is, or would be.
+    pub(super) fn address(&self, panel: usize) -> usize {
+        let start = self.bytes().as_ptr().addr();
+        start.wrapping_add(panel * self.units.bytes())
+    }
+
     /// Takes unit `index` of a row apart again.
     pub fn row_unit(&self, row: usize, index: usize, out: &mut RowUnit) {
         let (unit, start) = self.units.at(index);

@@ -1,6 +1,6 @@
 //! `y = x Wᵀ` for packed matrices and quantized activations.
 
-use super::activations::{Activations, Tiles};
+use super::activations::{Activations, BLOCK, Tiles};
 use super::finish::{Sums, finish, finisher};
 use super::matrix::PackedMatrix;
 use super::{PANEL, STEP, reference};
@@ -64,7 +64,18 @@ const VECTORS: Cut = Cut {
     rows: 128,
 };
 
+/// Few rows wait for memory, and threads for the last task.
+const FEW: Cut = Cut {
+    panels: 8,
+    rows: VECTORS.rows,
+};
+
 impl Cut {
+    /// For vectors.
+    fn vectors(rows: usize) -> Cut {
+        if rows <= BLOCK { FEW } else { VECTORS }
+    }
+
     /// Panels of `matrices` matrices in place of one.
     fn among(self, matrices: usize) -> Cut {
         Cut {
@@ -122,6 +133,8 @@ pub(super) struct Job<'a, E> {
     /// Rows of the activations, the first of which is the first of the result.
     pub rows: Range<usize>,
     cut: Cut,
+    /// Where the sums of integers start, where all rows are those of one tile: found once, not in every task.
+    starts: Vec<i32>,
     /// Number of the first task.
     first: usize,
 }
@@ -186,7 +199,7 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
         let tiles = x.tiles(pool, &rows, product.matrix.layout());
         let cut = match tiles {
             Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
-            None => VECTORS,
+            None => Cut::vectors(m),
         };
         let cut = cut.among(1 + usize::from(product.gate.is_some()));
         assert_eq!(
@@ -226,6 +239,7 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             residual: product.residual,
             gate: product.gate,
             out: SharedMut::new(product.out),
+            starts: starts_of_all(pool.level(), x, &rows, product.matrix, tiles.is_some()),
             rows,
             cut,
             first: tasks,
@@ -285,6 +299,45 @@ fn run_task<E: Element>(
     }
 }
 
+/// [`Job::starts`], empty where there are several tiles of rows, or other kernels.
+fn starts_of_all(
+    level: Level,
+    x: &Activations,
+    rows: &Range<usize>,
+    matrix: &PackedMatrix,
+    on_tiles: bool,
+) -> Vec<i32> {
+    #[cfg(target_arch = "x86_64")]
+    if level != Level::Scalar && !on_tiles && !rows.is_empty() {
+        let kernel = super::kernel::choose(level, matrix.layout(), rows.len());
+        if rows.len() <= kernel.rows {
+            let mut starts = vec![0; starts_len(matrix, kernel.rows)];
+            starts_at(&kernel, x, rows.start, matrix, &mut starts);
+            return starts;
+        }
+    }
+    let _ = (level, x, rows, matrix, on_tiles);
+    Vec::new()
+}
+
+/// Starts of a tile of so many rows.
+#[cfg(target_arch = "x86_64")]
+fn starts_len(matrix: &PackedMatrix, rows: usize) -> usize {
+    matrix.units().steps() * matrix.layout().parts().len() * rows
+}
+
+#[cfg(target_arch = "x86_64")]
+fn starts_at(
+    kernel: &super::kernel::Kernel,
+    x: &Activations,
+    row: usize,
+    matrix: &PackedMatrix,
+    starts: &mut [i32],
+) {
+    let scales = &x.scales()[x.cell(row, 0)..];
+    kernel.starts(matrix.layout(), scales, (x.height(), x.block()), starts);
+}
+
 /// Panels times rows of the largest tile.
 const TILE: usize = 16;
 
@@ -307,7 +360,10 @@ fn run_tiles<E: Element>(
     let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let finish = finisher::<E>(level);
     let mut sums = [const { Space([[0f32; PANEL]; TILE]) }; 2];
-    let starts = worker.scratch::<f32>(units.steps() * layout.parts().len() * TILE);
+    let starts = worker.scratch::<f32>(match job.starts.is_empty() {
+        true => starts_len(job.matrix, TILE),
+        false => 0,
+    });
     // SAFETY: the same size and alignment; all bit patterns are valid.
     let starts = unsafe { &mut *(std::ptr::from_mut(starts) as *mut [i32]) };
     // A block of rows stays in the first cache and panels pass by from the second: what a tile writes then lies beside what
@@ -318,9 +374,21 @@ fn run_tiles<E: Element>(
         let kernel = kernels(rows.end - row);
         let cell = x.cell(row, 0);
         let (quants, scales) = (&x.quants()[cell * STEP..], &x.scales()[cell..]);
-        kernel.starts(layout, scales, (x.height(), x.block()), starts);
+        let starts = match job.starts.is_empty() {
+            true => {
+                starts_at(&kernel, x, row, job.matrix, starts);
+                &*starts
+            }
+            false => &job.starts,
+        };
         for panel in panels.clone().step_by(kernel.panels) {
+            let mut after = job.matrices().skip(1);
             for (matrix, sums) in job.matrices().zip(&mut sums) {
+                // What is read next: the same panels of the gate, or those that follow.
+                let next = match after.next() {
+                    Some(gate) => gate.address(panel),
+                    None => job.matrix.address(panel + kernel.panels),
+                };
                 // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for
                 // both numbers are powers of two.
                 let mut at = [std::ptr::null(); TILE];
@@ -331,7 +399,7 @@ fn run_tiles<E: Element>(
                     layout,
                     units,
                     panels: &at[..kernel.panels],
-                    ahead: kernel.panels * units.bytes(),
+                    ahead: next.wrapping_sub(matrix.address(panel)),
                     quants: quants.as_ptr(),
                     scales: scales.as_ptr(),
                     height: x.height(),
