@@ -12,7 +12,6 @@
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,9 +22,11 @@ use crate::Element;
 use crate::dispatch::Level;
 
 mod buffer;
+mod share;
 
 use buffer::Scratch;
 pub use buffer::SharedMut;
+use share::Share;
 
 /// How long a thread without work spins.
 const SPIN: Duration = Duration::from_micros(20);
@@ -280,53 +281,6 @@ type Task<'a> = &'a (dyn Fn(usize, &mut Worker) + Sync);
 struct Job {
     task: Task<'static>,
     caller: Thread,
-}
-
-/// Task numbers that a thread has not begun: the first in the lower 32 bits, the end in the upper ones. Nobody else's line.
-///
-/// No number comes back to a share that it has left, so what was read once and is still there is the same share.
-#[derive(Default)]
-#[repr(align(128))]
-struct Share(AtomicU64);
-
-impl Share {
-    fn set(&self, tasks: Range<usize>) {
-        self.0
-            .store((tasks.end as u64) << 32 | tasks.start as u64, Relaxed);
-    }
-
-    /// Takes what `part` says of the tasks that are left, from the beginning or up to the end.
-    fn take(
-        &self,
-        part: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>),
-    ) -> Option<Range<usize>> {
-        let mut share = self.0.load(Relaxed);
-        loop {
-            let left = (share & u64::from(u32::MAX)) as usize..(share >> 32) as usize;
-            if left.is_empty() {
-                return None;
-            }
-            let (taken, rest) = part(left);
-            let rest = (rest.end as u64) << 32 | rest.start as u64;
-            match self.0.compare_exchange_weak(share, rest, Relaxed, Relaxed) {
-                Ok(_) => return Some(taken),
-                Err(now) => share = now,
-            }
-        }
-    }
-
-    fn first(&self) -> Option<usize> {
-        let first = self.take(|left| (left.start..left.start + 1, left.start + 1..left.end))?;
-        Some(first.start)
-    }
-
-    /// The second half, at least one.
-    fn half(&self) -> Option<Range<usize>> {
-        self.take(|left| {
-            let middle = left.start + left.len() / 2;
-            (middle..left.end, left.start..middle)
-        })
-    }
 }
 
 struct Sleeper {

@@ -35,6 +35,44 @@ impl<'a, E> Product<'a, E> {
             out,
         }
     }
+
+    /// # Panics
+    /// When shapes do not fit `m` rows of `x`.
+    #[track_caller]
+    fn check(&self, x: &Activations, m: usize) {
+        let (n, k) = (self.matrix.rows(), self.matrix.cols());
+        assert_eq!(
+            x.cols(),
+            k,
+            "columns of activations against a matrix [{n}, {k}]"
+        );
+        assert_eq!(
+            self.out.len(),
+            m * n,
+            "the result of {m} rows and a matrix [{n}, {k}]"
+        );
+        let fits = |bias: Option<&[E]>| bias.is_none_or(|b| b.len() == n);
+        assert!(fits(self.bias), "a bias against a matrix [{n}, {k}]");
+        assert!(
+            self.residual.is_none_or(|r| r.len() == m * n),
+            "a residual against {m} rows and a matrix [{n}, {k}]"
+        );
+        if let Some(gate) = &self.gate {
+            assert_eq!(
+                (
+                    [gate.matrix.rows(), gate.matrix.cols()],
+                    gate.matrix.layout()
+                ),
+                ([n, k], self.matrix.layout()),
+                "a gate beside a matrix [{n}, {k}]"
+            );
+            assert!(
+                fits(gate.bias),
+                "the gate's bias against a matrix [{n}, {k}]"
+            );
+            assert!(self.residual.is_none(), "a residual beside a gate");
+        }
+    }
 }
 
 /// A second product of the same activations, to which an activation function is applied.
@@ -146,6 +184,15 @@ impl<'a, E: Element> Job<'a, E> {
         (row - self.rows.start) * self.matrix.rows() + panel * PANEL
     }
 
+    /// What is read after panels of the first or the second matrix: the same of the gate, or those that follow.
+    #[cfg(target_arch = "x86_64")]
+    fn next(&self, matrix: usize, panels: Range<usize>) -> usize {
+        match self.gate {
+            Some(gate) if matrix == 0 => gate.matrix.address(panels.start),
+            _ => self.matrix.address(panels.end),
+        }
+    }
+
     /// The matrices, that of the gate last.
     fn matrices(&self) -> impl Iterator<Item = &'a PackedMatrix> {
         std::iter::once(self.matrix).chain(self.gate.map(|gate| gate.matrix))
@@ -195,43 +242,14 @@ fn multiply_some<'p, 'a: 'p, E: Element>(
             "rows {rows:?} of {} are no group",
             x.rows()
         );
-        let (n, k) = (product.matrix.rows(), product.matrix.cols());
+        product.check(x, m);
+        let n = product.matrix.rows();
         let tiles = x.tiles(pool, &rows, product.matrix.layout());
         let cut = match tiles {
             Some(_) => Cut::tiles(m, n.div_ceil(PANEL), pool.threads()),
             None => Cut::vectors(m),
         };
         let cut = cut.among(1 + usize::from(product.gate.is_some()));
-        assert_eq!(
-            x.cols(),
-            k,
-            "columns of activations against a matrix [{n}, {k}]"
-        );
-        assert_eq!(
-            product.out.len(),
-            m * n,
-            "the result of {m} rows and a matrix [{n}, {k}]"
-        );
-        assert!(
-            product.bias.is_none_or(|b| b.len() == n),
-            "a bias against a matrix [{n}, {k}]"
-        );
-        assert!(
-            product.residual.is_none_or(|r| r.len() == m * n),
-            "a residual against {m} rows and a matrix [{n}, {k}]"
-        );
-        if let Some(Gate { matrix, bias, .. }) = &product.gate {
-            assert_eq!(
-                ([matrix.rows(), matrix.cols()], matrix.layout()),
-                ([n, k], product.matrix.layout()),
-                "a gate beside a matrix [{n}, {k}]"
-            );
-            assert!(
-                bias.is_none_or(|b| b.len() == n),
-                "a bias against a matrix [{n}, {k}]"
-            );
-            assert!(product.residual.is_none(), "a residual beside a gate");
-        }
         jobs.push(Job {
             matrix: product.matrix,
             tiles,
@@ -357,7 +375,6 @@ fn run_tiles<E: Element>(
 ) {
     use super::kernel::Tile;
     let (layout, units) = (job.matrix.layout(), job.matrix.units());
-    let last = |range: &Range<usize>, at: usize| at.min(range.end - 1);
     let finish = finisher::<E>(level);
     let mut sums = [const { Space([[0f32; PANEL]; TILE]) }; 2];
     let starts = worker.scratch::<f32>(match job.starts.is_empty() {
@@ -382,30 +399,25 @@ fn run_tiles<E: Element>(
             false => &job.starts,
         };
         for panel in panels.clone().step_by(kernel.panels) {
-            let mut after = job.matrices().skip(1);
-            for (matrix, sums) in job.matrices().zip(&mut sums) {
-                // What is read next: the same panels of the gate, or those that follow.
-                let next = match after.next() {
-                    Some(gate) => gate.address(panel),
-                    None => job.matrix.address(panel + kernel.panels),
-                };
+            for (at, matrix) in job.matrices().enumerate() {
+                let next = job.next(at, panel..panel + kernel.panels);
                 // Tiles at an edge compute their last panel or row again, and drop it; a tile's rows are in one block, for
                 // both numbers are powers of two.
-                let mut at = [std::ptr::null(); TILE];
-                for (p, at) in at[..kernel.panels].iter_mut().enumerate() {
-                    *at = matrix.panel(last(&panels, panel + p)).as_ptr();
-                }
+                let panels: [*const u8; TILE] = std::array::from_fn(|p| {
+                    let panel = panel + p.min(kernel.panels - 1);
+                    matrix.panel(panel.min(panels.end - 1)).as_ptr()
+                });
                 let tile = Tile {
                     layout,
                     units,
-                    panels: &at[..kernel.panels],
+                    panels: &panels[..kernel.panels],
                     ahead: next.wrapping_sub(matrix.address(panel)),
                     quants: quants.as_ptr(),
                     scales: scales.as_ptr(),
                     height: x.height(),
                     block: x.block(),
                     starts: starts.as_ptr(),
-                    out: sums.0.as_mut_ptr().cast(),
+                    out: sums[at].0.as_mut_ptr().cast(),
                 };
                 // SAFETY: `choose` saw the features; panels and rows are as long as the layout says (activations are padded
                 // to whole units), and `starts` and `sums` hold the tile's.
@@ -413,14 +425,10 @@ fn run_tiles<E: Element>(
             }
             let tile_rows = row..rows.end.min(row + kernel.rows);
             let tile_panels = panel..panels.end.min(panel + kernel.panels);
-            let [sums, gates] = &sums;
-            let sums = Sums {
-                sums: &sums.0,
-                gates: &gates.0,
-                pitch: kernel.rows,
-            };
+            let [Space(sums), Space(gates)] = &sums;
+            let pitch = kernel.rows;
             // SAFETY: the level's features are there.
-            unsafe { finish(job, tile_panels, tile_rows, sums) };
+            unsafe { finish(job, tile_panels, tile_rows, Sums { sums, gates, pitch }) };
         }
         row += kernel.rows;
     }
