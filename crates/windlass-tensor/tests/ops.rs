@@ -936,10 +936,17 @@ fn packed_experts_are_what_each_is_alone() {
     let (d, f, count) = (64, 96, 6);
     let mut weights = Vec::new();
     for expert in 0..count {
-        for [n, k] in [[f, d], [f, d], [d, f]] {
+        let q4 = packed::Layout::q4(32);
+        // A gate that is packed as `up` is, and one that is not.
+        for ([n, k], layout) in [
+            ([f, d], q4),
+            ([f, d], q4),
+            ([d, f], q4),
+            ([f, d], packed::Layout::q8()),
+        ] {
             let values = normal(31 + weights.len() as u64 + expert, n * k);
             let values = tensor(&cpu, DType::F32, &values, &[n, k]);
-            weights.push(Packed::quantize(&cpu, packed::Layout::q4(32), &values));
+            weights.push(Packed::quantize(&cpu, layout, &values));
         }
     }
     let mut checked = 0;
@@ -948,7 +955,7 @@ fn packed_experts_are_what_each_is_alone() {
         .into_iter()
         .flat_map(|case| [(case, DType::F32), (case, DType::Bf16)])
     {
-        for gated in [true, false] {
+        for gate in [Some(0), Some(3), None] {
             let bias = tensor(&cpu, dtype, &normal(8, f), &[f]);
             let all = weights.iter().cloned().map(Weight::Packed);
             let w = Weights::new(all.chain([bias.into()]).collect());
@@ -961,9 +968,9 @@ fn packed_experts_are_what_each_is_alone() {
             let bias = Some(w.at(weights.len()));
             let experts: Vec<Expert<'_>> = (0..count as usize)
                 .map(|e| Expert {
-                    gate: gated.then(|| (w.at(3 * e), bias)),
-                    up: (w.at(3 * e + 1), None),
-                    down: (w.at(3 * e + 2), None),
+                    gate: gate.map(|gate| (w.at(4 * e + gate), bias)),
+                    up: (w.at(4 * e + 1), None),
+                    down: (w.at(4 * e + 2), None),
                 })
                 .collect();
             let kind = Activation::Silu;
@@ -976,8 +983,11 @@ fn packed_experts_are_what_each_is_alone() {
                     let up = tape.linear(&x, expert.up.0, None, None);
                     let a = match expert.gate {
                         Some((gate, bias)) => {
+                            let both = tape.gated_linears(kind, &x, (gate, bias), expert.up);
                             let gate = tape.linear(&x, gate, bias, None);
-                            tape.gated(kind, &gate, &up)
+                            let apart = tape.gated(kind, &gate, &up);
+                            assert_eq!(both.tensor.to_f64(), apart.tensor.to_f64());
+                            apart
                         }
                         None => tape.activation(kind, &up),
                     };
@@ -988,7 +998,7 @@ fn packed_experts_are_what_each_is_alone() {
             assert_eq!(
                 together.tensor.to_f64(),
                 alone.tensor.to_f64(),
-                "{rows} rows, {per_token} experts each, {dtype}, gated: {gated}"
+                "{rows} rows, {per_token} experts each, {dtype}, gate: {gate:?}"
             );
             checked += 1;
             for mut refused in [
@@ -1004,7 +1014,7 @@ fn packed_experts_are_what_each_is_alone() {
             }
         }
     }
-    assert_eq!(checked, 20);
+    assert_eq!(checked, 30);
 }
 
 /// An op without a backward pass refuses to stand on the way of a gradient, and nowhere else.
