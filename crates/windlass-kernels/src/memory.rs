@@ -149,11 +149,11 @@ impl Memory {
     pub fn alloc(&self, bytes: usize, category: Category) -> Buffer {
         let stays =
             bytes >= MAPPED_FROM && matches!(category, Category::Weights | Category::Optimizer);
-        // What stays has its own size, what comes and goes one that fits others too.
-        let capacity = match category {
-            Category::Gradients if bytes >= MAPPED_FROM => bytes.next_multiple_of(PAGE),
-            _ if stays => bytes.next_multiple_of(PAGE),
-            _ => size_class(bytes),
+        let returned = bytes >= MAPPED_FROM && category == Category::Gradients;
+        // What stays, or goes back to the system, has its own size; what comes and goes here one that fits others too.
+        let capacity = match stays || returned {
+            true => bytes.next_multiple_of(PAGE),
+            false => size_class(bytes),
         };
         let mut state = self.0.state.lock().expect("memory pool");
         let taken = state.take(capacity);

@@ -151,8 +151,8 @@ impl Pool {
     /// Kernels keep the size of a task independent of the number of threads, so that results are too.
     ///
     /// # Panics
-    /// With the first panic of a task (tasks not yet begun are dropped), or when called from inside a task of the
-    /// same pool.
+    /// With the first panic of a task (tasks not yet begun are dropped, but for those that a thread is about to take from
+    /// another), when called from inside a task of the same pool, or for 2^32 tasks and more.
     #[track_caller]
     pub fn run<F: Fn(usize, &mut Worker) + Sync>(&self, tasks: usize, task: F) {
         if self.dry || tasks == 0 {
@@ -385,7 +385,7 @@ impl Shared {
         own.first().or_else(|| {
             let (before, after) = self.shares.split_at(index);
             let taken = after[1..].iter().chain(before).find_map(Share::half)?;
-            // It was empty, so nobody else writes to it.
+            // It was empty, so nobody takes of it; who panics empties all, and then this one goes on with what it took.
             own.set(taken.start + 1..taken.end);
             Some(taken.start)
         })
