@@ -242,11 +242,10 @@ const END: char = '\u{f8f1}';
 fn without_generation_tags(source: &str, marked: bool) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+    while let Some((before, inside)) = rest.split_once("{%") {
+        let Some((tag, after)) = inside.split_once("%}") else {
             break;
         };
-        let tag = &rest[start + 2..start + length];
         let word = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
             "generation" if marked => Some(format!("if true %}}{{% if true %}}{BEGIN}{{% endif")),
@@ -255,13 +254,14 @@ fn without_generation_tags(source: &str, marked: bool) -> String {
             "endgeneration" => Some("endif".to_owned()),
             _ => None,
         };
-        text += &rest[..start + 2];
+        text += before;
+        text += "{%";
         match replacement {
             Some(other) => text += &tag.replacen(word, &other, 1),
             None => text += tag,
         }
         text += "%}";
-        rest = &rest[start + length + 2..];
+        rest = after;
     }
     text + rest
 }

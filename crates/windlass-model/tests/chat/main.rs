@@ -85,6 +85,7 @@ fn bad_templates_are_errors() {
     };
     for (source, expected) in [
         ("{% for m in messages %}{{ m.role }}", "not valid"),
+        ("{%}", "not valid"),
         ("{{ messages[0].nothing.more }}", "failed"),
         ("{{ unknown_function() }}", "failed"),
         (
