@@ -1,51 +1,14 @@
 //! The experts of a layer with packed weights: all of them in a few runs of the threads.
 
 use super::moe::Routing;
-use crate::{Activation, DType, Packed, Param, Tape, Tensor, Var, Weight, each_dtype};
+use super::packed_weight::PackedWeight;
+use crate::{Activation, DType, Param, Tape, Tensor, Var, each_dtype};
 use std::ops::Range;
-use windlass_kernels::Element;
 use windlass_kernels::memory::Category;
-use windlass_kernels::packed::{Activations, Gate, Product, multiply_groups};
+use windlass_kernels::packed::{Activations, Product, multiply_groups};
 
 /// A weight and its bias.
 pub type Projection<'w> = (Param<'w>, Option<Param<'w>>);
-
-/// A packed weight and its bias, with nothing else between a tape and its product.
-#[derive(Clone, Copy)]
-pub(super) struct PackedWeight<'w> {
-    pub packed: &'w Packed,
-    bias: Option<&'w Tensor>,
-}
-
-impl<'w> PackedWeight<'w> {
-    /// `x Wᵀ + b`.
-    pub fn product<'a, E: Element>(&self, out: &'a mut [E]) -> Product<'a, E>
-    where
-        'w: 'a,
-    {
-        Product {
-            bias: self.bias.map(Tensor::as_slice::<E>),
-            ..Product::of(self.packed.matrix(), out)
-        }
-    }
-
-    /// Its product as the gate of another.
-    pub fn gate<E: Element>(&self, activation: Activation) -> Gate<'w, E> {
-        Gate {
-            activation,
-            matrix: self.packed.matrix(),
-            bias: self.bias.map(Tensor::as_slice::<E>),
-        }
-    }
-
-    /// Whether one product can have both: alike in shape, layout and the order of columns.
-    pub fn goes_beside(&self, other: &PackedWeight<'_>) -> bool {
-        let layout = |weight: &PackedWeight<'_>| *weight.packed.matrix().layout();
-        self.packed.shape() == other.packed.shape()
-            && layout(self) == layout(other)
-            && self.packed.order() == other.packed.order()
-    }
-}
 
 /// The projections of a feed-forward network.
 pub struct Expert<'w> {
@@ -144,25 +107,6 @@ impl Tape {
             weight.packed.order().is_none().then_some(weight)
         };
         experts.iter().map(weight).collect()
-    }
-
-    /// A weight and its bias, where it is packed and the tape asks for nothing but its product.
-    pub(super) fn packed_weight<'w>(
-        &self,
-        (weight, bias): Projection<'w>,
-    ) -> Option<PackedWeight<'w>> {
-        match weight.weight {
-            Weight::Packed(packed)
-                if self.rounds()
-                    && self.watch.is_none()
-                    && !(self.has_adapters() && weight.lora.is_some())
-                    && !self.is_overlaid(weight.slot) =>
-            {
-                let bias = bias.map(|bias| bias.weight.dense());
-                Some(PackedWeight { packed, bias })
-            }
-            _ => None,
-        }
     }
 
     /// Products of groups of rows with a weight each, gated by those with another; the groups' results stand one after another.

@@ -11,6 +11,7 @@ mod lora;
 mod moe;
 mod norm;
 mod overlay;
+mod packed_weight;
 mod rope;
 
 pub use cross_entropy::{IGNORED, Sloped};
