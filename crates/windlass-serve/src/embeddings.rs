@@ -82,11 +82,7 @@ async fn compute(
     let mut updates = model.engine.submit(requests.collect()).await?;
     let deadline = Instant::now() + app.options.request_timeout;
     while vectors.iter().any(Option::is_none) {
-        let next = tokio::time::timeout_at(deadline, updates.next()).await;
-        let next = next.map_err(|_| {
-            Refusal::unavailable("the request took longer than the server allows", 60)
-        })?;
-        match next? {
+        match updates.next(deadline).await? {
             (index, Event::Embedding { values, .. }) => vectors[index] = Some(values),
             (_, Event::Failed { message, .. }) => return Err(Refusal::internal(message)),
             _ => {}

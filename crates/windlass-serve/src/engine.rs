@@ -81,9 +81,18 @@ pub(crate) struct Updates {
 }
 
 impl Updates {
-    /// The next event.
-    pub async fn next(&mut self) -> Result<(usize, Event), Refusal> {
-        let next = self.receiver.recv().await;
+    /// The next event before `deadline`. One that waits already is too late as well: a request ends in time also when the
+    /// engine is faster than who takes its events.
+    pub async fn next(
+        &mut self,
+        deadline: tokio::time::Instant,
+    ) -> Result<(usize, Event), Refusal> {
+        let late = || Refusal::unavailable("the request took longer than the server allows", 60);
+        if tokio::time::Instant::now() >= deadline {
+            return Err(late());
+        }
+        let next = tokio::time::timeout_at(deadline, self.receiver.recv()).await;
+        let next = next.map_err(|_| late())?;
         next.ok_or_else(|| Refusal::unavailable("the server is shutting down", 5))
     }
 
@@ -444,6 +453,27 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_ready_after_the_end_is_too_late() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        for index in 0..2 {
+            let id = RequestId(0);
+            sender.send((index, Event::Started { id })).unwrap();
+        }
+        let closed = Arc::default();
+        let mut updates = Updates { receiver, closed };
+        let now = tokio::time::Instant::now();
+        let later = now + Duration::from_secs(60);
+        for (deadline, expected) in [(later, Some(0)), (now, None), (later, Some(1))] {
+            let next = runtime.block_on(updates.next(deadline));
+            assert_eq!(next.ok().map(|(index, _)| index), expected);
+        }
+    }
 
     #[test]
     fn steps_are_kept_short_while_answers_run() {

@@ -163,10 +163,7 @@ impl<'a> Answers<'a> {
             if self.choices.iter().all(Choice::is_done) {
                 return Ok(None);
             }
-            let update = tokio::time::timeout_at(self.deadline, self.updates.next());
-            let (index, event) = update.await.map_err(|_| {
-                Refusal::unavailable("the request took longer than the server allows", 60)
-            })??;
+            let (index, event) = self.updates.next(self.deadline).await?;
             let choice = &mut self.choices[index];
             if choice.is_done() {
                 continue;
