@@ -57,7 +57,7 @@ def peer(args, repack, flash, kv):
         llama.llama_synchronize(context)
 
     read(args.depth)
-    rates = {"prompt": [], "generation": []}
+    rates = {test: [] for test in asked(args)}
     for run in range(args.reps + 1):
         for test in rates:
             llama.llama_memory_seq_rm(memory, 0, args.depth, -1)
@@ -75,6 +75,11 @@ def peer(args, repack, flash, kv):
     return rates
 
 
+def asked(args):
+    """The tests to run: a length of 0 leaves one out, as in llama-bench."""
+    return [test for test, tokens in [("prompt", args.prompt), ("generation", args.gen)] if tokens]
+
+
 def ours(args):
     """The same of `windlass bench`, and what it measured of the machine."""
     command = [args.windlass, "bench", "--model", args.model, "--json", "--threads", args.threads, "-p", args.prompt,
@@ -83,7 +88,7 @@ def ours(args):
         command += ["--kv-cache-dtype", "int8"]
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     report = json.loads(done.stdout)
-    rates = {"prompt": [], "generation": []}
+    rates = {test: [] for test in asked(args)}
     for test in report["tests"]:
         rates["prompt" if test["test"].startswith("pp") else "generation"] += test["runs"]
     return rates, report["ceilings"][0]
@@ -107,8 +112,8 @@ def main():
     best = {}
 
     def note(who, setting, rates):
-        medians = {test: round(statistics.median(values), 2) for test, values in rates.items()}
-        print(f"{who:10} {setting:28} prompt {medians['prompt']:8.2f} t/s   generation {medians['generation']:7.2f} t/s", flush=True)
+        medians = "   ".join(f"{test} {statistics.median(values):8.2f} t/s" for test, values in rates.items())
+        print(f"{who:10} {setting:28} {medians}", flush=True)
         for test, values in rates.items():
             best[who, test] = max(best.get((who, test), 0.0), *values)
 
@@ -122,7 +127,7 @@ def main():
                 continue
             setting = f"{'repacked' if repack else 'as stored'}, {'flash' if flash else 'plain'}, {kv}"
             note("llama.cpp", setting, peer(args, repack, flash, kv))
-    for test in ["prompt", "generation"]:
+    for test in asked(args):
         ratio = best["windlass", test] / best["llama.cpp", test]
         print(f"best {test}: {best['windlass', test]:.2f} beside {best['llama.cpp', test]:.2f} t/s, ratio {ratio:.2f}")
 
