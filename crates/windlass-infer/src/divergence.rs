@@ -13,7 +13,7 @@ use crate::{InferError, LoadedModel};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::OnceLock;
-use windlass_model::{Goal, Tokens};
+use windlass_model::Goal;
 use windlass_store::atomic::Disk;
 use windlass_tensor::{Category, DType};
 
@@ -155,7 +155,7 @@ impl<'a> Windows<'a> {
             rows: rows.iter().map(|&row| row as u32).collect(),
         };
         let lengths = vec![window; windows.len()];
-        let batch = Tokens::new(ids.clone(), &lengths, goal, self.model.dtype);
+        let batch = self.model.whole(ids.clone(), &lengths, goal);
         let cpu = self.model.store.cpu();
         let mut logits = self.model.run(&batch, true);
         if logits.dtype() != DType::F32 {

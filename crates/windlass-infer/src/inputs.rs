@@ -8,8 +8,8 @@ use crate::{InferError, LoadedModel};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use windlass_model::Goal;
 use windlass_model::gguf::place;
-use windlass_model::{Goal, Tokens};
 use windlass_tensor::{Category, Cpu, DType, Tape, Tensor};
 
 /// Inputs of a tensor of a GGUF file, summed over tokens.
@@ -42,7 +42,7 @@ pub fn input_squares(
     for (done, ids) in read.windows.iter().enumerate() {
         let rows = Vec::new().into();
         let goal = Goal::Logits { rows };
-        let batch = Tokens::new(ids.clone(), &[ids.len()], goal, model.dtype);
+        let batch = model.whole(ids.clone(), &[ids.len()], goal);
         model.run_on(&batch, false, |unit| {
             let (cpu, sums) = (cpu.clone(), sums[unit].clone());
             let add = move |slot: usize, x: &Tensor| {

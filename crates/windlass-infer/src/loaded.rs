@@ -33,7 +33,7 @@ pub struct LoadedModel {
     pub tokenizer: Option<Tokenizer>,
     /// Storage type of activations and of the weights that are not packed.
     pub dtype: DType,
-    /// How sequences keep their keys and values: as activations are, in `f16` beside packed weights, or as the caller sets it.
+    /// How sequences keep their keys and values: as activations are, in `bf16` beside packed weights, or as the caller sets it.
     pub kv_type: KvType,
     /// What the user should know: settings without effect, tensors without use.
     pub notes: Vec<String>,
@@ -48,7 +48,7 @@ pub struct LoadedModel {
 fn kv_type(dtype: DType, weights: &[Weights]) -> KvType {
     let packed = |weight: &Weight| matches!(weight, Weight::Packed(_));
     match weights.iter().flat_map(Weights::iter).any(packed) {
-        true => KvType::Plain(DType::F16),
+        true => KvType::Plain(DType::Bf16),
         false => KvType::Plain(dtype),
     }
 }

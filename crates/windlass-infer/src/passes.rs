@@ -1,7 +1,9 @@
 //! Batches on their way through the layers of a loaded model.
 
 use crate::{InferError, LoadedModel};
-use windlass_model::{Goal, Tokens};
+use std::sync::{Arc, Mutex};
+use windlass_model::{Goal, KvBlocks, Sequence, Tokens};
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::{Category, DType, Tape, Tensor};
 
 impl LoadedModel {
@@ -22,11 +24,34 @@ impl LoadedModel {
             });
         }
         let rows = (0..ids.len() as u32).collect();
-        let goal = Goal::Logits { rows };
-        Ok(self.run(
-            &Tokens::new(ids.to_vec(), &[ids.len()], goal, self.dtype),
-            true,
-        ))
+        let batch = self.whole(ids.to_vec(), &[ids.len()], Goal::Logits { rows });
+        Ok(self.run(&batch, true))
+    }
+
+    /// Whole sequences of the given lengths, whose keys and values are rounded as in generation.
+    pub(crate) fn whole(&self, ids: Vec<u32>, lengths: &[usize], goal: Goal) -> Tokens {
+        let batch = Tokens::new(ids, lengths, goal, self.dtype);
+        if self.kv_type == KvType::Plain(self.dtype) {
+            return batch;
+        }
+        let needed = |tokens: &usize| tokens.div_ceil(KvBlocks::LEN);
+        let count = lengths.iter().map(needed).sum();
+        let table: Vec<u32> = (0..count as u32).collect();
+        let mut rest = &table[..];
+        let sequences = lengths.iter().map(|tokens| {
+            let (blocks, behind) = rest.split_at(needed(tokens));
+            rest = behind;
+            Sequence {
+                past: 0,
+                tokens: *tokens,
+                blocks,
+            }
+        });
+        let blocks = KvBlocks::passing(self.store.cpu(), &self.config, self.kv_type, count);
+        batch.cached(
+            &sequences.collect::<Vec<_>>(),
+            &Arc::new(Mutex::new(blocks)),
+        )
     }
 
     /// Runs the layers on a batch without recording. `head` says whether the last layer runs too: without it only

@@ -6,7 +6,7 @@
 use crate::{InferError, LoadedModel};
 use serde::Serialize;
 use serde_json::Value;
-use windlass_model::{Goal, Tokens};
+use windlass_model::Goal;
 use windlass_tensor::IGNORED;
 
 /// Tokens of one pass through the model, where windows are shorter.
@@ -185,7 +185,7 @@ pub(crate) fn losses(model: &LoadedModel, sequences: &[(&[u32], usize)]) -> Vec<
         })
     });
     let targets = targets.collect();
-    let batch = Tokens::new(ids, &lengths, Goal::TokenLosses { targets }, model.dtype);
+    let batch = model.whole(ids, &lengths, Goal::TokenLosses { targets });
     let losses = model.run(&batch, true).to_f64();
     let mut start = 0;
     let parts = sequences.iter().map(|(ids, from)| {

@@ -6,6 +6,7 @@ use windlass_model::{ADAPTER_FILE, AdapterConfig, Targets};
 use windlass_store::atomic::RealDisk;
 use windlass_store::gguf::BlockType;
 use windlass_store::safetensors::{Dtype, Tensors};
+use windlass_tensor::kernels::attention::KvType;
 use windlass_tensor::kernels::packed::Layout;
 use windlass_tensor::{Cpu, DType};
 
@@ -246,6 +247,7 @@ fn loftq_makes_up_for_packing() {
         for turns in [1, 2, 5] {
             let load_in = LoadIn::Packed(Layout::q4(32));
             let mut model = LoadedModel::open_in(&cpu, &base, Some(DType::F32), load_in).unwrap();
+            model.kv_type = KvType::Plain(DType::F32);
             let packed = difference(&logits(&model, &base), &plain);
             let told = model.loftq(&base, &config, turns, place.path()).unwrap();
             assert!(told.rest < 0.9 * told.change, "{name}: {told:?}");

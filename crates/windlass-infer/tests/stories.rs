@@ -108,7 +108,7 @@ fn keys_and_values_may_be_kept_in_fewer_bits() {
     let mut model = stories.open(None);
     let (ids, vocab) = (stories.ids(&model, 300), model.config.vocab_size);
     assert_eq!(model.kv_type, KvType::Plain(DType::F32));
-    assert_eq!(stories.packed().kv_type, KvType::Plain(DType::F16));
+    assert_eq!(stories.packed().kv_type, KvType::Plain(DType::Bf16));
     let logits = |model: &LoadedModel, chunk: usize| -> Vec<f32> {
         let mut session = Session::new(model, 300, chunk);
         let mut next = |ids: &[u32]| session.next_of_each(ids).unwrap().to_f32();

@@ -19,10 +19,25 @@ impl KvBlocks {
 
     /// Room for `blocks` blocks. Memory is taken as it is written.
     pub fn new(cpu: &Cpu, config: &DecoderConfig, kind: KvType, blocks: usize) -> Self {
+        Self::of_layers(cpu, config, kind, blocks, config.num_hidden_layers())
+    }
+
+    /// Room for one pass over whole sequences: every layer writes over what the one before it has kept.
+    pub fn passing(cpu: &Cpu, config: &DecoderConfig, kind: KvType, blocks: usize) -> Self {
+        Self::of_layers(cpu, config, kind, blocks, 1)
+    }
+
+    fn of_layers(
+        cpu: &Cpu,
+        config: &DecoderConfig,
+        kind: KvType,
+        blocks: usize,
+        layers: usize,
+    ) -> Self {
         let (heads, head_dim) = (config.num_key_value_heads, config.head_dim);
         let layer = |_| PagedKv::new(&cpu.memory, kind, heads, head_dim, blocks);
         KvBlocks {
-            layers: (0..config.num_hidden_layers()).map(layer).collect(),
+            layers: (0..layers).map(layer).collect(),
             kind,
             blocks,
         }
@@ -64,6 +79,7 @@ impl KvBlocks {
         (k, v): (&Tensor, &Tensor),
         slots: &[u32],
     ) -> &PagedKv {
+        let layer = layer % self.layers.len();
         let layer = &mut self.layers[layer];
         let width = k.cols();
         each_dtype!(k.dtype(), E => {

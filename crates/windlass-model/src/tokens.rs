@@ -131,9 +131,18 @@ impl Tokens {
         rows: Arc<[u32]>,
         dtype: DType,
     ) -> Self {
-        let mut batch = Self::new(ids, &lengths(sequences), Goal::Logits { rows }, dtype);
-        let (mut slots, mut table) = (Vec::with_capacity(batch.ids.len()), Vec::new());
-        let mut segments = batch.segments.to_vec();
+        let lengths: Vec<usize> = sequences.iter().map(|s| s.tokens).collect();
+        Self::new(ids, &lengths, Goal::Logits { rows }, dtype).cached(sequences, blocks)
+    }
+
+    /// With the keys and values of its sequences in blocks.
+    ///
+    /// # Panics
+    /// When a sequence has no block for a token.
+    #[track_caller]
+    pub fn cached(mut self, sequences: &[Sequence<'_>], blocks: &Arc<Mutex<KvBlocks>>) -> Self {
+        let (mut slots, mut table) = (Vec::with_capacity(self.ids.len()), Vec::new());
+        let mut segments = self.segments.to_vec();
         for (segment, sequence) in segments.iter_mut().zip(sequences) {
             let end = sequence.past + sequence.tokens;
             let needed = end.div_ceil(KvBlocks::LEN);
@@ -152,14 +161,14 @@ impl Tokens {
             table.extend_from_slice(&sequence.blocks[..needed]);
         }
         let positions = sequences.iter().flat_map(|s| s.past..s.past + s.tokens);
-        batch.positions = positions.map(|p| p as u32).collect();
-        batch.segments = segments.into();
-        batch.cache = Some(Cached {
+        self.positions = positions.map(|p| p as u32).collect();
+        self.segments = segments.into();
+        self.cache = Some(Cached {
             blocks: blocks.clone(),
             slots: slots.into(),
             table: table.into(),
         });
-        batch
+        self
     }
 }
 
@@ -172,8 +181,4 @@ pub struct Sequence<'a> {
     pub tokens: usize,
     /// Its blocks, with room for all of them; one that another sequence reads too must be full.
     pub blocks: &'a [u32],
-}
-
-fn lengths(sequences: &[Sequence<'_>]) -> Vec<usize> {
-    sequences.iter().map(|s| s.tokens).collect()
 }

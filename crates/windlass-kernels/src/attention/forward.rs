@@ -7,7 +7,7 @@ use super::tile::{
     Bounds, KEYS, Part, Product, ROWS, Start, Tiles, load_columns, load_rows, padded, store_row,
     take,
 };
-use super::{AttentionShape, Block, Forward, KvView, Segment, Source};
+use super::{AttentionShape, Block, Forward, KvView, Segment, Source, amx};
 use crate::DType;
 use crate::pool::Worker;
 use crate::simd::{SimdElement, SimdLoad};
@@ -111,29 +111,29 @@ impl<E: SimdElement> TileRows<E> {
     }
 }
 
-/// Scratch of a block. Rows are ordered by head, then query.
+/// Scratch of a block. Rows are ordered by head, then query; there are so many that tile registers are whole.
 pub(super) struct Scratch<'a> {
     /// `[head_dim, KEYS]`
     pub keys: &'a mut [f32],
     /// `[KEYS, padded]`
     pub values: &'a mut [f32],
     /// `[ROWS, KEYS]`
-    scores: &'a mut [f32],
+    pub scores: &'a mut [f32],
     /// `[rows, padded]`, times the scale
-    q: &'a mut [f32],
+    pub q: &'a mut [f32],
     /// `[rows, padded]`, not yet divided by `sum`
-    out: &'a mut [f32],
+    pub out: &'a mut [f32],
     /// `[rows]` each
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
+    pub max: &'a mut [f32],
+    pub sum: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
     fn new(worker: &'a mut Worker, head_dim: usize, rows: usize) -> Scratch<'a> {
         let width = padded(head_dim);
-        let lines = rows.next_multiple_of(16);
+        let rows = rows.next_multiple_of(amx::HEIGHT);
         let rest = &mut worker
-            .scratch::<f32>(2 * KEYS * width + ROWS * KEYS + 2 * rows * width + 2 * lines);
+            .scratch::<f32>(2 * KEYS * width + ROWS * KEYS + 2 * rows * width + 2 * rows);
         let scratch = Scratch {
             keys: take(rest, KEYS * width),
             values: take(rest, KEYS * width),
@@ -197,17 +197,23 @@ pub(super) unsafe fn forward_simd<S: Tiles, E: SimdElement>(
         match call.kv {
             Source::Rows(kv) => walk_rows::<S, E>(call.shape, &kv, block, scratch),
             Source::Pages(kv, table) => match kv.kind() {
+                KvType::Plain(DType::Bf16) if call.tiles => {
+                    amx::walk::<bf16>(&pages(call, kv.plain(), table, block), scratch)
+                }
+                KvType::Int8 if call.tiles => {
+                    amx::walk::<i8>(&pages(call, kv.int8(), table, block), scratch)
+                }
                 KvType::Plain(DType::F32) => {
-                    pages::<S, f32>(call, kv.plain(), table, block, scratch)
+                    S::walk::<f32>(&pages(call, kv.plain(), table, block), scratch)
                 }
                 KvType::Plain(DType::Bf16) => {
-                    pages::<S, bf16>(call, kv.plain(), table, block, scratch)
+                    S::walk::<bf16>(&pages(call, kv.plain(), table, block), scratch)
                 }
                 KvType::Plain(DType::F16) => {
-                    pages::<S, f16>(call, kv.plain(), table, block, scratch)
+                    S::walk::<f16>(&pages(call, kv.plain(), table, block), scratch)
                 }
                 KvType::Plain(DType::F64) => unreachable!("f64 has no vectors"),
-                KvType::Int8 => pages::<S, i8>(call, kv.int8(), table, block, scratch),
+                KvType::Int8 => S::walk::<i8>(&pages(call, kv.int8(), table, block), scratch),
             },
         }
     }
@@ -260,25 +266,21 @@ unsafe fn walk_rows<S: Tiles, E: SimdElement>(
     }
 }
 
-/// All tiles of a block, where keys and values are pages.
-#[inline(always)]
-unsafe fn pages<S: Tiles, B: SimdLoad>(
-    call: &Forward<'_, impl SimdElement>,
-    stored: Stored<'_, B>,
-    table: &[u32],
-    block: &Block,
-    scratch: &mut Scratch,
-) {
-    let walk = Walk {
+/// A block's walk over pages.
+fn pages<'a, B>(
+    call: &Forward<'a, impl SimdElement>,
+    stored: Stored<'a, B>,
+    table: &'a [u32],
+    block: &'a Block,
+) -> Walk<'a, B> {
+    Walk {
         shape: call.shape,
         stored,
         table,
         segment: &block.segment,
         kv_head: block.kv_head,
         queries: &block.queries,
-    };
-    // SAFETY: the caller's promise.
-    unsafe { S::walk(&walk, scratch) }
+    }
 }
 
 /// Divides each row by its sum of exponentials and writes it; `place` is its token and head.

@@ -9,6 +9,8 @@
 //! gives the same result whole, in chunks, or one token at a time against a cache, alone or in a batch, on any number
 //! of threads. (It may differ between levels of the dispatch table.)
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod backward;
 mod forward;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +32,8 @@ use std::ops::Range;
 use crate::Element;
 use crate::dispatch::kernels;
 use crate::pool::{Pool, SharedMut, Worker};
+#[cfg(target_arch = "x86_64")]
+use crate::{DType, dispatch::Level};
 
 #[cfg(target_arch = "x86_64")]
 use {backward::backward_simd, forward::forward_simd};
@@ -127,6 +131,9 @@ pub(crate) struct Forward<'a, E: Element> {
     /// `[heads, tokens]`
     lse: SharedMut<'a, E::Acc>,
     tokens: usize,
+    /// Whether products are on AMX tiles.
+    #[cfg(target_arch = "x86_64")]
+    tiles: bool,
 }
 
 /// Where a forward pass finds keys and values.
@@ -266,12 +273,25 @@ fn forward<E: Element>(
         out: SharedMut::new(out),
         lse: SharedMut::new(lse),
         tokens,
+        #[cfg(target_arch = "x86_64")]
+        tiles: on_tiles(pool.level(), shape, &kv),
     };
     let kernel = forward_kernel::<E>(pool.level());
     // SAFETY: the pool's level is supported; blocks are disjoint in rows or heads, and everything fits as checked.
     pool.run(blocks.len(), |task, worker| unsafe {
         kernel(&call, &blocks[task], worker)
     });
+}
+
+/// Whether products are on AMX tiles: of pages of another type than the queries, so that pages of the same type give the bits of rows.
+#[cfg(target_arch = "x86_64")]
+fn on_tiles<E: Element>(level: Level, shape: &AttentionShape, kv: &Source<'_, E>) -> bool {
+    let Source::Pages(kv, _) = kv else {
+        return false;
+    };
+    let halves = matches!(kv.kind(), KvType::Plain(DType::Bf16) | KvType::Int8);
+    let other = kv.kind() != KvType::Plain(E::DTYPE);
+    level == Level::Amx && halves && other && amx::fits(shape.head_dim)
 }
 
 /// Gradients of [`attention`]: `dq`, `dk` and `dv` of `dout`, by recomputing the probabilities from `lse`.

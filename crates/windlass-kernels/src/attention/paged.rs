@@ -23,7 +23,7 @@ pub(super) struct Walk<'a, B> {
 impl<B: SimdLoad> Walk<'_, B> {
     /// The tile of the keys from `start` on.
     #[inline(always)]
-    fn tile(&self, start: usize) -> TileData<'_, B> {
+    pub fn tile(&self, start: usize) -> TileData<'_, B> {
         let AttentionShape {
             kv_heads, head_dim, ..
         } = *self.shape;

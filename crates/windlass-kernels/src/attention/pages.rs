@@ -14,10 +14,13 @@ use half::{bf16, f16};
 /// Tokens of a page.
 pub const PAGE: usize = KEYS;
 
+/// The smallest number stored as `bf16`: tiles take denormal numbers and results for zero, and products of these have none.
+const LEAST: f64 = 1.0 / (1u64 << 56) as f64;
+
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvType {
-    /// As numbers, rounded to nearest even.
+    /// As numbers, rounded to nearest even; in `bf16` those below 2^-56 are zero.
     Plain(DType),
     /// As bytes with one scale for each token and head: `x = scale * code`, `scale = max |x| / 127`.
     Int8,
@@ -128,10 +131,12 @@ impl PagedKv {
             assert!((slot as usize) < end, "slot {slot} of {end}");
         }
         match self.kind {
-            KvType::Plain(DType::F32) => self.write_plain::<E, f32>(pool, k, v, slots),
-            KvType::Plain(DType::F64) => self.write_plain::<E, f64>(pool, k, v, slots),
-            KvType::Plain(DType::Bf16) => self.write_plain::<E, bf16>(pool, k, v, slots),
-            KvType::Plain(DType::F16) => self.write_plain::<E, f16>(pool, k, v, slots),
+            KvType::Plain(DType::F32) => self.write_plain::<E, f32>(pool, k, v, slots, 0.0),
+            KvType::Plain(DType::F64) => self.write_plain::<E, f64>(pool, k, v, slots, 0.0),
+            KvType::Plain(DType::Bf16) => {
+                self.write_plain::<E, bf16>(pool, k, v, slots, LEAST);
+            }
+            KvType::Plain(DType::F16) => self.write_plain::<E, f16>(pool, k, v, slots, 0.0),
             KvType::Int8 => self.write_int8(pool, k, v, slots),
         }
     }
@@ -142,6 +147,7 @@ impl PagedKv {
         k: Rows<E>,
         v: Rows<E>,
         slots: &[u32],
+        least: f64,
     ) {
         let (heads, d) = (self.kv_heads, self.head_dim);
         let keys = SharedMut::new(self.keys.as_mut_slice::<C>());
@@ -156,11 +162,15 @@ impl PagedKv {
                         values.slice((tile * PAGE + at) * d, d),
                     )
                 };
+                let stored = |x: &E| match x.to_f64() {
+                    x if x.abs() < least => C::from_f64(0.0),
+                    x => C::from_f64(x),
+                };
                 for (i, x) in k.head(row, head, d).iter().enumerate() {
-                    keys[i * PAGE + at] = C::from_f64(x.to_f64());
+                    keys[i * PAGE + at] = stored(x);
                 }
                 for (to, x) in values.iter_mut().zip(v.head(row, head, d)) {
-                    *to = C::from_f64(x.to_f64());
+                    *to = stored(x);
                 }
             }
         });

@@ -139,7 +139,7 @@ unsafe fn masked_exponentials<S: Simd>(max: f32, line: &mut [f32], (start, end):
 
 /// `cap * tanh(score / cap)`.
 #[inline(always)]
-unsafe fn cap_scores<S: Tiles>(cap: f32, line: &mut [f32]) {
+pub(super) unsafe fn cap_scores<S: Tiles>(cap: f32, line: &mut [f32]) {
     // SAFETY: `line` is whole vectors.
     unsafe {
         let (cap, inverse) = (S::splat(cap), S::splat(1.0 / cap));

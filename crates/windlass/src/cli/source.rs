@@ -54,7 +54,7 @@ pub struct Base {
     /// Pack the weights while loading, or unpack them
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub load_in: Option<Form>,
-    /// How keys and values are kept [default: as activations, f16 beside packed weights]
+    /// How keys and values are kept [default: as activations, bf16 beside packed weights]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub kv_cache_dtype: Option<KvPrecision>,
     /// Keep the model in a folder as it is in memory: it opens at once
