@@ -123,6 +123,8 @@ fn keys_and_values_may_be_kept_in_fewer_bits() {
     ] {
         model.kv_type = kind;
         let whole = logits(&model, 300);
+        // Evaluations keep them so too.
+        assert!(model.logits(&ids).unwrap().to_f32() == whole, "{kind}");
         let kl = divergence(&want, &whole, vocab);
         println!("{kind}: mean KL {kl:.2e}");
         assert!(kl <= limit, "{kind}: mean KL {kl:.2e}");

@@ -417,6 +417,12 @@ fn bad_input_is_refused_by_name() {
             &["--load-in bf16 with --dtype f32"],
         ),
         (generate, &["--dtype", "f8"], 2, &["f8", "bf16"]),
+        (
+            &["adapter", "merge", "--model", model, "--adapter", model],
+            &["--out", "no-such-folder", "--kv-cache-dtype", "int8"],
+            2,
+            &["--kv-cache-dtype"],
+        ),
         (generate, &["--threads", "0"], 2, &["--threads 0"]),
         (generate, &["-p", "-", "-p", "-"], 2, &["given twice"]),
         (eval, &[], 2, &["--file"]),

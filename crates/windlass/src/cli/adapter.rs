@@ -152,7 +152,7 @@ fn convert(args: &ConvertArgs) -> Result<()> {
         let message = "--type, and --out is a folder";
         return Err(usage(message, "folders hold F32, as PEFT writes them"));
     }
-    let model = args.source.open_without_tokenizer()?;
+    let model = args.source.open_unread()?;
     match is_file {
         true => {
             let kind = match args.file_type {

@@ -57,7 +57,7 @@ struct TypeShare {
 struct Run {
     layers: usize,
     context_length: usize,
-    /// Bytes of keys and values in `f16` for each token of the context.
+    /// Bytes of keys and values in 16 bits for each token of the context.
     kv_bytes_per_token: usize,
     /// Bytes of weights and of keys and values of a whole context.
     bytes_at_full_context: usize,

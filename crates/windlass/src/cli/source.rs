@@ -174,6 +174,15 @@ impl Source {
         self.open_on(&self.machine.cpu()?)
     }
 
+    /// As [`Source::open_without_tokenizer`], for what reads weights and no text.
+    pub fn open_unread(&self) -> Result<LoadedModel> {
+        if self.kv_cache_dtype.is_some() {
+            let message = "--kv-cache-dtype, where nothing is read or generated";
+            return Err(usage(message, "leave it out"));
+        }
+        self.open_without_tokenizer()
+    }
+
     /// As [`Source::open_without_tokenizer`], on the threads of another model.
     pub fn open_on(&self, cpu: &Cpu) -> Result<LoadedModel> {
         self.base.open_with(cpu, &self.adapter)

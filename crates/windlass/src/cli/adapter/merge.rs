@@ -33,7 +33,7 @@ pub fn merge(args: &Args, sign: f32) -> Result<()> {
             "name the adapter's folder with --adapter",
         ));
     }
-    let model = args.source.open_without_tokenizer()?;
+    let model = args.source.open_unread()?;
     let config = &model.adapter.as_ref().expect("an adapter").config;
     if sign < 0.0 && (config.use_dora || !config.modules_to_save.is_empty()) {
         let what = match config.use_dora {
