@@ -245,8 +245,10 @@ impl Group {
                     _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
                 if let Some([_, scales]) = data.scales {
                     for i in 0..4 {
+                        // Behind the last key a scale may be anything, and 0 must stay 0.
+                        let some = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(p[i], _mm512_setzero_ps());
                         let scale = _mm512_loadu_ps(scales.as_ptr().add(i * LANES));
-                        p[i] = _mm512_mul_ps(p[i], scale);
+                        p[i] = _mm512_maskz_mul_ps(some, p[i], scale);
                     }
                 }
                 let to = scores.add(row * KEYS);
