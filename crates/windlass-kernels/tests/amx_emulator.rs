@@ -1,4 +1,4 @@
-//! The AMX paths of matrix products and packed products, natively where the CPU has AMX, else on an emulator of the eight
+//! The AMX paths of matrix products, packed products and attention, natively where the CPU has AMX, else on an emulator of the eight
 //! instructions they use.
 //!
 //! The emulator is a handler of `SIGILL`: it decodes the VEX instruction that failed, does to memory and to its thread's
@@ -10,6 +10,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
+use windlass_kernels::attention::{
+    AttentionShape, KvType, PAGE, PagedKv, Rows, Segment, attention_paged,
+};
 use windlass_kernels::blocks::BlockType;
 use windlass_kernels::dispatch::Level;
 use windlass_kernels::gemm::{Epilogue, Layout, Mat, gemm, gemm_kernel_name, reference};
@@ -19,7 +22,7 @@ use windlass_kernels::packed::{
     kernel_names, multiply,
 };
 use windlass_kernels::pool::Pool;
-use windlass_kernels::{Element, roofline};
+use windlass_kernels::{DType, Element, roofline};
 
 /// Eight tiles of 16 rows by 64 bytes, and what `ldtilecfg` said of each: bytes of a row, rows.
 struct Tiles {
@@ -507,4 +510,79 @@ fn packed_products_on_tiles_have_the_bits_of_the_specification() {
         "the tile path did not run"
     );
     assert!(roofline::int8_peak(&pool, 1).is_some_and(|peak| peak > 0.0));
+}
+
+/// Vectors multiply for one row what tiles multiply for many.
+#[test]
+fn attention_on_tiles_has_the_bits_of_vectors() {
+    let Some(pool) = amx_pool(2) else { return };
+    let _counting = COUNTING.lock().unwrap();
+    let before = PRODUCTS.load(Ordering::Relaxed);
+    const TOKENS: usize = 90;
+    for (heads, kv_heads, head_dim) in [(2, 2, 64), (3, 1, 128), (16, 1, 64)] {
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: 0.3,
+            softcap: None,
+            window: (heads == 16).then_some(70),
+        };
+        let (width, stride) = (heads * head_dim, kv_heads * head_dim);
+        let numbers = |len: usize, seed: usize| -> Vec<f32> {
+            let number = |i: usize| (noise(i + seed) % 20011) as f32 / 5e3 - 2.0;
+            // Some are so small that products of them would be denormal.
+            let small = |i: usize| if i.is_multiple_of(31) { 1e-22 } else { 1.0 };
+            (0..len).map(|i| number(i) * small(i)).collect()
+        };
+        let q = numbers(TOKENS * width, 1);
+        let (k, v) = (numbers(TOKENS * stride, 2), numbers(TOKENS * stride, 3));
+        for kind in [KvType::Plain(DType::Bf16), KvType::Int8] {
+            let mut kv = PagedKv::new(&Memory::new(), kind, kv_heads, head_dim, 2);
+            let slots: Vec<u32> = (0..TOKENS as u32).collect();
+            kv.write(&pool, Rows::new(&k, stride), Rows::new(&v, stride), &slots);
+            const { assert!(TOKENS > PAGE && TOKENS < 2 * PAGE) };
+            let run = |from: usize, to: usize| {
+                let segment = Segment {
+                    q_start: 0,
+                    q_len: to - from,
+                    kv_start: 0,
+                    kv_len: to,
+                };
+                let (mut out, mut lse) = (
+                    vec![0.0; (to - from) * width],
+                    vec![0.0; (to - from) * heads],
+                );
+                let q = Rows::new(&q[from * width..], width);
+                attention_paged(
+                    &pool,
+                    &shape,
+                    &[segment],
+                    q,
+                    &kv,
+                    &[0, 1],
+                    &mut out,
+                    &mut lse,
+                );
+                out
+            };
+            let whole = run(0, TOKENS);
+            for at in [0, 1, 31, 32, 63, 64, 77, 89] {
+                let alone = run(at, at + 1);
+                let beside = &whole[at * width..][..width];
+                for (i, (a, b)) in alone.iter().zip(beside).enumerate() {
+                    assert!(
+                        a.to_bits() == b.to_bits() && a.is_finite(),
+                        "{shape:?} {kind}: element {i} of {at} is {a}, in a prompt {b}"
+                    );
+                }
+            }
+        }
+    }
+    let emulated = PRODUCTS.load(Ordering::Relaxed) - before;
+    println!("{emulated} tile products emulated");
+    assert!(
+        emulated > 500 || Level::Amx.is_supported(),
+        "the tile path did not run"
+    );
 }
