@@ -8,6 +8,7 @@ use windlass_tensor::{Cpu, Tensor, each_dtype};
 /// Keys and values of all sequences of one model, for every layer. A block holds [`KvBlocks::LEN`] tokens of one sequence;
 /// who owns which blocks is the caller's business.
 pub struct KvBlocks {
+    /// One for each layer, or one for all in turn.
     layers: Vec<PagedKv>,
     kind: KvType,
     blocks: usize,

@@ -19,7 +19,7 @@ use super::softmax::{cap_scores, multiply_columns};
 use super::tile::KEYS;
 use crate::simd::{Avx512, Simd};
 use crate::tiles::{Config, leave};
-use pairs::{Stored, pack_keys, pack_values, seen, store};
+use pairs::{Stored, pack, seen, store};
 use product::{Product, chains};
 use std::ops::Range;
 
@@ -92,7 +92,8 @@ pub(super) unsafe fn walk<B: Stored>(w: &Walk<'_, B>, scratch: &mut Scratch) {
                 group.values_of_few([&data, &next], keys.len(), d, scratch);
                 continue;
             }
-            pack_keys([&data, &next], keys.len(), d, scratch);
+            let to = scratch.keys.as_mut_ptr();
+            pack([data.keys, next.keys], KEYS, [d, d], keys.len(), to);
             for first in (0..rows).step_by(flow.len() * HEIGHT) {
                 let flow = &mut flow[..(rows - first).div_ceil(HEIGHT).min(FLOW)];
                 for (slot, group) in flow.iter_mut().enumerate() {
@@ -103,7 +104,9 @@ pub(super) unsafe fn walk<B: Stored>(w: &Walk<'_, B>, scratch: &mut Scratch) {
                     group.exponentials(w, &data, scratch, tiles);
                 }
                 if first == 0 {
-                    pack_values([&data, &next], keys.len(), d, scratch);
+                    let rows = [KEYS, keys.len()];
+                    let to = scratch.values.as_mut_ptr();
+                    pack([data.values, next.values], d, rows, d, to);
                 }
                 for group in flow.iter() {
                     group.values(d, scratch);

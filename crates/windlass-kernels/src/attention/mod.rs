@@ -204,7 +204,9 @@ pub fn attention<E: Element>(
 /// [`attention`] with keys and values in pages: those of a segment's token `j` lie in the page
 /// `table[(kv_start + j) / PAGE]`, where `kv_start` is a multiple of [`PAGE`].
 ///
-/// Scores are computed from the stored numbers; the bits of a row's result do not depend on where its pages lie.
+/// Scores are computed from the stored numbers; the bits of a row's result do not depend on where its pages lie. At the AMX
+/// level, over pages of `bf16` or bytes of another type than the queries, and for heads of a multiple of 64 elements, queries
+/// and exponentials are rounded to `bf16` (half away from zero) and summed in `f32`.
 ///
 /// # Panics
 /// As [`attention`], or if a segment starts inside a page, or needs a page that is not in the table or does not exist,

@@ -3,8 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{LANES, STEP};
-use crate::attention::forward::{Scratch, TileData};
-use crate::attention::tile::{KEYS, prefetch};
+use crate::attention::tile::prefetch;
 use crate::simd::{Avx512, SimdLoad};
 use half::bf16;
 
@@ -40,7 +39,10 @@ impl Stored for i8 {
         // SAFETY: the caller's promise.
         unsafe {
             [0, LANES].map(|at| {
-                let [a, b] = [a, b].map(|x| bits(x.add(at)));
+                let [a, b] = [a, b].map(|x| {
+                    let x = i8::load_vector::<Avx512>(x.add(at)).0;
+                    _mm512_castps_si512(x)
+                });
                 _mm512_or_si512(_mm512_srli_epi32::<16>(a), b)
             })
         }
@@ -78,75 +80,34 @@ pub unsafe fn store(numbers: [__m512; 2], to: *mut f32, halves: bool) {
     }
 }
 
-/// Copies the keys of a tile to scratch, as B of a product: two rows beside each other.
+/// Copies rows to `to`, as B of a product: two beside each other. Those from `present` on are zeros.
+/// `next` is what will be packed after them.
 #[inline(always)]
-pub unsafe fn pack_keys<B: Stored>(
-    [tile, next]: [&TileData<'_, B>; 2],
-    keys: usize,
-    d: usize,
-    scratch: &mut Scratch,
+pub unsafe fn pack<B: Stored>(
+    [from, next]: [*const B; 2],
+    stride: usize,
+    [rows, present]: [usize; 2],
+    columns: usize,
+    to: *mut f32,
 ) {
-    let to = scratch.keys.as_mut_ptr();
-    // SAFETY: a tile has `d` rows of `KEYS` keys; scratch has room for them.
+    // SAFETY: the caller's promise.
     unsafe {
-        for row in (0..d).step_by(2) {
-            for column in (0..keys).step_by(STEP) {
-                let from = tile.keys.add(row * KEYS + column);
-                let ahead = next.keys.wrapping_add(row * KEYS + column);
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(KEYS));
-                put(
-                    B::pairs(from, from.add(KEYS)),
-                    to.add(row / 2 * KEYS + column),
-                );
-            }
-        }
-    }
-}
-
-/// As [`pack_keys`] the values of a tile; those of missing keys are zeros.
-#[inline(always)]
-pub unsafe fn pack_values<B: Stored>(
-    [tile, next]: [&TileData<'_, B>; 2],
-    keys: usize,
-    d: usize,
-    scratch: &mut Scratch,
-) {
-    let to = scratch.values.as_mut_ptr();
-    // SAFETY: a tile has `KEYS` rows of `d` values; scratch has room for them.
-    unsafe {
-        for row in (0..KEYS).step_by(2) {
-            for column in (0..d).step_by(STEP) {
-                let from = tile.values.add(row * d + column);
-                let ahead = next.values.wrapping_add(row * d + column);
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(d));
+        for row in (0..rows).step_by(2) {
+            for column in (0..columns).step_by(STEP) {
+                let at = row * stride + column;
+                prefetch(next.wrapping_add(at));
+                prefetch(next.wrapping_add(at + stride));
                 let mut pairs = [_mm512_setzero_si512(); 2];
-                if row < keys {
-                    pairs = B::pairs(from, from.add(d));
+                if row < present {
+                    pairs = B::pairs(from.add(at), from.add(at + stride));
                 }
-                if row + 1 == keys {
+                if row + 1 == present {
                     pairs = pairs.map(|x| _mm512_and_si512(x, _mm512_set1_epi32(0xffff)));
                 }
-                put(pairs, to.add(row / 2 * d + column));
+                let to = to.add(row / 2 * stride + column);
+                _mm512_storeu_si512(to.cast(), pairs[0]);
+                _mm512_storeu_si512(to.add(LANES).cast(), pairs[1]);
             }
         }
     }
-}
-
-/// Stores two vectors of pairs.
-#[inline(always)]
-unsafe fn put(pairs: [__m512i; 2], to: *mut f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        _mm512_storeu_si512(to.cast(), pairs[0]);
-        _mm512_storeu_si512(to.add(LANES).cast(), pairs[1]);
-    }
-}
-
-/// The bits of numbers as `f32`.
-#[inline(always)]
-unsafe fn bits<B: Stored>(from: *const B) -> __m512i {
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_castps_si512(B::load_vector::<Avx512>(from).0) }
 }
